@@ -1,0 +1,229 @@
+"""From files to a model: a base language model, a scalar reward model, a disco checkpoint or a PEFT adapter.
+
+The rule of this room is that no reward is ever random without saying so. What a checkpoint is follows from its config;
+what it must then hold is checked against what was in fact loaded, and a reward head or scale that is missing is an
+error, not a warning that training scrolls away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import cached_file, find_adapter_config_file, logging
+
+from .modeling import DiscoHead, disco_class, resolve_settings
+
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_SETTINGS_FILE = "disco_config.json"
+"""Holds an adapter's `reward_family` and `fixed_scale`. (Not `config.json`: with that beside the adapter,
+`AutoModelForSequenceClassification.from_pretrained(adapter_dir)` would look for a full model there.)"""
+
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+BASE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model", "ForConditionalGeneration")
+
+
+def load_reward_model(
+    path: str, *, reward_family: str | None, fixed_scale: float | None, is_trainable: bool = False, **kwargs: Any
+) -> Any:
+    """What `DiscoRewardModel.from_pretrained` does; see there."""
+    hub_kwargs = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
+    probe_kwargs = {name: value for name, value in hub_kwargs.items() if name != "force_download"}
+    if find_adapter_config_file(path, **probe_kwargs) is not None:
+        return _load_adapter(path, hub_kwargs, is_trainable, reward_family, fixed_scale, kwargs)
+    return _load_full(path, hub_kwargs, reward_family, fixed_scale, kwargs)
+
+
+def _load_full(
+    path: str, hub_kwargs: dict[str, Any], reward_family: str | None, fixed_scale: float | None, kwargs: dict[str, Any]
+) -> Any:
+    # Config: what is this checkpoint, and can it be a reward model at all?
+    # These say how to load and not what: the config must not absorb them.
+    names = ("dtype", "torch_dtype", "quantization_config", "device_map")
+    loading = {name: kwargs.pop(name) for name in names if name in kwargs}
+    trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
+    kwargs.pop("num_labels", None)  # 1, whatever is asked for
+    config = kwargs.pop("config", None)
+    if config is None:
+        config, kwargs = AutoConfig.from_pretrained(
+            path, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **hub_kwargs, **kwargs
+        )
+    is_reward_model = _is_reward_model(config, path)
+    stored = getattr(config, "disco", None)
+    settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
+    stock = _stock_class(config, path, trust_remote_code, hub_kwargs)
+    text_config = config.get_text_config()
+    if stock.config_class is type(text_config):
+        config = text_config  # a model that also sees has a classifier for its text half
+    config.num_labels = 1
+    config.disco = settings
+    disco = disco_class(stock, config)
+
+    # Quantization: the head is left out of it
+    if hasattr(loading.get("quantization_config"), "llm_int8_skip_modules"):
+        loading["quantization_config"] = copy.deepcopy(loading["quantization_config"])
+        skipped = loading["quantization_config"].llm_int8_skip_modules or []
+        loading["quantization_config"].llm_int8_skip_modules = [*skipped, disco.head_name]
+
+    # Weights. Transformers reports a fresh head as if it were a fault; here the check below knows which is one.
+    with _quiet_transformers():
+        model, info = disco.from_pretrained(
+            path,
+            config=config,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **hub_kwargs,
+            **loading,
+            **kwargs,
+        )
+    missing = set(info["missing_keys"])
+    _check_complete(model, missing, path, is_reward_model, stored is not None, reward_family)
+    model.newly_initialized = tuple(sorted({key.rpartition(".")[0] for key in missing}))
+    return model
+
+
+def _load_adapter(
+    path: str,
+    hub_kwargs: dict[str, Any],
+    is_trainable: bool,
+    reward_family: str | None,
+    fixed_scale: float | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    # Settings
+    peft_config = PeftConfig.from_pretrained(path, **hub_kwargs)
+    settings_file = cached_file(path, ADAPTER_SETTINGS_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    stored = None
+    if settings_file is not None:
+        with open(settings_file, encoding="utf-8") as file:
+            stored = json.load(file)
+    settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
+    weights_file = cached_file(
+        path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    if weights_file is None:
+        raise ValueError(f"{path}: the adapter has no adapter_model.safetensors (pickled weights are not loaded)")
+    with safe_open(weights_file, framework="pt") as file:
+        brought = {key.removeprefix("base_model.model.") for key in file.keys()}
+
+    # Base model
+    base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+    if peft_config.revision is not None:
+        base_kwargs["revision"] = peft_config.revision
+    base = _load_full(
+        peft_config.base_model_name_or_path, base_kwargs, settings["reward_family"], settings["fixed_scale"], kwargs
+    )
+
+    # The adapter has to bring whatever its base has not
+    prefix = f"{base.head_name}."
+    scale_prefix = f"{prefix}scale."
+    brought_scale = {key for key in brought if key.startswith(scale_prefix)}
+    if stored is None and brought_scale and reward_family is None:
+        raise ValueError(
+            f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; pass "
+            "reward_family= if you know it"
+        )
+    fresh = {f"{name}." for name in base.newly_initialized}
+    required = {prefix} if prefix in fresh else set()
+    required |= fresh - {prefix, scale_prefix}
+    if stored is not None and stored["fixed_scale"] is None and scale_prefix in fresh:
+        required.add(scale_prefix)
+    for module in sorted(required):
+        if not any(key.startswith(module) and (module != prefix or key not in brought_scale) for key in brought):
+            raise ValueError(
+                f"{path}: the adapter lacks {module.rstrip('.')!r}, and its base model "
+                f"{peft_config.base_model_name_or_path} has none, so the reward would be random; it was lost when the "
+                "adapter was saved (train it with modules_to_save or task_type='SEQ_CLS')"
+            )
+    return PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
+
+
+def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
+    """Whether the files should hold a trained head (True), or only a language model to start from (False)."""
+    architecture = (config.architectures or ["Model"])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        if config.num_labels != 1:
+            raise ValueError(
+                f"{path}: {architecture} with num_labels={config.num_labels} is a classifier and not a reward model, "
+                "which has num_labels=1; start from the language model it was made of"
+            )
+        return True
+    if not architecture.endswith(BASE_MODEL_SUFFIXES) or not (
+        architecture == "Model" or hasattr(transformers, architecture) or getattr(config, "auto_map", None)
+    ):
+        raise ValueError(
+            f"{path}: config.architectures names {architecture}, whose trained head would be thrown away; a reward "
+            "model starts from a language model or from a ...ForSequenceClassification with num_labels=1"
+        )
+    return False
+
+
+def _stock_class(
+    config: PreTrainedConfig, path: str, trust_remote_code: bool, hub_kwargs: dict[str, Any]
+) -> type[PreTrainedModel]:
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and "AutoModelForSequenceClassification" in auto_map:
+        return get_class_from_dynamic_module(auto_map["AutoModelForSequenceClassification"], path, **hub_kwargs)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{path}: transformers has no sequence classifier for the architecture {config.model_type!r}, so it cannot "
+            "be a reward model; use a decoder-only language model such as Llama, Qwen, Mistral, Gemma or GPT-2, or an "
+            "encoder such as BERT"
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{path}: {config.model_type!r} is an encoder-decoder, which is not supported as a reward model; use a "
+            "decoder-only language model or an encoder"
+        )
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
+
+def _check_complete(
+    model: Any, missing: set[str], path: str, is_reward_model: bool, is_disco: bool, reward_family: str | None
+) -> None:
+    """Compare what the checkpoint did not bring with what it, being what it is, should have brought."""
+    head = model.get_submodule(model.head_name)
+    if not isinstance(head, DiscoHead) or head.weight.dtype != torch.float32:
+        raise ValueError(
+            f"{path}: the reward head {model.head_name!r} came out as {type(head).__name__} in {head.weight.dtype}; "
+            "leave it out of quantization"
+        )
+    scale_keys = {f"{model.head_name}.scale.{name}" for name in head.scale.state_dict()}
+    if is_reward_model and (lost := sorted(missing - scale_keys)):
+        raise ValueError(
+            f"{path}: config.json says {type(model).__name__}, a trained reward model, but its files lack "
+            f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}; rewards would be random. The head was probably "
+            "lost when it was saved: save it again, or start from the language model it was made of"
+        )
+    if is_disco and (lost := sorted(missing & scale_keys)):
+        raise ValueError(
+            f"{path}: config.json says that the scale was learned, but its files lack {', '.join(lost)}; to go on with "
+            "its location alone, remove 'disco' from config.json, which makes it a scalar reward model"
+        )
+    if not is_disco and scale_keys - missing and reward_family is None:
+        raise ValueError(
+            f"{path}: its files hold a scale, but config.json does not name the family ('disco' is missing there); "
+            "pass reward_family= if you know it"
+        )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

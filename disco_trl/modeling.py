@@ -1,0 +1,394 @@
+"""The model: a Hugging Face sequence classifier whose one-number head also says how wide the reward is.
+
+What changes in a stock classifier is its last `nn.Linear` alone. That layer becomes a :class:`DiscoHead`: the same layer
+with the same weight under the same name (the location row), plus a small submodule `scale`. Hence a saved checkpoint is
+a plain scalar reward model to any other tool, which ignores the keys under `scale`, and a live one answers
+`model(**inputs).logits` and `model.score(hidden_states)` with the location.
+
+Hugging Face pools differently in each architecture, and its own pooling is the only right one for a checkpoint that it
+must also load. So the model's `forward` lets the head put the raw scale beside the location as a second column while the
+stock `forward` runs, and splits what comes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .distributions import RewardDistribution, get_family
+
+
+# The last layer of the classifiers in transformers that end in a plain linear map. One that goes on after it (an
+# activation, a second projection) has another name and is refused, because two columns would not pass it unchanged.
+HEAD_LAYER_NAMES = ("score", "classifier", "out_proj")
+# log σ stays within this distance of the family's unit: σ never leaves the range in which log P is tested.
+MAX_LOG_SCALE = math.log(1e3)
+
+
+class ScaleHead(nn.Module):
+    """The scale of a reward from its hidden state: σ = u · exp(L tanh(raw / L)), raw = weight · h + bias.
+
+    u is the family's unit (`Family.unit_scale`) and L is :data:`MAX_LOG_SCALE`; near the unit log(σ / u) = raw. It
+    starts at zero, so that a new model gives every answer the scale u and takes no random numbers. With `fixed_scale`
+    there is no parameter and σ is that number.
+
+    It is not an `nn.Linear`, which quantizers and `all-linear` adapters would take for one of the backbone's.
+
+    Attributes:
+        mean_log_scale: scalar buffer, the running mean of log(σ / u) over the training rows (the gauge's reference).
+    """
+
+    def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
+        super().__init__()
+        self.unit_scale = unit_scale
+        self.fixed_scale = fixed_scale
+        if fixed_scale is None:
+            self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
+            self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+            self.register_buffer("mean_log_scale", torch.zeros((), dtype=torch.float32, device=device))
+
+    def init_weights(self) -> None:
+        """Zero everything that a checkpoint did not bring (Hugging Face's `init` skips what it did)."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            init.zeros_(tensor)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Raw scale `[..., 1]` of hidden states `[..., H]`; zeros with `fixed_scale`."""
+        if self.fixed_scale is not None:
+            return hidden_states.new_zeros((*hidden_states.shape[:-1], 1))
+        return F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype))
+
+    def to_scale(self, raw: Tensor) -> Tensor:
+        """σ > 0 from the raw scale, elementwise."""
+        if self.fixed_scale is not None:
+            return torch.full_like(raw, self.fixed_scale)
+        return self.unit_scale * torch.exp(MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE))
+
+    @torch.no_grad()
+    def track(self, log_scale: Tensor, memory: float = 512) -> None:
+        """Bring the running mean up to date with log(σ / u) of the rows of one step, of all processes.
+
+        The weight of a row decays with the number of rows since (e-fold in `memory` rows), not of steps, so that it
+        does not depend on the batch size.
+        """
+        share = -math.expm1(-log_scale.numel() / memory)
+        self.mean_log_scale.lerp_(log_scale.mean().to(self.mean_log_scale), share)
+
+
+class DiscoHead(nn.Linear):
+    """A classifier's last layer, which is the location row, with a :class:`ScaleHead` beside it.
+
+    It works in float32 whatever the backbone's dtype: rewards are compared by their differences, and bfloat16 keeps
+    three digits.
+    """
+
+    scale: ScaleHead
+    joint: bool = False  # the output has the raw scale as a second column: set only while the model's forward runs
+
+    @classmethod
+    def convert(cls, layer: nn.Linear, unit_scale: float, fixed_scale: float | None) -> DiscoHead:
+        """Make a head of this very layer: its parameters stay the same objects."""
+        layer.__class__ = cls
+        layer.to(torch.float32)
+        layer.scale = ScaleHead(layer.in_features, unit_scale, fixed_scale, layer.weight.device)
+        layer.scale.requires_grad_(layer.weight.requires_grad)
+        return layer
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., H]` to the location `[..., 1]`, or to location and raw scale `[..., 2]` while `joint`."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.to(torch.promote_types(self.weight.dtype, torch.float32))
+            bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
+            location = F.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
+            if not self.joint:
+                return location
+            return torch.cat([location, self.scale(hidden_states)], dim=-1)
+
+
+@dataclass
+class RewardModelOutput(ModelOutput):
+    """What a disco model returns: a stock classifier's fields and, last, the scale.
+
+    Attributes:
+        loss: mean squared error of the location, if `labels` were passed (as a stock one-label classifier does).
+        logits: Tensor `[B, 1]`, the location.
+        scale: Tensor `[B, 1]`, positive.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    scale: Tensor | None = None
+
+
+class DiscoRewardModel:
+    """A sequence classifier that gives each answer a reward distribution.
+
+    It is not built directly: :meth:`from_pretrained` returns an instance of the stock class for the checkpoint's
+    architecture (same name, same forward signature) that is also a `DiscoRewardModel`.
+
+    Example:
+        >>> from disco_trl import DiscoRewardModel
+        >>> from transformers import AutoTokenizer
+        >>> model = DiscoRewardModel.from_pretrained("my-reward-model")
+        >>> tokenizer = AutoTokenizer.from_pretrained("my-reward-model")
+        >>> reward = model.reward_distribution(**tokenizer(["Paris.", "Lyon."], padding=True, return_tensors="pt"))
+        >>> reward.location, reward.scale, reward.quantile(0.05)
+    """
+
+    head_name: str
+    newly_initialized: tuple[str, ...] = ()
+    """Names of the modules that the checkpoint did not bring (the head of a base model, an encoder's pooler): they have
+    to be trained and saved whole, or the reward is random."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self._convert_heads(resolve_settings(getattr(config, "disco", None)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        reward_family: str | None = None,
+        fixed_scale: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a reward model, or start one.
+
+        Args:
+            pretrained_model_name_or_path: a Hub id or directory of a disco checkpoint; of a scalar reward model (its
+                head becomes the location row); of a base language model (the head starts fresh); or of a PEFT adapter
+                (its base is found from its config).
+            reward_family: `"normal"`, `"cauchy"` or `"logistic"`; by default the checkpoint's, or `"normal"`.
+            fixed_scale: give every reward this scale instead of learning one; by default the checkpoint's setting.
+            **kwargs: as for `AutoModelForSequenceClassification.from_pretrained` (dtype, device_map,
+                quantization_config, revision, ...). For an adapter, `is_trainable=True` goes on training it.
+
+        Returns:
+            The model, or for an adapter a `PeftModel` around it.
+
+        Raises:
+            ValueError: if the architecture has no scalar head to build on, if a reward model's head or scale is missing
+                from its files, or if `reward_family` or `fixed_scale` contradict the checkpoint.
+        """
+        if cls is not DiscoRewardModel:  # called on a concrete class: what Hugging Face does
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        from .loading import load_reward_model
+
+        path = os.fspath(pretrained_model_name_or_path)
+        return load_reward_model(path, reward_family=reward_family, fixed_scale=fixed_scale, **kwargs)
+
+    def reward_distribution(self, **inputs: Any) -> RewardDistribution:
+        """The distribution of the reward of each row of a batch, from what the model's `forward` takes.
+
+        Returns:
+            :class:`RewardDistribution` with location and scale of shape `[B]`, in float32.
+        """
+        output = self(**inputs)
+        return RewardDistribution(output.logits.squeeze(-1), output.scale.squeeze(-1), self.config.disco["reward_family"])
+
+    @property
+    def scale_head(self) -> ScaleHead:
+        """The scale head in use: that of the active adapter, if there is one."""
+        # PEFT's wrapper of a trained module hands attributes on to the active copy.
+        return functools.reduce(getattr, [*self.head_name.split("."), "scale"], self)
+
+    def named_reward_heads(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Name and module of the head and of the copies that PEFT keeps of it."""
+        for name, module in self.named_modules():
+            stock_name = re.sub(r"\.(original_module|modules_to_save\.[^.]+)", "", name)
+            if stock_name == self.head_name and isinstance(module, nn.Linear):
+                yield name, module
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ScaleHead):
+            module.init_weights()
+        else:
+            super()._init_weights(module)
+
+    def _convert_heads(self, settings: dict[str, Any]) -> None:
+        unit_scale = get_family(settings["reward_family"]).unit_scale
+        for _, layer in self.named_reward_heads():
+            DiscoHead.convert(layer, unit_scale, settings["fixed_scale"])
+        self.config.disco = settings
+        ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
+        self.config.keys_to_ignore_at_inference = [*(key for key in ignored if key != "scale"), "scale"]
+
+    @contextlib.contextmanager
+    def _joint_heads(self) -> Iterator[None]:
+        # A plain attribute and not a context variable, which torch.compile cannot trace (torch 2.13).
+        heads = [head for _, head in self.named_reward_heads()]
+        for head in heads:
+            head.joint = True
+        try:
+            yield
+        finally:
+            for head in heads:
+                head.joint = False
+
+
+def _joint_forward(stock: type[PreTrainedModel]) -> Any:
+    @functools.wraps(stock.forward)
+    def forward(
+        self: Any, *args: Any, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
+    ) -> RewardModelOutput | tuple[Tensor, ...]:
+        with self._joint_heads():
+            output = stock.forward(self, *args, return_dict=True, **kwargs)
+        location, raw_scale = output.logits.split(1, dim=-1)
+        loss = None if labels is None else F.mse_loss(location.squeeze(-1), labels.to(location).reshape(-1))
+        result = RewardModelOutput(
+            loss=loss,
+            logits=location,
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            scale=self.scale_head.to_scale(raw_scale),
+        )
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return result if return_dict else result.to_tuple()
+
+    return forward
+
+
+def resolve_settings(
+    stored: dict[str, Any] | None, reward_family: str | None = None, fixed_scale: float | None = None, where: str = ""
+) -> dict[str, Any]:
+    """Family and fixed scale, from what a checkpoint says and what was asked for.
+
+    Args:
+        stored: `config.disco` of a disco checkpoint, or `None` for any other model.
+        reward_family, fixed_scale: what was asked for; `None` leaves it to the checkpoint.
+        where: path of the checkpoint, for the message.
+
+    Raises:
+        ValueError: if what was asked for contradicts the checkpoint, or the family is unknown.
+    """
+    asked = {"reward_family": reward_family, "fixed_scale": fixed_scale}
+    if stored is None:
+        settings = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
+    else:
+        settings = {name: stored[name] for name in asked}
+        for name, value in asked.items():
+            if value is not None and value != settings[name]:
+                raise ValueError(
+                    f"{where}: {name}={value!r} contradicts the checkpoint, which was trained with "
+                    f"{name}={settings[name]!r}; leave {name} out to use the checkpoint as it is"
+                )
+    get_family(settings["reward_family"])
+    return settings
+
+
+_CLASSES: dict[type[PreTrainedModel], type] = {}
+
+
+def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type:
+    """The stock class with a disco head, made once for each architecture.
+
+    It keeps the stock class's name and module: the name is what `save_pretrained` writes into `config.architectures`,
+    and transformers reads the module's source to learn what its attention supports.
+    """
+    if stock not in _CLASSES:
+        head_name = _find_head(stock, config)
+        _CLASSES[stock] = type(
+            stock.__name__,
+            (DiscoRewardModel, stock),
+            {
+                "__module__": stock.__module__,
+                "__doc__": DiscoRewardModel.__doc__,
+                "head_name": head_name,
+                "forward": _joint_forward(stock),
+                "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), head_name},
+                # Nothing may be missing in silence; TRL (1.12 to 1.16) lets `score.weight` be while it loads.
+                "_keys_to_ignore_on_load_missing": None,
+            },
+        )
+    return _CLASSES[stock]
+
+
+def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """Name of the linear layer that gives the one logit, from an instance without memory."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = stock(copy.deepcopy(config))
+    backbone = getattr(model, model.base_model_prefix, None)
+    inside = set(backbone.modules()) if backbone is not None and backbone is not model else set()
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == 1 and module not in inside
+    ]
+    if len(heads) != 1 or heads[0].rpartition(".")[2] not in HEAD_LAYER_NAMES:
+        raise ValueError(
+            f"{stock.__name__} cannot carry a reward distribution: it has no single last linear layer named "
+            f"{' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'}). Use a decoder-only language model, or an "
+            "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
+        )
+    return heads[0]
+
+
+def upgrade(model: Any, reward_family: str | None = None, fixed_scale: float | None = None) -> DiscoRewardModel:
+    """Turn a stock sequence classifier into a disco model, in place.
+
+    Args:
+        model: a stock classifier with one label, a `PeftModel` around one (whose head is trained), or either with a
+            disco model inside, whose settings are then checked.
+        reward_family, fixed_scale: as for :meth:`DiscoRewardModel.from_pretrained`.
+
+    Returns:
+        The disco model itself, which for a `PeftModel` is the one inside.
+
+    Raises:
+        ValueError: if the model has other than one label, no scalar head, a head that is quantized or that the adapter
+            would lose, or if the settings contradict it.
+    """
+    inner = model.get_base_model() if is_peft_model(model) else model
+    name = type(inner).__name__
+    is_disco = isinstance(inner, DiscoRewardModel)
+    stored = inner.config.disco if is_disco else None
+    settings = resolve_settings(stored, reward_family, fixed_scale, where=inner.config._name_or_path or name)
+    if not is_disco:
+        if inner.config.num_labels != 1:
+            raise ValueError(
+                f"{name} has num_labels={inner.config.num_labels}, but a reward model has one output; load it with "
+                "num_labels=1, or pass its name or path instead"
+            )
+        if hasattr(inner, "_old_forward"):
+            # accelerate has bound the stock forward to the instance, so a new class would have no say.
+            raise ValueError(
+                f"this {name} is spread over several devices, and cannot be upgraded in place; pass its name or path, "
+                "or load it with DiscoRewardModel.from_pretrained(..., device_map=...)"
+            )
+        inner.__class__ = disco_class(type(inner), inner.config)
+        layers = [type(layer).__name__ for _, layer in inner.named_reward_heads() if type(layer) is not nn.Linear]
+        if layers:
+            raise ValueError(
+                f"the head {inner.head_name!r} of this {name} is a {layers[0]}; a reward head must stay whole and in "
+                "full precision: list it in llm_int8_skip_modules when quantizing and in modules_to_save for PEFT, or "
+                "pass the name or path of the model instead"
+            )
+        inner._convert_heads(settings)
+    if is_peft_model(model) and not any(head.weight.requires_grad for _, head in inner.named_reward_heads()):
+        raise ValueError(
+            f"the adapter of this PeftModel neither trains nor saves the reward head, so the reward would be lost with "
+            f"it; make it with task_type='SEQ_CLS', or modules_to_save=[{inner.head_name.split('.')[0]!r}] (and "
+            "is_trainable=True when loading it to go on training)"
+        )
+    return inner

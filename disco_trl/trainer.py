@@ -1,0 +1,368 @@
+"""The trainer: TRL's `RewardTrainer` with a distribution where it has a number.
+
+TRL keeps doing what it does: it loads tokenizers, wraps adapters, prepares datasets, pools, logs, evaluates and saves.
+This class lends it a model with a scale, replaces the loss by the exact -log P(chosen ≻ rejected), adds the term that
+fixes the unit of reward, and checks what goes in.
+"""
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from trl import RewardTrainer
+from trl.trainer import reward_trainer as trl_reward_trainer
+from trl.trainer.utils import get_config_model_id
+
+from .config import DiscoRewardConfig
+from .data import ROW_COLUMN, DataCollatorForDiscoPreference, check_preferences, drop_uninformative_pairs
+from .distributions import get_family
+from .loading import ADAPTER_SETTINGS_FILE
+from .modeling import DiscoRewardModel, upgrade
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+class DiscoRewardTrainer(RewardTrainer):
+    """
+    Trainer for distributional reward models.
+
+    It takes the arguments of [`~trl.RewardTrainer`], with the same meaning, and trains a reward with a location and a
+    scale for each answer by minimizing -log P(chosen ≻ rejected), the exact probability that one random reward exceeds
+    the other (Thurstone, 1927, with a learned scale for every answer; for its use in reward models see Distributional
+    Preference Learning, arXiv 2312.08358, and PURM, arXiv 2503.22480). With a `margin` m in the data, the loss is
+    -log F((Δ - m) / s); the metrics leave m out.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from disco_trl import DiscoRewardTrainer
+
+    trainer = DiscoRewardTrainer(
+        model="Qwen/Qwen3-0.6B",
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A Hub id or directory (of a base language model, a scalar reward model, a disco checkpoint or a PEFT
+            adapter), or a sequence classifier with one label, or a `PeftModel` around one. Instances are upgraded in
+            place: they keep their weights and gain a scale.
+        args ([`DiscoRewardConfig`], *optional*):
+            Configuration for this trainer.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            As in TRL, but the reward head is trained, kept in float32 and saved with the adapter whatever it says: the
+            task type and `modules_to_save` need not be set. The object passed is not changed.
+        data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
+        optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config:
+            As for [`~trl.RewardTrainer`].
+
+    Raises:
+        ValueError: if a row of the data cannot be used (it names row, column and mend), if the model cannot carry a
+            reward distribution, or if its checkpoint contradicts `args`.
+        FloatingPointError: in training, when a loss or a gradient is not finite; it names the rows of the batch.
+    """
+
+    _tag_names = ["trl", "reward-trainer", "disco-trl"]
+    _name = "Disco Reward"
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: DiscoRewardConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+    ):
+        # Args
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = DiscoRewardConfig(f"{name.split('/')[-1]}-Reward")
+        elif not isinstance(args, DiscoRewardConfig):
+            raise TypeError(f"args must be a DiscoRewardConfig, got {type(args).__name__}; change the class name")
+
+        # Model and PEFT. TRL builds a string model between seeding and wrapping it, with its own rules for dtype,
+        # devices and revision, so that is where ours has to come in.
+        peft_config = copy.deepcopy(peft_config)
+        head_weights: dict[str, dict[str, torch.Tensor]] = {}
+
+        def adopt(model: Any) -> None:
+            reward_model = upgrade(model, args.reward_family, args.fixed_scale)
+            if peft_config is not None:
+                _save_reward_head(peft_config, reward_model)
+            for name, head in reward_model.named_reward_heads():
+                head_weights[name] = {key: value.clone() for key, value in head.state_dict().items()}
+
+        if not isinstance(model, str):
+            adopt(model)
+        with _lend_model_class(args, adopt):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        self._reward_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._family = get_family(self._reward_model.config.disco["reward_family"])
+
+        # TRL (1.12 to 1.16) casts every trainable parameter of a quantized model to bfloat16, the head included. Its
+        # float32 values are put back, not the rounded ones cast up.
+        (any_weights, *_) = head_weights.values()
+        for name, head in self._reward_model.named_reward_heads():
+            if head.weight.dtype != torch.float32:
+                head.to(torch.float32)
+                head.load_state_dict(head_weights.get(name, any_weights))
+
+        # Data collator: TRL's, which also carries the row numbers that an error message needs
+        if data_collator is None:
+            self.data_collator = DataCollatorForDiscoPreference(
+                pad_token_id=self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of
+            )
+
+        # Guard against losses and gradients that are not finite
+        self._recent_rows: list[int] = []  # of the batches since the last optimizer step
+        self.add_callback(_FiniteGradientGuard(self))
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: DiscoRewardConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return drop_uninformative_pairs(dataset, dataset_name, max_length=args.max_length)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if ROW_COLUMN not in self._signature_columns:
+            self._signature_columns.append(ROW_COLUMN)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        rows = inputs.pop(ROW_COLUMN, None)
+
+        # TRL's method runs the model and logs its metrics of the rewards, which are the locations here. Its loss is
+        # of no use: it is a sum whose Bradley–Terry term cannot be taken out again.
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        location_chosen, location_rejected = outputs.logits.squeeze(-1).chunk(2)
+        scale_chosen, scale_rejected = outputs.scale.squeeze(-1).chunk(2)
+
+        log_prob = self._family.log_prob_greater(location_chosen, scale_chosen, location_rejected, scale_rejected)
+        if "margin" in inputs:
+            loss = -self._family.log_prob_greater(
+                location_chosen - inputs["margin"], scale_chosen, location_rejected, scale_rejected
+            ).mean()
+        else:
+            loss = -log_prob.mean()
+        if self.args.center_rewards_coefficient is not None:
+            center = torch.mean((location_chosen + location_rejected) ** 2)
+            loss = loss + self.args.center_rewards_coefficient * center
+        loss = loss + self.args.scale_gauge_coefficient * self._scale_gauge(outputs.scale, mode)
+
+        with torch.no_grad():
+            log_prob = self.accelerator.gather_for_metrics(log_prob)
+            scale = self.accelerator.gather_for_metrics(outputs.scale)
+            for name, value in (
+                ("nll", -log_prob.mean()),
+                ("prob_chosen", log_prob.exp().mean()),
+                ("scale_mean", scale.mean()),
+                ("scale_min", scale.min()),
+                ("scale_max", scale.max()),
+            ):
+                self._metrics[mode][name].append(value.item())
+
+        if mode == "train":
+            self._recent_rows += [] if rows is None else rows.tolist()
+            if not torch.isfinite(loss):
+                raise self._not_finite(f"the loss is {loss.item()}")
+        return (loss, outputs) if return_outputs else loss
+
+    def _scale_gauge(self, scale: torch.Tensor, mode: str) -> torch.Tensor:
+        """The gauge of the scales (`scale_gauge_coefficient` in [`DiscoRewardConfig`]), before its coefficient.
+
+        The squared population mean of the log scale is wanted, and a batch has only a noisy mean x̄: its square would
+        punish the spread within the batch, the more the smaller the batch. x̄² - (x̄ - m)² = 2mx̄ - m², with m the
+        running mean over earlier rows, has the wanted value and gradient in expectation and none of that.
+
+        Args:
+            scale: Tensor `[2B, 1]`.
+            mode: in `"train"` the rows then enter the running mean.
+
+        Returns:
+            Scalar tensor; exactly 0 when the scale is fixed.
+        """
+        head = self._reward_model.scale_head
+        if head.fixed_scale is not None:
+            return scale.new_zeros(())
+        log_scale = torch.log(scale / head.unit_scale)
+        running_mean = head.mean_log_scale.clone()  # a copy: the buffer changes before the backward pass
+        gauge = 2 * running_mean * log_scale.mean() - running_mean**2
+        if mode == "train":
+            head.track(self.accelerator.gather(log_scale.detach()))
+        return gauge
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        rows = ", ".join(map(str, self._recent_rows)) or "unknown (a data collator of your own carries no row_index)"
+        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        return FloatingPointError(
+            f"step {self.state.global_step + 1}: {what}, so training stops before the weights are touched. Rows of the "
+            f"training dataset in this step: {rows}. Last good checkpoint: {checkpoint or 'none saved yet'}. Look at "
+            "these rows, then lower learning_rate or max_grad_norm, or train in bf16 instead of fp16."
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # The config of the model says family and fixed scale; an adapter's directory has no such config.
+        if self.args.should_save and is_peft_model(self.model):
+            path = Path(output_dir or self.args.output_dir) / ADAPTER_SETTINGS_FILE
+            path.write_text(json.dumps(self._reward_model.config.disco, indent=2) + "\n", encoding="utf-8")
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ):
+        """
+        Writes a model card that says what the rewards are and how to load them.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the dataset used for training.
+            tags (`str` or `list[str]`, *optional*):
+                Tags to be associated with the model card.
+        """
+        if not self.is_world_process_zero():
+            return
+        base_model = get_config_model_id(self.model.config)
+        if Path(base_model).is_dir():
+            base_model = None  # a local path says nothing to others
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        metrics = {key: value for key, value in (evaluations[-1] if evaluations else {}).items() if key != "epoch"}
+        card_data = ModelCardData(
+            base_model=base_model,
+            datasets=dataset_name,
+            library_name="peft" if is_peft_model(self.model) else "transformers",
+            model_name=model_name,
+            tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
+        )
+        card = ModelCard.from_template(
+            card_data,
+            template_path=str(Path(__file__).with_name("model_card.md")),
+            model_name=model_name,
+            base_model=base_model,
+            hub_model_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            family=self._family.name,
+            fixed_scale=self._reward_model.config.disco["fixed_scale"],
+            is_adapter=is_peft_model(self.model),
+            metrics=metrics,
+            versions={name: version(name) for name in ("disco-trl", "trl", "transformers", "torch", "datasets")},
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
+
+
+@contextlib.contextmanager
+def _lend_model_class(args: DiscoRewardConfig, adopt: Callable[[Any], None]) -> Iterator[None]:
+    """While TRL builds a model from a string, the class it asks is ours.
+
+    TRL (1.12 to 1.16) hands `AutoModelForSequenceClassification`, a global of its module, to a function that only calls
+    `from_pretrained` on it; there is no argument to name another class.
+    """
+
+    class ModelClass:
+        @staticmethod
+        def from_pretrained(path: str, **kwargs: Any) -> Any:
+            model = DiscoRewardModel.from_pretrained(
+                path, reward_family=args.reward_family, fixed_scale=args.fixed_scale, is_trainable=True, **kwargs
+            )
+            adopt(model)
+            return model
+
+    original = trl_reward_trainer.AutoModelForSequenceClassification
+    trl_reward_trainer.AutoModelForSequenceClassification = ModelClass
+    try:
+        yield
+    finally:
+        trl_reward_trainer.AutoModelForSequenceClassification = original
+
+
+def _save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
+    """Have PEFT train and save the reward head, and whatever else the checkpoint of the base did not bring."""
+    # With any other task type PEFT expects a model that generates, and all-linear takes the head for a target.
+    peft_config.task_type = "SEQ_CLS"
+    if not hasattr(peft_config, "modules_to_save"):  # prompt learning: the task type alone saves the head
+        return
+    modules = list(peft_config.modules_to_save or [])
+    for name in (model.head_name, *model.newly_initialized):
+        # A head inside a block (RoBERTa's classifier.out_proj) is saved with the whole block. PEFT itself adds the
+        # modules called score and classifier.
+        module = name.split(".")[0] if name.startswith(model.head_name.split(".")[0]) else name
+        if module not in ("score", "classifier", *modules):
+            modules.append(module)
+    peft_config.modules_to_save = modules or None
+
+
+class _FiniteGradientGuard(TrainerCallback):
+    """Stops before an optimizer step whose gradients are not finite."""
+
+    def __init__(self, trainer: DiscoRewardTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        trainer = self.trainer
+        # In fp16 the scaler skips a step that overflows and lowers its factor: ordinary, and its own business.
+        if trainer.accelerator.scaler is None:
+            gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+            # Clipping has spread a NaN to every gradient, and an infinite norm has made NaNs of infinite elements: one
+            # norm over all of them tells, at the cost of reading them once.
+            if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+                raise trainer._not_finite("a gradient is not finite")
+        trainer._recent_rows.clear()
