@@ -1,0 +1,45 @@
+"""Train reward models that give a distribution in place of a number, with TRL's own tools.
+
+The public names load on first use, so that `import disco_trl` costs nothing: torch and transformers come in only with
+the name that needs them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DiscoRewardConfig",
+    "DiscoRewardModel",
+    "DiscoRewardTrainer",
+    "RewardDistribution",
+    "get_family",
+]
+
+_MODULE_OF = {
+    "DiscoRewardConfig": "config",
+    "DiscoRewardModel": "modeling",
+    "DiscoRewardTrainer": "trainer",
+    "RewardDistribution": "distributions",
+    "get_family": "distributions",
+}
+
+if TYPE_CHECKING:
+    from .config import DiscoRewardConfig
+    from .distributions import RewardDistribution, get_family
+    from .modeling import DiscoRewardModel
+    from .trainer import DiscoRewardTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # the next access is a plain one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,228 @@
+"""From a command line to a saved model: what `scripts/disco_reward.py` and `disco-trl train` run.
+
+Arguments, YAML configs and defaults are those of TRL's own reward script, plus the fields of `DiscoRewardConfig`. Two
+things are added: `--dataset_name` may be a local file, and a misspelt argument is an error wherever it stands.
+"""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from .config import DiscoRewardConfig
+
+_BUILDER_OF_SUFFIX = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+}
+
+
+def make_parser(prog: str | None = None) -> "TrlParser":
+    """TRL's parser over the four groups of arguments, in the order that `train` takes them."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from .config import DiscoRewardConfig
+
+    argument_groups: Any = (ScriptArguments, DiscoRewardConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(argument_groups, prog=prog)
+
+
+def refuse_unknown_arguments(parser: "TrlParser", remaining: Iterable[str]) -> None:
+    """
+    Exit with a message if an argument that the parser left over is not one of `accelerate launch` either.
+
+    Left alone, a key misspelt in a YAML file would be ignored and its default trained with.
+    """
+    from accelerate.commands.launch import launch_command_parser
+
+    launcher_options = {*launch_command_parser()._option_string_actions, "--accelerate_config"}
+    for argument in remaining:
+        option = argument.split("=")[0]
+        if option.startswith("--") and option not in launcher_options:
+            near = difflib.get_close_matches(option, [*parser._option_string_actions, *launcher_options], n=1)
+            mend = f"did you mean {near[0]}?" if near else "see --help for the arguments there are."
+            sys.exit(f"{parser.prog}: unknown argument {option} (in a config file: {option[2:]}); {mend}")
+
+
+def load_preferences(name: str, config: str | None = None, streaming: bool = False) -> Any:
+    """
+    Load a Hub dataset, a local folder or a local file, with all its splits.
+
+    Args:
+        name (`str`):
+            What follows `--dataset_name`. A path that ends in `.json`, `.jsonl` (either also gzipped), `.parquet` or
+            `.csv` is read as such a file and gets the one split `train`. In a folder, `train.jsonl` and `test.jsonl`
+            become the splits `train` and `test`.
+        config (`str`, *optional*):
+            Name of the dataset's configuration.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read rows as they are needed.
+
+    Returns:
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist.
+        ValueError: a local file of a kind that is not read.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    is_url = "://" in name
+    # Of two suffixes that fit (`.jsonl.gz` and, in principle, `.gz`) only the whole one is in the table.
+    suffix = next((suffix for suffix in _BUILDER_OF_SUFFIX if name.lower().endswith(suffix)), None)
+    if not is_url and not path.exists() and (suffix is not None or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"--dataset_name {name}: there is no such file or folder (looked in {Path.cwd()}).")
+    if suffix is not None and not path.is_dir():
+        return load_dataset(_BUILDER_OF_SUFFIX[suffix], name=config, data_files=name, streaming=streaming)
+    if path.is_file():
+        raise ValueError(
+            f"--dataset_name {name}: cannot tell what kind of file this is; its name should end in one of "
+            f"{', '.join(_BUILDER_OF_SUFFIX)}."
+        )
+    return load_dataset(name, name=config, streaming=streaming)
+
+
+def choose_split(dataset: Any, split: str, argument: str) -> Any:
+    """
+    `dataset[split]`, or an error that lists the splits there are and how to make this one.
+
+    Args:
+        dataset (`datasets.DatasetDict` or `datasets.IterableDatasetDict`):
+            What was loaded.
+        split (`str`):
+            Name of the wanted split.
+        argument (`str`):
+            The argument that named it, for the message.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split not in dataset:
+        mends = [
+            f"pass {argument} with one of these names",
+            f"put the data in a folder as train.jsonl and {split}.jsonl and pass the folder",
+        ]
+        if argument == "--dataset_test_split":
+            mends += ["set test_split_size if you mix `datasets`", "train without evaluation (--eval_strategy no)"]
+        raise ValueError(
+            f"{argument}: the dataset has no split {split!r}; it has {', '.join(map(repr, dataset))}. "
+            f"Either {', or '.join(mends)}."
+        )
+    return dataset[split]
+
+
+def train(
+    script_args: "ScriptArguments",
+    training_args: "DiscoRewardConfig",
+    model_args: "ModelConfig",
+    dataset_args: "DatasetMixtureConfig",
+) -> None:
+    """Load the data, train, save to `training_args.output_dir` and, if asked, push to the Hub."""
+    import transformers
+    from accelerate.logging import get_logger
+    from packaging.version import Version
+    from trl import get_dataset, get_peft_config, get_quantization_config
+
+    from .trainer import DiscoRewardTrainer
+
+    logger = get_logger(__name__)
+
+    # Model
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: name a model on the Hub or a local folder.")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "--load_in_4bit and --load_in_8bit need bitsandbytes: pip install 'disco-trl[quantization]'."
+        )
+    # What the user wrote in `model_init_kwargs` goes before the general arguments, as in TRL's script of today; the one
+    # in TRL 1.12 threw it away.
+    own_kwargs: Any = training_args.model_init_kwargs or {}
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **own_kwargs,
+    }
+
+    # Data
+    if dataset_args.datasets:
+        if script_args.dataset_name:
+            logger.warning(
+                f"Both `datasets` and `dataset_name` are given; {script_args.dataset_name!r} is left out and the "
+                "mixture in `datasets` is trained on."
+            )
+        dataset = get_dataset(dataset_args)
+    elif script_args.dataset_name:
+        dataset = load_preferences(
+            script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    else:
+        raise ValueError("There is no data to train on: pass --dataset_name, or `datasets` in a config file.")
+    train_dataset = choose_split(dataset, script_args.dataset_train_split, "--dataset_train_split")
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = choose_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
+
+    # Training
+    trainer = DiscoRewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    # Hand-over. The model card is written last, as PEFT leaves one of its own where it saves. A local path would mean
+    # nothing to the card's readers.
+    dataset_name = script_args.dataset_name
+    if dataset_name is not None and Path(dataset_name).exists():
+        dataset_name = None
+    output_dir = str(training_args.output_dir)
+    trainer.save_model(output_dir)
+    trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=dataset_name)
+    trainer.accelerator.print(f"The reward model is in {output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"It is on the Hub as {trainer.hub_model_id}.")
+
+    # Closes the trackers and the process group; older Trainers have no such method and leave both to the exit.
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
+
+
+def main() -> None:
+    """Train as `sys.argv` says."""
+    parser = make_parser()
+    *arguments, launcher_keys, remaining = parser.parse_args_and_config(
+        return_remaining_strings=True, separate_remaining_strings=True
+    )
+    # A config file may also hold what `accelerate launch` takes: by now the launcher has read that. On this command
+    # line such an argument comes too late.
+    refuse_unknown_arguments(parser, launcher_keys + remaining)
+    if remaining and not remaining[0].startswith("--"):
+        sys.exit(f"{parser.prog}: {remaining[0]!r} belongs to no argument.")
+    if remaining:
+        sys.exit(
+            f"{parser.prog}: {' '.join(remaining)} came too late: it belongs to the launcher, before the script's "
+            f"name (accelerate launch {' '.join(remaining)} {parser.prog} ...), or to `disco-trl train`."
+        )
+    train(*arguments)
+
+
+if __name__ == "__main__":
+    main()

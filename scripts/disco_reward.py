@@ -1,0 +1,35 @@
+"""Train a reward model with an error bar, from preference pairs. Takes the arguments of `trl reward`.
+
+One GPU:
+
+    python scripts/disco_reward.py \\
+        --model_name_or_path Qwen/Qwen3-0.6B \\
+        --dataset_name trl-lib/ultrafeedback_binarized \\
+        --reward_family normal \\
+        --eval_strategy steps --eval_steps 50 \\
+        --output_dir outputs/Qwen3-0.6B-disco
+
+Eight GPUs (`--config_file` takes an accelerate config for FSDP or DeepSpeed):
+
+    accelerate launch --num_processes 8 scripts/disco_reward.py ...
+
+QLoRA: the base model in 4 bits, the adapter and the reward head in full precision. Add
+
+    --use_peft --load_in_4bit --lora_r 32 --lora_target_modules all-linear --learning_rate 1e-4
+
+CPU, on your own pairs: `data/` holds train.jsonl and test.jsonl, each line {"chosen": ..., "rejected": ...}. bfloat16
+is quick on CPUs that have it and slow on others (`--bf16 False`).
+
+    python scripts/disco_reward.py \\
+        --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name data/ \\
+        --use_peft --gradient_checkpointing False --use_cpu --output_dir outputs/disco
+
+All of it may stand in a YAML file: `--config reward.yaml`. The installed command `disco-trl train ...` does the same
+and starts `accelerate launch` by itself.
+"""
+
+from disco_trl.train import main
+
+
+if __name__ == "__main__":
+    main()

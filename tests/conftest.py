@@ -1,0 +1,114 @@
+"""Shared fixtures: a tokenizer and a Llama small enough to train in a test, both built in code, with no network.
+
+The tokenizer is a byte-level BPE: any text becomes tokens, none of them unknown. Its chat template is ChatML with
+tools. The models are random, with a fixed seed.
+"""
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Set before any test module imports torch or a Hugging Face library, which read these once. The private HF_HOME keeps
+# the tests from seeing the user's own caches, tokens and `accelerate config`, and from filling them.
+_hf_home = tempfile.TemporaryDirectory(prefix="disco-trl-tests-")
+os.environ.update(
+    HF_HOME=_hf_home.name,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+# Tiny matrices lose more to thread hand-over than they gain; subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+CORPUS = [
+    "The capital of France is Paris, and the answer to the question is short.",
+    "A user asks for help; the assistant writes a careful reply.",
+    "Some people like this film a lot, other people do not like it at all.",
+    "What is the best way to learn the piano? Practise a little every day.",
+]
+
+CHAT_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+{%- for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] or '' }}
+{%- for call in message['tool_calls'] or [] %}{{ '\\n' + (call['function'] | tojson) }}{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def build_tokenizer() -> "PreTrainedTokenizerFast":
+    """A byte-level BPE of about 400 tokens, with `<|pad|>` for padding and `<|im_end|>` for end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def _session_tokenizer() -> "PreTrainedTokenizerFast":
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_tokenizer(_session_tokenizer) -> "PreTrainedTokenizerFast":
+    """The tests' tokenizer; each test gets its own copy, because trainers change theirs."""
+    return copy.deepcopy(_session_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory, _session_tokenizer) -> str:
+    """A directory with a random Llama causal LM (2 layers, width 16) and the tests' tokenizer. Read-only by custom."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path: Path = tmp_path_factory.mktemp("tiny-llama")
+    # The seed is local: a fixture that reseeds the process would hide an unseeded test.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(_session_tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+                bos_token_id=None,
+                eos_token_id=_session_tokenizer.eos_token_id,
+                pad_token_id=_session_tokenizer.pad_token_id,
+            )
+        )
+    model.save_pretrained(path)
+    _session_tokenizer.save_pretrained(path)
+    return str(path)
