@@ -1,0 +1,498 @@
+"""
+The road from the user's columns to a batch, around TRL's own tokenization.
+
+`check_preferences` runs before TRL touches a dataset: it numbers the rows and turns whatever would crash, or worse
+not crash, inside a chat template or a loss into an error that names the row, the column and the mend.
+`drop_uninformative_pairs` runs after TRL's tokenization and length filter. `DataCollatorForDiscoPreference` carries
+the row numbers into the batch, so that the trainer can name the rows of a batch that goes wrong.
+"""
+
+import difflib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Features, IterableDataset, Value
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+
+# Not accelerate's logger: it raises in a spawned dataloader worker, where no accelerate state exists, and streaming
+# datasets are filtered there.
+logger = logging.getLogger(__name__)
+
+ROW_COLUMN = "row_index"
+
+TOKENIZED_PAIR = ("chosen_ids", "rejected_ids")
+LEGACY_TOKENIZED_PAIR = ("chosen_input_ids", "rejected_input_ids")
+TEXT_PAIR = ("chosen", "rejected")
+
+# Columns that TRL reads: never taken for a misspelling of another one.
+KNOWN_COLUMNS = {
+    *(*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR),
+    *(*TEXT_PAIR, "prompt", "completion", "messages", "margin", "tools", "chat_template_kwargs"),
+}
+
+# What other tools and well-known datasets call TRL's columns, most telling first.
+SYNONYMS = {
+    "chosen": (
+        *("accepted", "preferred", "response_chosen", "chosen_response", "response_j", "winner", "preferred_response"),
+        *("better", "better_response", "positive", "y_w"),
+    ),
+    "rejected": (
+        *("response_rejected", "rejected_response", "response_k", "loser", "dispreferred", "non_preferred"),
+        *("declined", "worse", "worse_response", "negative", "y_l"),
+    ),
+    "prompt": ("prompts", "question", "instruction", "query", "input", "user_prompt"),
+}
+
+ROLES_AT_THE_FRONT = ("system", "developer")
+
+
+class Problem(NamedTuple):
+    """What is wrong with a row: where, what, and how to mend it."""
+
+    column: str
+    wrong: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a dataset writes its pairs: the columns of the two sides, and what stands in them."""
+
+    pair: tuple[str, str]
+    kind: str  # "tokenized", "standard" or "conversational"
+
+
+def check_preferences(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    dataset_name: str,
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Check every row of a preference dataset and number the rows.
+
+    A `Dataset` is checked at once, by every process of a distributed run, so that all of them stop. An
+    `IterableDataset` is checked row by row as it is read; only its columns, and the tokenizer's chat template, are
+    checked at once.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Preference dataset of any type that TRL's `RewardTrainer` takes: standard or conversational, implicit or
+            explicit prompt, or tokenized (`chosen_ids` and `rejected_ids`).
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that will render the conversations.
+        dataset_name (`str`):
+            Name used in errors and progress bars, such as `"train"`.
+        num_proc (`int`, *optional*):
+            Number of processes that check a `Dataset`.
+
+    Returns:
+        The dataset with its columns untouched and one more, `row_index`: the row's position, from 0, in the dataset
+        given. In a stream it is the position in what one dataloader worker reads. A dataset that this function and
+        the tokenization have already been through is returned as it is.
+
+    Raises:
+        `ValueError`: the first thing wrong, with dataset, row, column and mend.
+    """
+    first_row = next(iter(dataset.with_format(None)), None)
+    if first_row is None:
+        raise ValueError(f"{dataset_name} dataset: it is empty; check its path, split and filters")
+    if {ROW_COLUMN, *TOKENIZED_PAIR} <= first_row.keys():
+        return dataset
+    layout = _find_layout(first_row, dataset_name)
+    # TRL hands a row's chat_template_kwargs to the tokenizer, and a template may be among them.
+    kwargs = first_row.get("chat_template_kwargs")
+    template = processing_class.chat_template or (isinstance(kwargs, dict) and kwargs.get("chat_template"))
+    if layout.kind == "conversational" and not template:
+        raise ValueError(
+            f"{dataset_name} dataset, column 'chosen': conversations, but the tokenizer has no chat template for "
+            "them; pass chat_template_path=... in the trainer's config (a chat model's name or path, or a .jinja "
+            "file), or set processing_class.chat_template"
+        )
+    if layout.kind == "standard":
+        _warn_of_unread_prompt(first_row, dataset_name)
+
+    arguments: dict[str, Any] = {"layout": layout, "dataset_name": dataset_name}
+    if isinstance(dataset, IterableDataset):
+        # Without features given, `map` forgets them, and TRL then reads a row each time it asks for the columns.
+        features = None if dataset.features is None else Features({**dataset.features, ROW_COLUMN: Value("int64")})
+        return dataset.map(_number_checked_row, with_indices=True, features=features, fn_kwargs=arguments)
+
+    # Row 0 by itself and first: the format of all other rows is compared with it.
+    _number_checked_row(first_row, 0, **arguments)
+    columns_read = {"prompt", *layout.pair, "margin", "tools", "chat_template_kwargs"}
+    dataset.with_format(None).select_columns([name for name in dataset.column_names if name in columns_read]).map(
+        _check_batch,
+        with_indices=True,
+        batched=True,
+        num_proc=num_proc,
+        fn_kwargs=arguments,
+        desc=f"Checking {dataset_name} dataset",
+    )
+    # `add_column` writes a shuffled dataset out anew: ten times faster in Arrow's format than in Python's, and found
+    # in the cache by the processes that come second.
+    with PartialState().main_process_first():
+        numbered = dataset.with_format("arrow").add_column(ROW_COLUMN, np.arange(len(dataset)))
+    user_format = dataset.format
+    return numbered.with_format(
+        user_format["type"],
+        columns=[*user_format["columns"], ROW_COLUMN],
+        output_all_columns=user_format["output_all_columns"],
+        **user_format["format_kwargs"],
+    )
+
+
+def drop_uninformative_pairs(
+    dataset: Dataset | IterableDataset, dataset_name: str, max_length: int | None = None
+) -> Dataset | IterableDataset:
+    """
+    Drop the pairs whose two sides are the same tokens: no reward can tell them apart.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Tokenized dataset with `chosen_ids` and `rejected_ids`, as TRL's `_prepare_dataset` returns it.
+        dataset_name (`str`):
+            Name used in errors and in the warning.
+        max_length (`int`, *optional*):
+            Length by which the dataset has been filtered, for the error when nothing is left.
+
+    Returns:
+        The dataset without those pairs. One warning gives their number and the first ten row numbers (for a stream:
+        the first row, when it is met).
+
+    Raises:
+        `ValueError`: nothing is left of a `Dataset`.
+    """
+    on_main_process = PartialState().is_main_process
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_DifferingSides(dataset_name, warn=on_main_process))
+
+    dropped = list(_identical_pairs(dataset))
+    if len(dropped) == len(dataset):
+        raise ValueError(_nothing_left(dataset, dataset_name, max_length))
+    if not dropped:
+        return dataset
+    if on_main_process:
+        positions = dropped[:10]
+        rows = dataset.with_format(None)[positions][ROW_COLUMN] if ROW_COLUMN in dataset.column_names else positions
+        logger.warning(
+            f"{dataset_name} dataset: dropped {len(dropped)} of {len(dataset)} pairs, whose 'chosen' and 'rejected' "
+            f"are identical after tokenization and teach nothing (row {', '.join(map(str, rows))}"
+            f"{', ...' if len(dropped) > len(positions) else ''})"
+        )
+    return dataset.select(np.delete(np.arange(len(dataset)), dropped))
+
+
+@dataclass
+class DataCollatorForDiscoPreference(DataCollatorForPreference):
+    """
+    TRL's preference collator, with the row numbers.
+
+    To the batch of [`~trl.trainer.reward_trainer.DataCollatorForPreference`] (`input_ids` and `attention_mask` of
+    shape `[2 * B, L]`, chosen sides first, and `margin` of shape `[B]`) it adds `row_index`, a `LongTensor` of shape
+    `[B]`, when the examples have it.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if ROW_COLUMN in examples[0]:
+            batch[ROW_COLUMN] = torch.tensor([int(example[ROW_COLUMN]) for example in examples])
+        return batch
+
+
+# The columns
+
+
+def _find_layout(first_row: dict[str, Any], dataset_name: str) -> Layout:
+    """Tell how the dataset writes its pairs from its first row, or raise what its columns lack."""
+    # TRL's own order: tokenized columns win over text. A pair of which one side is there is the one that was meant.
+    pairs = (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR, TEXT_PAIR)
+    pair = next((pair for pair in pairs if first_row.keys() >= set(pair)), None) or next(
+        (pair for pair in reversed(pairs) if first_row.keys() & set(pair)), TEXT_PAIR
+    )
+    missing = [name for name in pair if name not in first_row]
+    if missing:
+        raise ValueError(_missing_columns(missing, first_row, dataset_name))
+    if ROW_COLUMN in first_row:
+        raise ValueError(
+            f"{dataset_name} dataset, column '{ROW_COLUMN}': the trainer keeps its own row numbers under this name; "
+            f'dataset.rename_column("{ROW_COLUMN}", "my_{ROW_COLUMN}")'
+        )
+    if pair != TEXT_PAIR:
+        return Layout(pair, "tokenized")
+    kind = "conversational" if isinstance(first_row["chosen"], list) else "standard"
+    for column in ("completion", "messages"):
+        # TRL tells the format by any one of the columns it knows; by which one changes from run to run.
+        if column in first_row and isinstance(first_row[column], list) != (kind == "conversational"):
+            raise ValueError(
+                f"{dataset_name} dataset, column '{column}': {_format_of(first_row[column])} where 'chosen' is "
+                f"{_format_of(first_row['chosen'])}, and TRL may take either for the dataset's format; "
+                f'dataset.remove_columns("{column}")'
+            )
+    return Layout(pair, kind)
+
+
+def _missing_columns(missing: list[str], first_row: dict[str, Any], dataset_name: str) -> str:
+    look_alikes = {name: _look_alike(name, first_row) for name in missing}
+    renames = {found: name for name, found in look_alikes.items() if found is not None}
+    if renames and "prompt" not in first_row and (prompt := _look_alike("prompt", first_row)) is not None:
+        renames[prompt] = "prompt"
+    if len(renames) == 1:
+        ((old, new),) = renames.items()
+        mend = f'dataset.rename_column("{old}", "{new}")'
+    elif renames:
+        mend = f"dataset.rename_columns({json.dumps(renames, ensure_ascii=False)})"
+    else:
+        mend = "name the columns 'chosen' and 'rejected' (and 'prompt'), or 'chosen_ids' and 'rejected_ids'"
+    return (
+        f"{dataset_name} dataset, column {' and '.join(map(repr, missing))}: missing "
+        f"(there are {', '.join(map(repr, first_row))}); {mend}"
+    )
+
+
+def _look_alike(wanted: str, first_row: dict[str, Any]) -> str | None:
+    """The column probably meant by `wanted`: in another case, by another tool's name, misspelt, or a longer name."""
+    candidates = {
+        name.strip().lower().replace("-", "_").replace(" ", "_"): name
+        for name, value in first_row.items()
+        if name not in KNOWN_COLUMNS and not name.endswith("_id") and isinstance(value, str | list)
+    }
+    found = [name for name in (wanted, *SYNONYMS.get(wanted, ())) if name in candidates]
+    found = found or difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.8)
+    found = found or [name for name in candidates if wanted in name]
+    return candidates[found[0]] if found else None
+
+
+def _warn_of_unread_prompt(first_row: dict[str, Any], dataset_name: str) -> None:
+    """Warn of plain text whose prompt has another name: TRL would train on the answers alone, without a word."""
+    column = None if "prompt" in first_row else _look_alike("prompt", first_row)
+    # An implicit prompt is quoted by the sides, and then a column with it is no loss.
+    if column is None or str(first_row[column]) in str(first_row["chosen"]) or not PartialState().is_main_process:
+        return
+    logger.warning(
+        f"{dataset_name} dataset, column '{column}': not read, and 'chosen' of row 0 does not contain it; if it is "
+        f'the prompt, dataset.rename_column("{column}", "prompt")'
+    )
+
+
+# The rows
+
+
+def _check_batch(batch: dict[str, list], indices: list[int], layout: Layout, dataset_name: str) -> None:
+    columns = {name: batch[name] for name in batch}
+    for position, index in enumerate(indices):
+        _number_checked_row({name: values[position] for name, values in columns.items()}, index, layout, dataset_name)
+
+
+def _number_checked_row(row: dict[str, Any], index: int, layout: Layout, dataset_name: str) -> dict[str, int]:
+    problem = _find_problem(row, layout)
+    if problem is not None:
+        raise ValueError(
+            f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.mend}"
+        )
+    return {ROW_COLUMN: index}
+
+
+def _find_problem(row: dict[str, Any], layout: Layout) -> Problem | None:
+    problems: Iterator[Problem | None]
+    if layout.kind == "tokenized":
+        problems = (_token_problem(column, row.get(column)) for column in layout.pair)
+    elif layout.kind == "standard":
+        problems = chain(_text_problems(row), _rendering_problems(row))
+    else:
+        problems = chain(_conversation_problems(row), _rendering_problems(row))
+    if "margin" in row:
+        problems = chain(problems, [_margin_problem(row["margin"])])
+    return next(filter(None, problems), None)
+
+
+def _token_problem(column: str, ids: Any) -> Problem | None:
+    ids = _as_list(ids)
+    if not isinstance(ids, list):
+        return Problem(column, f"{_format_of(ids)} where token ids should be", "give a list of integers")
+    if not ids:
+        return Problem(column, "no tokens", "drop the row")
+    types = set(map(type, ids))
+    if types != {int}:
+        names = ", ".join(sorted(kind.__name__ for kind in types))
+        return Problem(column, f"token ids must be integers, but these are of type {names}", "give a list of integers")
+    if min(ids) < 0:
+        return Problem(column, f"token id {min(ids)} is negative", "remove padding and label masks: give plain ids")
+    return None
+
+
+def _text_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
+    for column in TEXT_PAIR if "prompt" not in row else (*TEXT_PAIR, "prompt"):
+        text = row.get(column)
+        if text is None:
+            yield Problem(column, "None", "drop the row or fill in the text")
+        elif not isinstance(text, str):
+            mend = "write every row and column the same way as 'chosen' of row 0: a string, or a list of messages"
+            yield Problem(column, f"{_format_of(text)} in a dataset of plain text", mend)
+        elif column != "prompt" and (not text or text.isspace()):
+            yield Problem(column, "an empty string", "drop the row or fill in the text")
+
+
+def _conversation_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
+    for column in TEXT_PAIR if "prompt" not in row else (*TEXT_PAIR, "prompt"):
+        messages = row.get(column)
+        if messages is None:
+            yield Problem(column, "None", "drop the row or fill in the messages")
+        elif not isinstance(messages, list):
+            wrong = f"{_format_of(messages)} in a dataset of conversations"
+            role = "user" if column == "prompt" else "assistant"
+            mend = f'make it [{{"role": "{role}", "content": ...}}], or every row and column a string'
+            # As in HuggingFaceH4/ultrafeedback_binarized. By now 'chosen' is known to hold messages.
+            if column == "prompt" and row["chosen"][0].get("content") == messages:
+                wrong, mend = f"{wrong} that begin with it already", 'dataset.remove_columns("prompt")'
+            yield Problem(column, wrong, mend)
+        elif not messages:
+            mend = "put the user's turn there" if column == "prompt" else "put the answer there, or drop the row"
+            yield Problem(column, "no messages", mend)
+        else:
+            for turn, message in enumerate(messages):
+                yield _message_problem(column, turn, message)
+    prompt = [("prompt", turn, message) for turn, message in enumerate(row.get("prompt", ()))]
+    for side in TEXT_PAIR:
+        yield _order_problem(side, prompt + [(side, turn, message) for turn, message in enumerate(row[side])])
+
+
+def _message_problem(column: str, turn: int, message: Any) -> Problem | None:
+    """What is wrong with a message by itself. Arrow gives all messages the same keys, so a key may hold None."""
+    shape = 'write each turn as {"role": ..., "content": ...}'
+    if not isinstance(message, dict):
+        return Problem(column, f"turn {turn} is {_format_of(message)}, not a message", shape)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role.strip():
+        keys = ", ".join(repr(key) for key, value in message.items() if value is not None)
+        return Problem(column, f"turn {turn} has no 'role' that is a string (its keys: {keys})", shape)
+    if isinstance(content, str):
+        return None
+    if content is not None:
+        wrong = f"turn {turn} ('{role}') has content that is {_format_of(content)}, not a string"
+        return Problem(column, wrong, "join the text of its parts into one string")
+    if role == "tool" or (role == "assistant" and message.get("tool_calls")):
+        return None
+    mend = "fill it in (only a tool's turn, and an assistant's with tool_calls, may go without), or drop the row"
+    return Problem(column, f"turn {turn} ('{role}') has no content", mend)
+
+
+def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> Problem | None:
+    """What is wrong with the order of a conversation: the prompt's turns, if any, and those of one side."""
+    roles = [message["role"] for _, _, message in turns]
+    if "assistant" not in roles:
+        wrong = f"no assistant turn, so there is no answer to reward (roles: {', '.join(map(repr, roles))})"
+        mend = 'end it with {"role": "assistant", "content": ...}, or rename the role that answers to \'assistant\''
+        return Problem(side, wrong, mend)
+    previous = None
+    for (column, turn, _), role in zip(turns, roles, strict=True):
+        at_the_front = previous is None or previous in ROLES_AT_THE_FRONT
+        if role in ROLES_AT_THE_FRONT and not at_the_front:
+            return Problem(column, f"turn {turn} is '{role}' after '{previous}'", f"move the {role} turn to the front")
+        if role in ("assistant", "tool") and at_the_front:
+            wrong = f"turn {turn} is '{role}', but nobody has asked anything yet"
+            return Problem(column, wrong, "put the user's turn before it, or into a column 'prompt'")
+        if role == "tool" and previous not in ("assistant", "tool"):
+            mend = "put the assistant's tool call before it"
+            return Problem(column, f"turn {turn} is 'tool' after '{previous}'", mend)
+        previous = role
+    column, turn, answer = turns[-1]
+    if answer["role"] != "assistant":
+        mend = "cut the conversation after the assistant's answer"
+        return Problem(column, f"the last turn is '{answer['role']}', not 'assistant'", mend)
+    if not answer.get("tool_calls") and not answer["content"].strip():
+        return Problem(column, f"turn {turn}, the assistant's answer, is empty", "drop the row or fill in the answer")
+    return None
+
+
+def _rendering_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
+    """What is wrong with the columns that TRL hands to the chat template."""
+    if isinstance(tools := row.get("tools"), str):
+        try:
+            json.loads(tools)
+        except json.JSONDecodeError as error:
+            yield Problem("tools", f"a string that is not JSON ({error})", "write it with json.dumps, or give a list")
+    if "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], dict):
+        wrong = f"{_format_of(row['chat_template_kwargs'])} where a dict should be"
+        yield Problem("chat_template_kwargs", wrong, "give every row a dict ({} for none)")
+
+
+def _margin_problem(margin: Any) -> Problem | None:
+    number = margin.item() if hasattr(margin, "item") else margin
+    if type(number) in (int, float) and math.isfinite(number):
+        return None
+    return Problem("margin", f"{number!r} is not a finite number", "give every row a number (0.0 for no margin)")
+
+
+def _format_of(value: Any) -> str:
+    if value is None:
+        return "None"
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "a list of messages"
+    return f"a value of type {type(value).__name__}"
+
+
+def _as_list(ids: Any) -> Any:
+    # Streams may carry arrays or tensors, whose == is elementwise.
+    return ids.tolist() if hasattr(ids, "tolist") else ids
+
+
+# Pairs that teach nothing
+
+
+class _DifferingSides:
+    """Filter of a stream: keeps the pairs whose sides differ, and warns at the first one that it drops."""
+
+    def __init__(self, dataset_name: str, warn: bool):
+        self.dataset_name = dataset_name
+        self.warn = warn
+
+    def __call__(self, example: dict[str, Any]) -> bool:
+        if _as_list(example["chosen_ids"]) != _as_list(example["rejected_ids"]):
+            return True
+        if self.warn:
+            self.warn = False
+            row = f"row {int(example[ROW_COLUMN])}: " if ROW_COLUMN in example else ""
+            logger.warning(
+                f"{self.dataset_name} dataset, {row}'chosen' and 'rejected' are identical after tokenization and "
+                "teach nothing; dropped, as all further ones will be without a word"
+            )
+        return False
+
+
+def _identical_pairs(dataset: Dataset) -> Iterator[int]:
+    """Positions of the pairs whose sides are the same tokens, read in Arrow batches."""
+    start = 0
+    for batch in dataset.select_columns(list(TOKENIZED_PAIR)).with_format("arrow").iter(batch_size=1000):
+        chosen, rejected = (batch[name].combine_chunks() for name in TOKENIZED_PAIR)
+        # Python looks only at pairs of equal length, a few in a hundred.
+        lengths = [side.value_lengths().to_numpy(zero_copy_only=False) for side in (chosen, rejected)]
+        for position in np.flatnonzero(np.equal(*lengths)).tolist():
+            if chosen[position].as_py() == rejected[position].as_py():
+                yield start + position
+        start += len(batch)
+
+
+def _nothing_left(dataset: Dataset, dataset_name: str, max_length: int | None) -> str:
+    # `filter` leaves the table as it is and points to the rows that remain.
+    rows, identical = dataset.data.num_rows, len(dataset)
+    reasons, mends = [], []
+    if rows > identical:
+        reasons.append(f"{rows - identical} have a side of more than max_length={max_length} tokens")
+        mends.append("raise max_length (None keeps all)")
+    if identical:
+        reasons.append(f"{identical} have identical sides after tokenization")
+        mends.append("check that the chat template renders the last turn and that the sides differ")
+    return f"{dataset_name} dataset: no pair is left of {rows}: {' and '.join(reasons)}; {', and '.join(mends)}"
