@@ -24,18 +24,10 @@ class DiscoRewardConfig(RewardConfig):
             `fixed_scale=2**-0.5` is Bradley–Terry, TRL's own loss. If `None`, a disco checkpoint keeps its own setting,
             and any other model learns a scale for each answer.
 
-        > Parameters that control the training
-
-        scale_gauge_coefficient (`float`, *optional*, defaults to `1.0`):
-            Strength of the term that fixes the unit of reward. The likelihood does not change when all locations and
-            scales are multiplied by one number, so without it both drift. The term is
-            $\lambda (\bar{x}^2 - (\bar{x} - m)^2)$, where $x$ is a row's log scale relative to the family's unit (at
-            which one unit of reward is about one logit, as in Bradley–Terry), $\bar{x}$ its mean over the batch and
-            $m$ its running mean over the rows before. Its gradient is the same for every row, so it moves all scales
-            together and never flattens their differences. The likelihood is flat in the one direction that the term
-            acts on, hence any positive value ends at the same place (geometric mean of the scales at the unit) and
-            none needs tuning. It is exactly zero with `fixed_scale`. To fix the shift of the rewards as well, use
-            `center_rewards_coefficient`.
+    The unit of reward needs no parameter. A likelihood of preferences leaves it free, and it would drift; here the
+    geometric mean of the scales over the training rows is the family's unit by construction, at which one unit of
+    reward is about one logit, as in Bradley–Terry (see `disco_trl.modeling.ScaleHead`). To fix the shift of the
+    rewards as well, use `center_rewards_coefficient`.
     """
 
     reward_family: str | None = field(
@@ -53,14 +45,6 @@ class DiscoRewardConfig(RewardConfig):
             "its own setting, and any other model learns a scale for each answer."
         },
     )
-    scale_gauge_coefficient: float = field(
-        default=1.0,
-        metadata={
-            "help": "Strength of the term that fixes the unit of reward: it holds the geometric mean of the scales at "
-            "the family's unit, at which one unit of reward is about one logit, and leaves their differences alone. "
-            "Any positive value ends at the same place. Exactly zero with `fixed_scale`."
-        },
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,7 +54,3 @@ class DiscoRewardConfig(RewardConfig):
             get_family(self.reward_family)
         if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
             raise ValueError(f"fixed_scale={self.fixed_scale!r} must be a positive, finite number")
-        if not 0 <= self.scale_gauge_coefficient < float("inf"):
-            raise ValueError(
-                f"scale_gauge_coefficient={self.scale_gauge_coefficient!r} must be a finite number of at least 0"
-            )

@@ -3,13 +3,13 @@
 A reward is a random variable ``R = μ + σ·ε`` with location μ and scale σ > 0, independent across answers. A
 :class:`Family` says what ε is, how two scales combine, and hence ``P(R_a > R_b) = F((μ_a - μ_b) / s)``:
 
-=============  ======================  ======================  =========================================================
-family         F                       s                       status
-=============  ======================  ======================  =========================================================
-``normal``     Φ (standard normal)     √(σ_a² + σ_b²)          exact (Thurstone 1927, a variance for every answer)
-``cauchy``     ½ + arctan(z) / π       σ_a + σ_b               exact; mean and variance do not exist
-``logistic``   sigmoid                 √(σ_a² + σ_b²)          a link: no distribution adds logistic scales in quadrature
-=============  ======================  ======================  =========================================================
+=============  ====================  ====================  ============================================================
+family         F                     s                     status
+=============  ====================  ====================  ============================================================
+``normal``     Φ (standard normal)   √(σ_a² + σ_b²)        exact (Thurstone 1927, a variance for every answer)
+``cauchy``     ½ + arctan(z) / π     σ_a + σ_b             exact; mean and variance do not exist
+``logistic``   sigmoid               √(σ_a² + σ_b²)        a link: no distribution adds logistic scales in quadrature
+=============  ====================  ====================  ============================================================
 
 Everything here takes and returns tensors and knows nothing of language models. Probabilities are worked out in float64
 (a pair is one number, so this costs nothing) and returned in the inputs' dtype, at least float32.
@@ -47,8 +47,8 @@ class Family(ABC):
 
     name: str
     unit_scale: float
-    """The scale at which P(a ≻ b) has slope ¼ at μ_a = μ_b, as Bradley–Terry's sigmoid has. A reward model whose scales
-    average to it (geometrically) speaks Bradley–Terry's unit: one unit of reward is about one logit."""
+    """The scale at which P(a ≻ b) has slope ¼ at μ_a = μ_b, as Bradley–Terry's sigmoid has. A reward model whose
+    scales average to it (geometrically) speaks Bradley–Terry's unit: one unit of reward is about one logit."""
 
     @abstractmethod
     def difference_scale(self, scale_a: Tensor, scale_b: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ class Family(ABC):
         size = torch.Size(shape) + torch.broadcast_shapes(loc.shape, scale.shape)
         mu, sigma = _to_float64(loc, scale)
         uniform = torch.rand(size, dtype=torch.float64, device=mu.device, generator=generator)
-        # `rand` can return 0, whose quantile is infinite.
-        uniform = uniform.clamp_min(torch.finfo(torch.float64).tiny)
+        # `rand` can return 0, whose quantile is infinite; its next value is 2⁻⁵³.
+        uniform = uniform.clamp_min(2**-53)
         return _to_dtype_of(mu + sigma * self.standard_quantile(uniform), loc, scale)
 
 
@@ -135,7 +135,8 @@ class Normal(Family):
         return torch.where(z < 0, log_lower, log_upper)
 
     def standard_cdf(self, z: Tensor) -> Tensor:
-        return torch.special.ndtr(z)
+        # Not `ndtr`, which goes by erf and cancels in the lower tail.
+        return torch.special.erfc(-z / math.sqrt(2)) / 2
 
     def standard_quantile(self, q: Tensor) -> Tensor:
         return torch.special.ndtri(q)
@@ -163,8 +164,8 @@ class Cauchy(Family):
         return torch.atan2(torch.ones_like(z), -z) / math.pi
 
     def standard_quantile(self, q: Tensor) -> Tensor:
-        # -cot(πq), which keeps its accuracy where tan(π(q - ½)) meets its pole at small q.
-        return -1 / torch.tan(math.pi * q)
+        # ∓cot of π times the nearer tail's probability, which keeps its accuracy where tan(π(q - ½)) meets its poles.
+        return torch.where(q < 0.5, -1.0, 1.0) / torch.tan(math.pi * torch.minimum(q, 1 - q))
 
 
 class Logistic(Family):
@@ -241,13 +242,18 @@ class RewardDistribution:
         """P(this > other), ``[B]`` (or broadcast)."""
         return self.log_prob_greater(other).exp()
 
+    def _as_tensor(self, value: float | Tensor) -> Tensor:
+        # Not in the location's dtype: bfloat16 rounds a level of 0.999 to 1.
+        dtype = torch.promote_types(torch.float32, self.location.dtype)
+        return torch.as_tensor(value, dtype=dtype, device=self.location.device)
+
     def cdf(self, x: float | Tensor) -> Tensor:
         """P(reward ≤ x), ``[B]`` (or broadcast)."""
-        return get_family(self.family).cdf(torch.as_tensor(x).to(self.location), self.location, self.scale)
+        return get_family(self.family).cdf(self._as_tensor(x), self.location, self.scale)
 
     def quantile(self, q: float | Tensor) -> Tensor:
         """The reward's q-quantile, ``[B]`` (or broadcast), for 0 < q < 1."""
-        return get_family(self.family).quantile(torch.as_tensor(q).to(self.location), self.location, self.scale)
+        return get_family(self.family).quantile(self._as_tensor(q), self.location, self.scale)
 
     def sample(self, shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
         """Independent draws, ``shape + [B]``."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -30,7 +31,7 @@ ADAPTER_SETTINGS_FILE = "disco_config.json"
 `AutoModelForSequenceClassification.from_pretrained(adapter_dir)` would look for a full model there.)"""
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-BASE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model", "ForConditionalGeneration")
+LANGUAGE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 
 
 def load_reward_model(
@@ -53,7 +54,8 @@ def _load_full(
     loading = {name: kwargs.pop(name) for name in names if name in kwargs}
     trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
     kwargs.pop("num_labels", None)  # 1, whatever is asked for
-    config = kwargs.pop("config", None)
+    kwargs.pop("ignore_mismatched_sizes", None)  # a head of another shape is a missing head
+    config = copy.deepcopy(kwargs.pop("config", None))  # the caller's own is not ours to change
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(
             path, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **hub_kwargs, **kwargs
@@ -69,11 +71,11 @@ def _load_full(
     config.disco = settings
     disco = disco_class(stock, config)
 
-    # Quantization: the head is left out of it
+    # Quantization: the head is left out of it, with all that a base model lacks
     if hasattr(loading.get("quantization_config"), "llm_int8_skip_modules"):
         loading["quantization_config"] = copy.deepcopy(loading["quantization_config"])
         skipped = loading["quantization_config"].llm_int8_skip_modules or []
-        loading["quantization_config"].llm_int8_skip_modules = [*skipped, disco.head_name]
+        loading["quantization_config"].llm_int8_skip_modules = [*skipped, *disco.unquantized_modules]
 
     # Weights. Transformers reports a fresh head as if it were a fault; here the check below knows which is one.
     with _quiet_transformers():
@@ -81,10 +83,17 @@ def _load_full(
             path,
             config=config,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the check below says what is wrong, and where
             trust_remote_code=trust_remote_code,
             **hub_kwargs,
             **loading,
             **kwargs,
+        )
+    if info["mismatched_keys"]:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path}: {key} has shape {list(found)} in its files, where config.json makes it {list(expected)}; the "
+            "two belong to different models: save the model again with its own config"
         )
     missing = set(info["missing_keys"])
     _check_complete(model, missing, path, is_reward_model, stored is not None, reward_family)
@@ -109,45 +118,57 @@ def _load_adapter(
     if settings_file is not None:
         with open(settings_file, encoding="utf-8") as file:
             stored = json.load(file)
-    settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
+    if stored is not None:
+        settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
+        reward_family, fixed_scale = settings["reward_family"], settings["fixed_scale"]
     weights_file = cached_file(
         path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
     if weights_file is None:
         raise ValueError(f"{path}: the adapter has no adapter_model.safetensors (pickled weights are not loaded)")
     with safe_open(weights_file, framework="pt") as file:
-        brought = {key.removeprefix("base_model.model.") for key in file.keys()}
+        # PEFT's own prefix, which prompt learning writes without "model."
+        brought = {key.removeprefix("base_model.").removeprefix("model.") for key in file.keys()}
 
     # Base model
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if peft_config.revision is not None:
         base_kwargs["revision"] = peft_config.revision
-    base = _load_full(
-        peft_config.base_model_name_or_path, base_kwargs, settings["reward_family"], settings["fixed_scale"], kwargs
-    )
+    base = _load_full(peft_config.base_model_name_or_path, base_kwargs, reward_family, fixed_scale, kwargs)
 
-    # The adapter has to bring whatever its base has not
-    prefix = f"{base.head_name}."
-    scale_prefix = f"{prefix}scale."
-    brought_scale = {key for key in brought if key.startswith(scale_prefix)}
-    if stored is None and brought_scale and reward_family is None:
+    # The adapter has to bring whatever its base has not, and the whole head if it was trained with it
+    head, scale = base.head_name, f"{base.head_name}.scale"
+    brings_scale = any(key.startswith(f"{scale}.") for key in brought)
+    if stored is None and brings_scale and reward_family is None:
         raise ValueError(
-            f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; pass "
-            "reward_family= if you know it"
+            f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; "
+            "pass reward_family= if you know it"
         )
-    fresh = {f"{name}." for name in base.newly_initialized}
-    required = {prefix} if prefix in fresh else set()
-    required |= fresh - {prefix, scale_prefix}
-    if stored is not None and stored["fixed_scale"] is None and scale_prefix in fresh:
-        required.add(scale_prefix)
-    for module in sorted(required):
-        if not any(key.startswith(module) and (module != prefix or key not in brought_scale) for key in brought):
-            raise ValueError(
-                f"{path}: the adapter lacks {module.rstrip('.')!r}, and its base model "
-                f"{peft_config.base_model_name_or_path} has none, so the reward would be random; it was lost when the "
-                "adapter was saved (train it with modules_to_save or task_type='SEQ_CLS')"
-            )
-    return PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
+    modules_to_save = getattr(peft_config, "modules_to_save", None) or ()
+    trained_whole = [head] if any(f".{module}." in f".{head}." for module in modules_to_save) else []
+    needed = {
+        f"{name}.{key}"
+        for name in (*base.newly_initialized, *trained_whole)
+        for key in base.get_submodule(name).state_dict()
+    }
+    is_scalar = stored is None and not brings_scale and scale in base.newly_initialized
+    if is_scalar:
+        needed = {key for key in needed if not key.startswith(f"{scale}.")}
+    if lost := sorted(needed - brought):
+        raise ValueError(
+            f"{path}: the adapter lacks {_first_few(lost)}, so its rewards would be random, or those of its base "
+            f"model {peft_config.base_model_name_or_path}; it was lost when the adapter was saved (train it with "
+            "task_type='SEQ_CLS' or modules_to_save)"
+        )
+
+    # Adapter
+    if is_scalar:
+        # PEFT refuses an adapter that does not bring every tensor of the head, so the fresh scale joins it afterwards.
+        del base.get_submodule(head).scale
+    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
+    if is_scalar:
+        base._convert_heads(base.config.disco)
+    return model
 
 
 def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
@@ -160,9 +181,12 @@ def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
                 "which has num_labels=1; start from the language model it was made of"
             )
         return True
-    if not architecture.endswith(BASE_MODEL_SUFFIXES) or not (
-        architecture == "Model" or hasattr(transformers, architecture) or getattr(config, "auto_map", None)
-    ):
+    # LlamaModel, BertModel: a backbone. (LlamaForRewardModel, GPTRewardModel: a head that no stock class would keep.)
+    is_backbone = architecture.endswith("Model") and not re.search("For|Reward", architecture)
+    is_known = (
+        architecture == "Model" or hasattr(transformers, architecture) or getattr(config, "auto_map", None) is not None
+    )
+    if not (is_known and (is_backbone or architecture.endswith(LANGUAGE_MODEL_SUFFIXES))):
         raise ValueError(
             f"{path}: config.architectures names {architecture}, whose trained head would be thrown away; a reward "
             "model starts from a language model or from a ...ForSequenceClassification with num_labels=1"
@@ -178,16 +202,16 @@ def _stock_class(
         return get_class_from_dynamic_module(auto_map["AutoModelForSequenceClassification"], path, **hub_kwargs)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
-            f"{path}: transformers has no sequence classifier for the architecture {config.model_type!r}, so it cannot "
-            "be a reward model; use a decoder-only language model such as Llama, Qwen, Mistral, Gemma or GPT-2, or an "
-            "encoder such as BERT"
+            f"{path}: transformers has no sequence classifier for the architecture {config.model_type!r}, so it "
+            "cannot be a reward model; use a decoder-only language model such as Llama, Qwen, Mistral, Gemma or "
+            "GPT-2, or an encoder such as BERT"
         )
     if config.is_encoder_decoder:
         raise ValueError(
             f"{path}: {config.model_type!r} is an encoder-decoder, which is not supported as a reward model; use a "
             "decoder-only language model or an encoder"
         )
-    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
 
 
 def _check_complete(
@@ -201,22 +225,33 @@ def _check_complete(
             "leave it out of quantization"
         )
     scale_keys = {f"{model.head_name}.scale.{name}" for name in head.scale.state_dict()}
+    # Of a language model's own weights only an encoder's pooler may be fresh.
+    backbone = f"{model.base_model_prefix}."
+    if lost := sorted(key for key in missing if key.startswith(backbone) and ".pooler." not in key):
+        raise ValueError(
+            f"{path}: its files lack {_first_few(lost)}; the language model would be random in part. Download or save "
+            "it again"
+        )
     if is_reward_model and (lost := sorted(missing - scale_keys)):
         raise ValueError(
             f"{path}: config.json says {type(model).__name__}, a trained reward model, but its files lack "
-            f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}; rewards would be random. The head was probably "
+            f"{_first_few(lost)}; rewards would be random. The head was probably "
             "lost when it was saved: save it again, or start from the language model it was made of"
         )
     if is_disco and (lost := sorted(missing & scale_keys)):
         raise ValueError(
-            f"{path}: config.json says that the scale was learned, but its files lack {', '.join(lost)}; to go on with "
-            "its location alone, remove 'disco' from config.json, which makes it a scalar reward model"
+            f"{path}: config.json says that the scale was learned, but its files lack {', '.join(lost)}; to go on "
+            "with its location alone, remove 'disco' from config.json, which makes it a scalar reward model"
         )
     if not is_disco and scale_keys - missing and reward_family is None:
         raise ValueError(
             f"{path}: its files hold a scale, but config.json does not name the family ('disco' is missing there); "
             "pass reward_family= if you know it"
         )
+
+
+def _first_few(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 @contextlib.contextmanager

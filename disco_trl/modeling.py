@@ -1,13 +1,13 @@
 """The model: a Hugging Face sequence classifier whose one-number head also says how wide the reward is.
 
-What changes in a stock classifier is its last `nn.Linear` alone. That layer becomes a :class:`DiscoHead`: the same layer
-with the same weight under the same name (the location row), plus a small submodule `scale`. Hence a saved checkpoint is
-a plain scalar reward model to any other tool, which ignores the keys under `scale`, and a live one answers
-`model(**inputs).logits` and `model.score(hidden_states)` with the location.
+What changes in a stock classifier is its last `nn.Linear` alone. That layer becomes a :class:`DiscoHead`: the same
+layer with the same weight under the same name (the location row), plus a small submodule `scale`. Hence a saved
+checkpoint is a plain scalar reward model to any other tool, which ignores the keys under `scale`, and a live one
+answers `model(**inputs).logits` and `model.score(hidden_states)` with the location.
 
-Hugging Face pools differently in each architecture, and its own pooling is the only right one for a checkpoint that it
-must also load. So the model's `forward` lets the head put the raw scale beside the location as a second column while the
-stock `forward` runs, and splits what comes out.
+Hugging Face pools differently in each architecture, and its own pooling is the only right one for a checkpoint that
+it must also load. So while the stock `forward` runs, the head answers with row numbers in place of rewards: those that
+the stock code picks say which hidden states count, and the head then works on these alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -34,24 +34,33 @@ from .distributions import RewardDistribution, get_family
 
 
 # The last layer of the classifiers in transformers that end in a plain linear map. One that goes on after it (an
-# activation, a second projection) has another name and is refused, because two columns would not pass it unchanged.
+# activation, a second projection) has another name and is refused, because row numbers would not pass it unchanged.
 HEAD_LAYER_NAMES = ("score", "classifier", "out_proj")
 # log σ stays within this distance of the family's unit: σ never leaves the range in which log P is tested.
 MAX_LOG_SCALE = math.log(1e3)
 
 
 class ScaleHead(nn.Module):
-    """The scale of a reward from its hidden state: σ = u · exp(L tanh(raw / L)), raw = weight · h + bias.
+    """The scale of a reward from its hidden state h: σ = u · exp(L tanh(raw / L)), raw = weight · (h - mean_hidden).
 
-    u is the family's unit (`Family.unit_scale`) and L is :data:`MAX_LOG_SCALE`; near the unit log(σ / u) = raw. It
-    starts at zero, so that a new model gives every answer the scale u and takes no random numbers. With `fixed_scale`
-    there is no parameter and σ is that number.
+    u is the family's unit (`Family.unit_scale`) and L is :data:`MAX_LOG_SCALE`; near the unit log(σ / u) = raw. The
+    weight starts at zero, so that a new model gives every answer the scale u and takes no random numbers. With
+    `fixed_scale` there is no parameter and σ is that number.
+
+    The likelihood of a preference does not change when all locations and scales are multiplied by one number: left
+    alone, both drift along that direction (it is the model's gauge). Here it is gone by construction. `mean_hidden` is
+    the mean hidden state of the training rows, so that log(σ / u) has mean zero over them whatever the weight is: the
+    geometric mean of the scales is the family's unit, and one unit of reward stays about one logit. Nothing pulls on
+    any row's own scale, nothing depends on the batch size or on the number of processes, and nothing needs tuning.
 
     It is not an `nn.Linear`, which quantizers and `all-linear` adapters would take for one of the backbone's.
 
     Attributes:
-        mean_log_scale: scalar buffer, the running mean of log(σ / u) over the training rows (the gauge's reference).
+        weight: parameter `[1, H]`.
+        mean_hidden: buffer `[H]`, the running mean of the pooled hidden states of the training rows.
     """
+
+    mean_hidden: Tensor
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
         super().__init__()
@@ -59,8 +68,7 @@ class ScaleHead(nn.Module):
         self.fixed_scale = fixed_scale
         if fixed_scale is None:
             self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
-            self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
-            self.register_buffer("mean_log_scale", torch.zeros((), dtype=torch.float32, device=device))
+            self.register_buffer("mean_hidden", torch.zeros(hidden_size, dtype=torch.float32, device=device))
 
     def init_weights(self) -> None:
         """Zero everything that a checkpoint did not bring (Hugging Face's `init` skips what it did)."""
@@ -68,26 +76,22 @@ class ScaleHead(nn.Module):
             init.zeros_(tensor)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Raw scale `[..., 1]` of hidden states `[..., H]`; zeros with `fixed_scale`."""
+        """σ `[..., 1]`, positive, of hidden states `[..., H]`."""
         if self.fixed_scale is not None:
-            return hidden_states.new_zeros((*hidden_states.shape[:-1], 1))
-        return F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype))
-
-    def to_scale(self, raw: Tensor) -> Tensor:
-        """σ > 0 from the raw scale, elementwise."""
-        if self.fixed_scale is not None:
-            return torch.full_like(raw, self.fixed_scale)
+            return hidden_states.new_full((*hidden_states.shape[:-1], 1), self.fixed_scale)
+        dtype = hidden_states.dtype
+        raw = F.linear(hidden_states - self.mean_hidden.to(dtype), self.weight.to(dtype))
         return self.unit_scale * torch.exp(MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE))
 
     @torch.no_grad()
-    def track(self, log_scale: Tensor, memory: float = 512) -> None:
-        """Bring the running mean up to date with log(σ / u) of the rows of one step, of all processes.
+    def track(self, mean_hidden: Tensor, rows: int, memory: float = 512) -> None:
+        """Bring the running mean up to date with the mean hidden state `[H]` of one step's `rows`, of all processes.
 
-        The weight of a row decays with the number of rows since (e-fold in `memory` rows), not of steps, so that it
-        does not depend on the batch size.
+        The weight of a row decays with the number of rows since (e-fold in `memory` rows), and not of steps, so that
+        it does not depend on the batch size. The first rows of all count in full.
         """
-        share = -math.expm1(-log_scale.numel() / memory)
-        self.mean_log_scale.lerp_(log_scale.mean().to(self.mean_log_scale), share)
+        share = -math.expm1(-rows / memory) if self.mean_hidden.any() else 1.0
+        self.mean_hidden.lerp_(mean_hidden.to(self.mean_hidden), share)
 
 
 class DiscoHead(nn.Linear):
@@ -95,39 +99,48 @@ class DiscoHead(nn.Linear):
 
     It works in float32 whatever the backbone's dtype: rewards are compared by their differences, and bfloat16 keeps
     three digits.
+
+    Attributes:
+        locating: set only while the model's `forward` runs the stock one. The head then keeps its input in `seen` and
+            answers with its row numbers.
     """
 
     scale: ScaleHead
-    joint: bool = False  # the output has the raw scale as a second column: set only while the model's forward runs
+    # A plain attribute and not a context variable, which torch.compile cannot trace (torch 2.13).
+    locating: bool = False
+    seen: Tensor | None = None
 
     @classmethod
     def convert(cls, layer: nn.Linear, unit_scale: float, fixed_scale: float | None) -> DiscoHead:
         """Make a head of this very layer: its parameters stay the same objects."""
         layer.__class__ = cls
-        layer.to(torch.float32)
-        layer.scale = ScaleHead(layer.in_features, unit_scale, fixed_scale, layer.weight.device)
-        layer.scale.requires_grad_(layer.weight.requires_grad)
-        return layer
+        head = cast(DiscoHead, layer.to(torch.float32))
+        head.scale = ScaleHead(head.in_features, unit_scale, fixed_scale, head.weight.device)
+        head.scale.requires_grad_(head.weight.requires_grad)
+        return head
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., H]` to the location `[..., 1]`, or to location and raw scale `[..., 2]` while `joint`."""
+    def forward(self, hidden_states: Tensor, with_scale: bool = False) -> Tensor:
+        """`[..., H]` to the location `[..., 1]`, or to location and scale `[..., 2]`."""
+        if self.locating:
+            self.seen = hidden_states
+            rows = torch.arange(hidden_states.shape[:-1].numel(), device=hidden_states.device, dtype=torch.float32)
+            return rows.view(*hidden_states.shape[:-1], 1)
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_states = hidden_states.to(torch.promote_types(self.weight.dtype, torch.float32))
             bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
             location = F.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
-            if not self.joint:
-                return location
-            return torch.cat([location, self.scale(hidden_states)], dim=-1)
+            return torch.cat([location, self.scale(hidden_states)], dim=-1) if with_scale else location
 
 
 @dataclass
 class RewardModelOutput(ModelOutput):
-    """What a disco model returns: a stock classifier's fields and, last, the scale.
+    """What a disco model returns: a stock classifier's fields and, after them, its own.
 
     Attributes:
         loss: mean squared error of the location, if `labels` were passed (as a stock one-label classifier does).
         logits: Tensor `[B, 1]`, the location.
         scale: Tensor `[B, 1]`, positive.
+        pooled_hidden_state: Tensor `[B, H]`, what the head saw of each row, without gradient.
     """
 
     loss: Tensor | None = None
@@ -136,9 +149,16 @@ class RewardModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     scale: Tensor | None = None
+    pooled_hidden_state: Tensor | None = None
 
 
-class DiscoRewardModel:
+if TYPE_CHECKING:
+    _Stock = PreTrainedModel  # every instance is one: `disco_class` puts the stock class behind this one
+else:
+    _Stock = object
+
+
+class DiscoRewardModel(_Stock):
     """A sequence classifier that gives each answer a reward distribution.
 
     It is not built directly: :meth:`from_pretrained` returns an instance of the stock class for the checkpoint's
@@ -154,19 +174,22 @@ class DiscoRewardModel:
     """
 
     head_name: str
+    unquantized_modules: tuple[str, ...]
+    """What quantization has to leave alone: all that follows the backbone, and an encoder's pooler. In a base model
+    they are fresh, and a quantized layer can be neither initialized nor trained."""
     newly_initialized: tuple[str, ...] = ()
-    """Names of the modules that the checkpoint did not bring (the head of a base model, an encoder's pooler): they have
-    to be trained and saved whole, or the reward is random."""
+    """Names of the modules that the checkpoint did not bring (the head of a base model, an encoder's pooler): they
+    have to be trained and saved whole, or the reward is random."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         self._convert_heads(resolve_settings(getattr(config, "disco", None)))
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        *args: Any,
+        *,
         reward_family: str | None = None,
         fixed_scale: float | None = None,
         **kwargs: Any,
@@ -186,11 +209,11 @@ class DiscoRewardModel:
             The model, or for an adapter a `PeftModel` around it.
 
         Raises:
-            ValueError: if the architecture has no scalar head to build on, if a reward model's head or scale is missing
-                from its files, or if `reward_family` or `fixed_scale` contradict the checkpoint.
+            ValueError: if the architecture has no scalar head to build on, if a reward model's head or scale is
+                missing from its files, or if `reward_family` or `fixed_scale` contradict the checkpoint.
         """
         if cls is not DiscoRewardModel:  # called on a concrete class: what Hugging Face does
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         from .loading import load_reward_model
 
         path = os.fspath(pretrained_model_name_or_path)
@@ -203,20 +226,23 @@ class DiscoRewardModel:
             :class:`RewardDistribution` with location and scale of shape `[B]`, in float32.
         """
         output = self(**inputs)
-        return RewardDistribution(output.logits.squeeze(-1), output.scale.squeeze(-1), self.config.disco["reward_family"])
+        return RewardDistribution(
+            output.logits.squeeze(-1), output.scale.squeeze(-1), self.config.disco["reward_family"]
+        )
 
     @property
     def scale_head(self) -> ScaleHead:
         """The scale head in use: that of the active adapter, if there is one."""
         # PEFT's wrapper of a trained module hands attributes on to the active copy.
-        return functools.reduce(getattr, [*self.head_name.split("."), "scale"], self)
+        return functools.reduce(getattr, [*self.head_name.split("."), "scale"], cast(Any, self))
 
-    def named_reward_heads(self) -> Iterator[tuple[str, nn.Linear]]:
+    def named_reward_heads(self) -> Iterator[tuple[str, DiscoHead]]:
         """Name and module of the head and of the copies that PEFT keeps of it."""
-        for name, module in self.named_modules():
+        block = self.head_name.split(".")[0]
+        for name, module in getattr(self, block).named_modules(prefix=block):
             stock_name = re.sub(r"\.(original_module|modules_to_save\.[^.]+)", "", name)
             if stock_name == self.head_name and isinstance(module, nn.Linear):
-                yield name, module
+                yield name, cast(DiscoHead, module)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ScaleHead):
@@ -229,30 +255,39 @@ class DiscoRewardModel:
         for _, layer in self.named_reward_heads():
             DiscoHead.convert(layer, unit_scale, settings["fixed_scale"])
         self.config.disco = settings
+        own = ["scale", "pooled_hidden_state"]
         ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
-        self.config.keys_to_ignore_at_inference = [*(key for key in ignored if key != "scale"), "scale"]
+        self.config.keys_to_ignore_at_inference = [*(key for key in ignored if key not in own), *own]
 
     @contextlib.contextmanager
-    def _joint_heads(self) -> Iterator[None]:
-        # A plain attribute and not a context variable, which torch.compile cannot trace (torch 2.13).
+    def _locating(self) -> Iterator[list[Tensor]]:
+        """While it lasts, the heads answer with row numbers; the list then holds the hidden states that one saw."""
         heads = [head for _, head in self.named_reward_heads()]
+        seen: list[Tensor] = []
         for head in heads:
-            head.joint = True
+            head.locating = True
         try:
-            yield
+            yield seen
         finally:
             for head in heads:
-                head.joint = False
+                if head.seen is not None:
+                    seen.append(head.seen)
+                head.locating, head.seen = False, None
 
 
-def _joint_forward(stock: type[PreTrainedModel]) -> Any:
+def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
     @functools.wraps(stock.forward)
     def forward(
         self: Any, *args: Any, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> RewardModelOutput | tuple[Tensor, ...]:
-        with self._joint_heads():
+        with self._locating() as seen:
             output = stock.forward(self, *args, return_dict=True, **kwargs)
-        location, raw_scale = output.logits.split(1, dim=-1)
+        if output.logits.dtype != torch.float32:
+            raise TypeError(f"{stock.__name__} casts its logits to {output.logits.dtype}, which rounds row numbers")
+        pooled = seen[0].flatten(0, -2)[output.logits.squeeze(-1).long()]
+        # By way of the module and not of its weights: FSDP and ZeRO gather those when it is called.
+        head = functools.reduce(getattr, self.head_name.split("."), self)
+        location, scale = head(pooled, with_scale=True).split(1, dim=-1)
         loss = None if labels is None else F.mse_loss(location.squeeze(-1), labels.to(location).reshape(-1))
         result = RewardModelOutput(
             loss=loss,
@@ -260,7 +295,8 @@ def _joint_forward(stock: type[PreTrainedModel]) -> Any:
             past_key_values=output.get("past_key_values"),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
-            scale=self.scale_head.to_scale(raw_scale),
+            scale=scale,
+            pooled_hidden_state=pooled.detach(),
         )
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -280,11 +316,11 @@ def resolve_settings(
         where: path of the checkpoint, for the message.
 
     Raises:
-        ValueError: if what was asked for contradicts the checkpoint, or the family is unknown.
+        ValueError: if what was asked for contradicts the checkpoint, the family is unknown, or the scale not positive.
     """
-    asked = {"reward_family": reward_family, "fixed_scale": fixed_scale}
+    asked: dict[str, Any] = {"reward_family": reward_family, "fixed_scale": fixed_scale}
     if stored is None:
-        settings = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
+        settings: dict[str, Any] = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
     else:
         settings = {name: stored[name] for name in asked}
         for name, value in asked.items():
@@ -294,20 +330,22 @@ def resolve_settings(
                     f"{name}={settings[name]!r}; leave {name} out to use the checkpoint as it is"
                 )
     get_family(settings["reward_family"])
+    if settings["fixed_scale"] is not None and not 0 < settings["fixed_scale"] < math.inf:
+        raise ValueError(f"fixed_scale={settings['fixed_scale']!r} must be a positive, finite number")
     return settings
 
 
-_CLASSES: dict[type[PreTrainedModel], type] = {}
+_CLASSES: dict[type[PreTrainedModel], type[DiscoRewardModel]] = {}
 
 
-def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type:
+def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[DiscoRewardModel]:
     """The stock class with a disco head, made once for each architecture.
 
     It keeps the stock class's name and module: the name is what `save_pretrained` writes into `config.architectures`,
     and transformers reads the module's source to learn what its attention supports.
     """
     if stock not in _CLASSES:
-        head_name = _find_head(stock, config)
+        head_name, unquantized_modules = _find_head(stock, config)
         _CLASSES[stock] = type(
             stock.__name__,
             (DiscoRewardModel, stock),
@@ -315,7 +353,8 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type:
                 "__module__": stock.__module__,
                 "__doc__": DiscoRewardModel.__doc__,
                 "head_name": head_name,
-                "forward": _joint_forward(stock),
+                "unquantized_modules": unquantized_modules,
+                "forward": _distribution_forward(stock),
                 "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), head_name},
                 # Nothing may be missing in silence; TRL (1.12 to 1.16) lets `score.weight` be while it loads.
                 "_keys_to_ignore_on_load_missing": None,
@@ -324,8 +363,8 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type:
     return _CLASSES[stock]
 
 
-def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> str:
-    """Name of the linear layer that gives the one logit, from an instance without memory."""
+def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, tuple[str, ...]]:
+    """Name of the layer that gives the one logit, and `unquantized_modules`, from an instance without memory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = stock(copy.deepcopy(config))
     backbone = getattr(model, model.base_model_prefix, None)
@@ -341,7 +380,8 @@ def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> str:
             f"{' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'}). Use a decoder-only language model, or an "
             "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
         )
-    return heads[0]
+    following = [name for name, child in model.named_children() if child is not backbone]
+    return heads[0], (*following, r".*\.pooler")
 
 
 def upgrade(model: Any, reward_family: str | None = None, fixed_scale: float | None = None) -> DiscoRewardModel:
@@ -376,19 +416,28 @@ def upgrade(model: Any, reward_family: str | None = None, fixed_scale: float | N
                 f"this {name} is spread over several devices, and cannot be upgraded in place; pass its name or path, "
                 "or load it with DiscoRewardModel.from_pretrained(..., device_map=...)"
             )
-        inner.__class__ = disco_class(type(inner), inner.config)
-        layers = [type(layer).__name__ for _, layer in inner.named_reward_heads() if type(layer) is not nn.Linear]
-        if layers:
-            raise ValueError(
-                f"the head {inner.head_name!r} of this {name} is a {layers[0]}; a reward head must stay whole and in "
-                "full precision: list it in llm_int8_skip_modules when quantizing and in modules_to_save for PEFT, or "
-                "pass the name or path of the model instead"
-            )
-        inner._convert_heads(settings)
-    if is_peft_model(model) and not any(head.weight.requires_grad for _, head in inner.named_reward_heads()):
-        raise ValueError(
-            f"the adapter of this PeftModel neither trains nor saves the reward head, so the reward would be lost with "
-            f"it; make it with task_type='SEQ_CLS', or modules_to_save=[{inner.head_name.split('.')[0]!r}] (and "
+        stock = type(inner)
+        inner.__class__ = disco_class(stock, inner.config)
+    heads = [head for _, head in inner.named_reward_heads()]
+    fault = None
+    if not is_disco and {type(head) for head in heads} != {nn.Linear}:
+        kind = next((type(head) for head in heads if type(head) is not nn.Linear), None)
+        kind = kind or type(inner.get_submodule(inner.head_name))
+        fault = (
+            f"the head {inner.head_name!r} of this {name} is a {kind.__module__}.{kind.__name__}; a reward head must "
+            "stay whole and in full precision: list it in llm_int8_skip_modules when quantizing, make the PeftModel "
+            "with task_type='SEQ_CLS', or pass the name or path of the model instead"
+        )
+    elif is_peft_model(model) and not any(head.weight.requires_grad for head in heads):
+        fault = (
+            f"the adapter of this PeftModel neither trains nor saves the reward head, so the reward would be lost "
+            f"with it; make it with task_type='SEQ_CLS', or modules_to_save=[{inner.head_name.split('.')[0]!r}] (and "
             "is_trainable=True when loading it to go on training)"
         )
+    if fault is not None:
+        if not is_disco:
+            inner.__class__ = stock  # a model that is refused is left as it was
+        raise ValueError(fault)
+    if not is_disco:
+        inner._convert_heads(settings)
     return inner

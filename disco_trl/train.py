@@ -146,8 +146,8 @@ def train(
         raise ImportError(
             "--load_in_4bit and --load_in_8bit need bitsandbytes: pip install 'disco-trl[quantization]'."
         )
-    # What the user wrote in `model_init_kwargs` goes before the general arguments, as in TRL's script of today; the one
-    # in TRL 1.12 threw it away.
+    # What the user wrote in `model_init_kwargs` goes before the general arguments, as in TRL's script of today. (The
+    # script of TRL 1.12 threw it away.)
     own_kwargs: Any = training_args.model_init_kwargs or {}
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -11,13 +11,13 @@ import json
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard, ModelCardData
-from torch import nn
+from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -26,7 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
@@ -35,10 +35,6 @@ from .data import ROW_COLUMN, DataCollatorForDiscoPreference, check_preferences,
 from .distributions import get_family
 from .loading import ADAPTER_SETTINGS_FILE
 from .modeling import DiscoRewardModel, upgrade
-
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
 
 
 class DiscoRewardTrainer(RewardTrainer):
@@ -84,12 +80,17 @@ class DiscoRewardTrainer(RewardTrainer):
         FloatingPointError: in training, when a loss or a gradient is not finite; it names the rows of the batch.
     """
 
-    _tag_names = ["trl", "reward-trainer", "disco-trl"]
+    args: DiscoRewardConfig
+    model: Any  # a `DiscoRewardModel`, or a `PeftModel` around one
+    data_collator: Any
+    _reward_model: DiscoRewardModel  # the model, or what is inside the `PeftModel`
+
+    _tag_names = ["trl", "reward-trainer", "disco-trl"]  # noqa: RUF012 (as TRL declares it)
     _name = "Disco Reward"
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: str | PreTrainedModel | PeftModel,
         args: DiscoRewardConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -105,8 +106,8 @@ class DiscoRewardTrainer(RewardTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        quantization_config: "BitsAndBytesConfig | None" = None,
-        peft_config: "PeftConfig | None" = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
     ):
         # Args
         if args is None:
@@ -122,7 +123,7 @@ class DiscoRewardTrainer(RewardTrainer):
 
         def adopt(model: Any) -> None:
             reward_model = upgrade(model, args.reward_family, args.fixed_scale)
-            if peft_config is not None:
+            if isinstance(peft_config, PeftConfig):  # TRL refuses any other type
                 _save_reward_head(peft_config, reward_model)
             for name, head in reward_model.named_reward_heads():
                 head_weights[name] = {key: value.clone() for key, value in head.state_dict().items()}
@@ -156,6 +157,16 @@ class DiscoRewardTrainer(RewardTrainer):
                 head.to(torch.float32)
                 head.load_state_dict(head_weights.get(name, any_weights))
 
+        # Optimizer: one that was made before the model had a scale would leave the scale as it starts
+        if optimizers[0] is not None:
+            optimized = {parameter for group in optimizers[0].param_groups for parameter in group["params"]}
+            if not optimized.issuperset(self._reward_model.scale_head.parameters()):
+                raise ValueError(
+                    "the optimizer passed does not hold the parameters of the scale, which this model has only now; "
+                    "make the optimizer from those of DiscoRewardModel.from_pretrained(...), or pass "
+                    "optimizer_cls_and_kwargs instead"
+                )
+
         # Data collator: TRL's, which also carries the row numbers that an error message needs
         if data_collator is None:
             self.data_collator = DataCollatorForDiscoPreference(
@@ -170,7 +181,7 @@ class DiscoRewardTrainer(RewardTrainer):
         self,
         dataset: Dataset | IterableDataset,
         processing_class: PreTrainedTokenizerBase,
-        args: DiscoRewardConfig,
+        args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
@@ -179,8 +190,9 @@ class DiscoRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if ROW_COLUMN not in self._signature_columns:
-            self._signature_columns.append(ROW_COLUMN)
+        columns: Any = self._signature_columns
+        if ROW_COLUMN not in columns:
+            columns.append(ROW_COLUMN)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -202,11 +214,11 @@ class DiscoRewardTrainer(RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             center = torch.mean((location_chosen + location_rejected) ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
-        loss = loss + self.args.scale_gauge_coefficient * self._scale_gauge(outputs.scale, mode)
 
         with torch.no_grad():
             log_prob = self.accelerator.gather_for_metrics(log_prob)
-            scale = self.accelerator.gather_for_metrics(outputs.scale)
+            # In pairs, [B, 2]: accelerate cuts an incomplete last batch down to as many rows as it has examples
+            scale = self.accelerator.gather_for_metrics(torch.stack([scale_chosen, scale_rejected], dim=-1))
             for name, value in (
                 ("nll", -log_prob.mean()),
                 ("prob_chosen", log_prob.exp().mean()),
@@ -220,54 +232,43 @@ class DiscoRewardTrainer(RewardTrainer):
             self._recent_rows += [] if rows is None else rows.tolist()
             if not torch.isfinite(loss):
                 raise self._not_finite(f"the loss is {loss.item()}")
+            head = self._reward_model.scale_head
+            if head.fixed_scale is None:
+                means = self.accelerator.gather(outputs.pooled_hidden_state.float().mean(dim=0, keepdim=True))
+                head.track(means.mean(dim=0), rows=len(outputs.logits) * len(means))
         return (loss, outputs) if return_outputs else loss
-
-    def _scale_gauge(self, scale: torch.Tensor, mode: str) -> torch.Tensor:
-        """The gauge of the scales (`scale_gauge_coefficient` in [`DiscoRewardConfig`]), before its coefficient.
-
-        The squared population mean of the log scale is wanted, and a batch has only a noisy mean x̄: its square would
-        punish the spread within the batch, the more the smaller the batch. x̄² - (x̄ - m)² = 2mx̄ - m², with m the
-        running mean over earlier rows, has the wanted value and gradient in expectation and none of that.
-
-        Args:
-            scale: Tensor `[2B, 1]`.
-            mode: in `"train"` the rows then enter the running mean.
-
-        Returns:
-            Scalar tensor; exactly 0 when the scale is fixed.
-        """
-        head = self._reward_model.scale_head
-        if head.fixed_scale is not None:
-            return scale.new_zeros(())
-        log_scale = torch.log(scale / head.unit_scale)
-        running_mean = head.mean_log_scale.clone()  # a copy: the buffer changes before the backward pass
-        gauge = 2 * running_mean * log_scale.mean() - running_mean**2
-        if mode == "train":
-            head.track(self.accelerator.gather(log_scale.detach()))
-        return gauge
 
     def _not_finite(self, what: str) -> FloatingPointError:
         rows = ", ".join(map(str, self._recent_rows)) or "unknown (a data collator of your own carries no row_index)"
-        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        checkpoint = get_last_checkpoint(str(self._output_dir)) if self._output_dir.is_dir() else None
         return FloatingPointError(
-            f"step {self.state.global_step + 1}: {what}, so training stops before the weights are touched. Rows of the "
-            f"training dataset in this step: {rows}. Last good checkpoint: {checkpoint or 'none saved yet'}. Look at "
-            "these rows, then lower learning_rate or max_grad_norm, or train in bf16 instead of fp16."
+            f"step {self.state.global_step + 1}: {what}, so training stops before the weights are touched. Rows of "
+            f"the training dataset in this step: {rows}. Last good checkpoint: {checkpoint or 'none saved yet'}. Look "
+            "at these rows, then lower learning_rate or max_grad_norm, or train in bf16 instead of fp16."
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # The config of the model says family and fixed scale; an adapter's directory has no such config.
-        if self.args.should_save and is_peft_model(self.model):
-            path = Path(output_dir or self.args.output_dir) / ADAPTER_SETTINGS_FILE
-            path.write_text(json.dumps(self._reward_model.config.disco, indent=2) + "\n", encoding="utf-8")
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self._output_dir)
+        if is_peft_model(self.model):
+            # The config of the model says family and fixed scale; an adapter's directory has no such config.
+            settings = json.dumps(self._reward_model.config.disco, indent=2)
+            (folder / ADAPTER_SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+        # Last, in the place of the card that PEFT leaves
+        self._make_model_card(model_name=self._output_dir.name).save(folder / "README.md")
 
-    def create_model_card(
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, which is not transformers' own
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
-    ):
+    ) -> None:
         """
         Writes a model card that says what the rewards are and how to load them.
 
@@ -279,11 +280,17 @@ class DiscoRewardTrainer(RewardTrainer):
             tags (`str` or `list[str]`, *optional*):
                 Tags to be associated with the model card.
         """
-        if not self.is_world_process_zero():
-            return
-        base_model = get_config_model_id(self.model.config)
-        if Path(base_model).is_dir():
-            base_model = None  # a local path says nothing to others
+        if self.is_world_process_zero():
+            self._make_model_card(model_name, dataset_name, tags).save(self._output_dir / "README.md")
+
+    def _make_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> ModelCard:
+        model_id = get_config_model_id(self.model.config)
+        base_model = None if Path(model_id).is_dir() else model_id  # a local path says nothing to others
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         metrics = {key: value for key, value in (evaluations[-1] if evaluations else {}).items() if key != "epoch"}
         card_data = ModelCardData(
@@ -293,7 +300,7 @@ class DiscoRewardTrainer(RewardTrainer):
             model_name=model_name,
             tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
         )
-        card = ModelCard.from_template(
+        return ModelCard.from_template(
             card_data,
             template_path=str(Path(__file__).with_name("model_card.md")),
             model_name=model_name,
@@ -306,15 +313,14 @@ class DiscoRewardTrainer(RewardTrainer):
             metrics=metrics,
             versions={name: version(name) for name in ("disco-trl", "trl", "transformers", "torch", "datasets")},
         )
-        card.save(Path(self.args.output_dir) / "README.md")
 
 
 @contextlib.contextmanager
 def _lend_model_class(args: DiscoRewardConfig, adopt: Callable[[Any], None]) -> Iterator[None]:
     """While TRL builds a model from a string, the class it asks is ours.
 
-    TRL (1.12 to 1.16) hands `AutoModelForSequenceClassification`, a global of its module, to a function that only calls
-    `from_pretrained` on it; there is no argument to name another class.
+    TRL (1.12 to 1.16) hands `AutoModelForSequenceClassification`, a global of its module, to a function that only
+    calls `from_pretrained` on it; there is no argument to name another class.
     """
 
     class ModelClass:
@@ -326,12 +332,13 @@ def _lend_model_class(args: DiscoRewardConfig, adopt: Callable[[Any], None]) -> 
             adopt(model)
             return model
 
-    original = trl_reward_trainer.AutoModelForSequenceClassification
-    trl_reward_trainer.AutoModelForSequenceClassification = ModelClass
+    name = "AutoModelForSequenceClassification"
+    original = getattr(trl_reward_trainer, name)
+    setattr(trl_reward_trainer, name, ModelClass)
     try:
         yield
     finally:
-        trl_reward_trainer.AutoModelForSequenceClassification = original
+        setattr(trl_reward_trainer, name, original)
 
 
 def _save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
@@ -356,7 +363,7 @@ class _FiniteGradientGuard(TrainerCallback):
     def __init__(self, trainer: DiscoRewardTrainer):
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module | None = None, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         # In fp16 the scaler skips a step that overflows and lowers its factor: ordinary, and its own business.
         if trainer.accelerator.scaler is None:

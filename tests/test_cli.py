@@ -43,7 +43,7 @@ def test_train_help_shows_the_arguments_of_trl_and_of_disco(capsys):
     assert exit_info.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: disco-trl train")
-    for argument in ["--reward_family", "--fixed_scale", "--scale_gauge_coefficient", "--use_peft", "--dataset_name"]:
+    for argument in ["--reward_family", "--fixed_scale", "--learning_rate", "--use_peft", "--dataset_name"]:
         assert argument in shown
 
 

@@ -1,0 +1,469 @@
+"""Contract C6: no reward is ever silently random.
+
+What a directory is follows from its config, and what it then has to hold is checked against what was loaded:
+
+1. A base language model is a fresh start: a fresh head and scale, named in `model.newly_initialized`, and no error.
+   Its own layers have to be there.
+2. A one-label `...ForSequenceClassification` is a reward model: a missing head, or one of another shape, is an error.
+   If its config says that it is a disco model, so is a missing scale; if its files hold a scale and its config does
+   not say of which family, so is that.
+3. An adapter has to bring what its base model has not, and the head if it was trained with it.
+4. `reward_family` and `fixed_scale` that contradict a checkpoint are an error.
+5. Whatever has another kind of head, or one that cannot carry two numbers, is refused by name. So is a live model
+   whose head is quantized or would be lost when its adapter is saved; a model that is refused is left as it was.
+6. What a checkpoint does not bring is initialized: the scale to zeros, whatever the memory held before.
+7. Code in a checkpoint is not run unless `trust_remote_code=True`.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import (
+    ARCHITECTURES,
+    EOS,
+    PAD,
+    VOCAB,
+    batch,
+    edited_copy,
+    head_of,
+    load_stock,
+    lora,
+    save_adapter,
+    tiny_config,
+)
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from disco_trl import DiscoRewardModel
+from disco_trl.loading import ADAPTER_SETTINGS_FILE
+from disco_trl.modeling import upgrade
+
+
+all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+load = DiscoRewardModel.from_pretrained
+
+
+# 1. Base language models
+
+FRESH = {
+    "bert": ("bert.pooler.dense", "classifier", "classifier.scale"),
+    "roberta": ("classifier.dense", "classifier.out_proj", "classifier.out_proj.scale"),
+    "deberta_v2": ("classifier", "classifier.scale", "pooler.dense"),
+    "modernbert": ("classifier", "classifier.scale"),
+}
+
+
+@all_architectures
+def test_a_base_model_is_a_fresh_start(architecture, base_model_dir):
+    model = load(base_model_dir(architecture))
+    assert model.newly_initialized == FRESH.get(architecture, ("score", "score.scale"))
+    assert model.config.disco == {"reward_family": "normal", "fixed_scale": None}
+
+
+def test_a_bare_backbone_is_a_fresh_start(base_model_dir, tmp_path):
+    transformers.AutoModel.from_pretrained(base_model_dir("qwen2")).save_pretrained(tmp_path)
+    assert load(tmp_path).newly_initialized == ("score", "score.scale")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lost"), [("llama", "model.layers.1.mlp"), ("bert", "bert.encoder.layer.1.output")]
+)
+def test_a_base_model_with_layers_missing(architecture, lost, base_model_dir, tmp_path):
+    path = edited_copy(base_model_dir(architecture), tmp_path / "x", drop=(lost,))
+    with pytest.raises(ValueError, match=rf"files lack {lost}.*random in part"):
+        load(path)
+
+
+# 2. Reward models
+
+
+@all_architectures
+def test_a_missing_head(architecture, disco_dir, scalar_dir, tmp_path):
+    head_name = load(disco_dir(architecture)).head_name
+    for kind, source in (("disco", disco_dir), ("scalar", scalar_dir)):
+        path = edited_copy(source(architecture), tmp_path / kind, drop=(f"{head_name}.weight",))
+        with pytest.raises(ValueError, match=rf"files lack {head_name}\.weight; rewards would be random"):
+            load(path)
+
+
+@pytest.mark.parametrize("lost", ["classifier.bias", "bert.pooler.dense.weight"])
+def test_a_missing_part_of_a_head(lost, disco_dir, tmp_path):
+    path = edited_copy(disco_dir("bert"), tmp_path / "x", drop=(lost,))
+    with pytest.raises(ValueError, match=rf"files lack {lost}"):
+        load(path)
+
+
+@all_architectures
+def test_a_missing_scale(architecture, disco_dir, tmp_path):
+    scale = f"{load(disco_dir(architecture)).head_name}.scale"
+    path = edited_copy(disco_dir(architecture), tmp_path / "x", drop=(scale,))
+    with pytest.raises(ValueError, match=rf"scale was learned, but its files lack {scale}.*remove 'disco'"):
+        load(path)
+    # The mend that the message names: what is left is a scalar reward model.
+    path = edited_copy(path, tmp_path / "mended", config={"disco": None})
+    assert load(path).newly_initialized == (scale,)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "mean_log_scale"])
+def test_a_missing_part_of_a_scale(name, disco_dir, tmp_path):
+    path = edited_copy(disco_dir("llama"), tmp_path / "x", drop=(f"score.scale.{name}",))
+    with pytest.raises(ValueError, match=rf"files lack score\.scale\.{name}"):
+        load(path)
+
+
+def test_a_scale_of_no_known_family(disco_dir, tmp_path):
+    path = edited_copy(disco_dir("llama", reward_family="cauchy"), tmp_path / "x", config={"disco": None})
+    with pytest.raises(
+        ValueError, match=r"files hold a scale, but config\.json does not name the family.*reward_family="
+    ):
+        load(path)
+    model = load(path, reward_family="cauchy")
+    assert model.newly_initialized == ()
+    assert model.score.scale.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("key", ["score.weight", "score.scale.weight"])
+@pytest.mark.parametrize("kwargs", [{}, {"ignore_mismatched_sizes": True}])
+def test_a_head_of_another_shape(key, kwargs, disco_dir, tmp_path):
+    path = edited_copy(disco_dir("llama"), tmp_path / "x", tensors={key: torch.ones(3, 64)})
+    with pytest.raises(ValueError, match=rf"{key} has shape \[3, 64\] in its files.*\[1, 64\]"):
+        load(path, **kwargs)
+
+
+# 3. Adapters
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(base_model_dir, tmp_path_factory) -> str:
+    return save_adapter(
+        lora(load(base_model_dir("llama"), reward_family="cauchy")), tmp_path_factory.mktemp("adapter")
+    )
+
+
+@pytest.fixture(scope="module")
+def bert_adapter_dir(base_model_dir, tmp_path_factory) -> str:
+    return save_adapter(lora(load(base_model_dir("bert"))), tmp_path_factory.mktemp("bert-adapter"))
+
+
+def test_the_adapter_itself_loads(adapter_dir, bert_adapter_dir):
+    assert load(adapter_dir).get_base_model().config.disco["reward_family"] == "cauchy"
+    assert load(adapter_dir, reward_family="cauchy").get_base_model().config.disco["reward_family"] == "cauchy"
+    load(bert_adapter_dir)
+
+
+@pytest.mark.parametrize("lost", ["score.weight", "score.scale.", "score.scale.bias", "score."])
+def test_an_adapter_without_its_head_or_scale(lost, adapter_dir, tmp_path):
+    path = edited_copy(adapter_dir, tmp_path / "x", drop=(f"base_model.model.{lost}",))
+    with pytest.raises(ValueError, match=rf"adapter lacks .*{lost}.*random.*modules_to_save"):
+        load(path)
+
+
+@pytest.mark.parametrize("lost", ["classifier.bias", "bert.pooler.dense.weight"])
+def test_an_adapter_without_a_layer_that_its_base_lacks(lost, bert_adapter_dir, tmp_path):
+    path = edited_copy(bert_adapter_dir, tmp_path / "x", drop=(f"base_model.model.{lost}",))
+    with pytest.raises(ValueError, match=rf"adapter lacks {lost}"):
+        load(path)
+
+
+def test_an_adapter_without_its_head_on_a_reward_model(disco_dir, tmp_path):
+    # Its base has a head of its own, but the adapter says that it was trained with another.
+    adapter = save_adapter(lora(load(disco_dir("llama"))), tmp_path / "a")
+    path = edited_copy(adapter, tmp_path / "b", drop=("base_model.model.score.",))
+    with pytest.raises(ValueError, match=r"adapter lacks score\.scale\.bias.*those of its base model"):
+        load(path)
+
+
+def test_an_adapter_that_loses_its_settings(adapter_dir, tmp_path):
+    path = edited_copy(adapter_dir, tmp_path / "x")
+    (Path(path) / ADAPTER_SETTINGS_FILE).unlink()
+    with pytest.raises(ValueError, match=rf"holds a scale, but {ADAPTER_SETTINGS_FILE}.*is missing.*reward_family="):
+        load(path)
+    assert load(path, reward_family="cauchy").get_base_model().config.disco["reward_family"] == "cauchy"
+
+
+def test_an_adapter_with_pickled_weights_only(adapter_dir, tmp_path):
+    path = Path(edited_copy(adapter_dir, tmp_path / "x"))
+    torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors \(pickled weights are not loaded\)"):
+        load(path)
+
+
+def test_an_adapter_without_a_head_of_its_own_uses_that_of_its_base(disco_dir, tmp_path):
+    # LoRA that leaves the head alone, made by PEFT on a disco checkpoint: nothing is missing, nothing contradicts.
+    path = disco_dir("llama", reward_family="cauchy")
+    model = load(path)
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    peft_model.save_pretrained(tmp_path)
+    loaded = load(tmp_path).eval()
+    assert loaded.get_base_model().config.disco["reward_family"] == "cauchy"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch(4)).scale, peft_model(**batch(4)).scale, rtol=0, atol=0)
+
+
+# 4. Contradictions
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "message"),
+    [
+        ({"reward_family": "cauchy"}, {"reward_family": "normal"}, r"reward_family='normal'.*reward_family='cauchy'"),
+        ({}, {"fixed_scale": 0.5}, r"fixed_scale=0\.5.*fixed_scale=None"),
+        ({"fixed_scale": 2.0}, {"fixed_scale": 0.5}, r"fixed_scale=0\.5.*fixed_scale=2\.0"),
+    ],
+)
+def test_what_contradicts_a_checkpoint(stored, asked, message, disco_dir):
+    path = disco_dir("llama", **stored)
+    with pytest.raises(ValueError, match=rf"{message}; leave .* out"):
+        load(path, **asked)
+    with pytest.raises(ValueError, match=message):
+        upgrade(load(path), **asked)
+
+
+def test_what_contradicts_an_adapter(adapter_dir):
+    with pytest.raises(ValueError, match=r"reward_family='normal' contradicts.*reward_family='cauchy'"):
+        load(adapter_dir, reward_family="normal")
+
+
+def test_an_adapter_of_another_family_than_its_base(disco_dir, tmp_path):
+    path = Path(save_adapter(lora(load(disco_dir("llama"))), tmp_path))
+    (path / ADAPTER_SETTINGS_FILE).write_text(json.dumps({"reward_family": "logistic", "fixed_scale": None}))
+    with pytest.raises(ValueError, match=r"reward_family='logistic' contradicts.*reward_family='normal'"):
+        load(path)
+
+
+def test_an_unknown_family(base_model_dir):
+    with pytest.raises(ValueError, match=r"'gumbel' is unknown; choose one of 'normal', 'cauchy', 'logistic'"):
+        load(base_model_dir("llama"), reward_family="gumbel")
+
+
+@pytest.mark.parametrize("fixed_scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_none(fixed_scale, base_model_dir):
+    with pytest.raises(ValueError, match=r"fixed_scale=.* must be a positive, finite number"):
+        load(base_model_dir("llama"), fixed_scale=fixed_scale)
+
+
+def test_a_family_given_by_position_is_not_passed_over(base_model_dir):
+    with pytest.raises(TypeError):
+        load(base_model_dir("llama"), "cauchy")
+
+
+# 5. What cannot be a reward model
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "message"),
+    [
+        ("scalar", {"id2label": {"0": "A", "1": "B"}}, r"num_labels=2 is a classifier and not a reward model"),
+        (
+            "base",
+            {"architectures": ["LlamaForTokenClassification"]},
+            r"LlamaForTokenClassification, whose trained head",
+        ),
+        ("base", {"architectures": ["LlamaForQuestionAnswering"]}, r"LlamaForQuestionAnswering, whose trained head"),
+        ("base", {"architectures": ["LlamaForRewardModel"]}, r"LlamaForRewardModel, whose trained head"),
+        # Its own code would know the head; without that, the head would be left out.
+        (
+            "base",
+            {"architectures": ["LlamaForRewardModel"], "auto_map": {"AutoModel": "modeling.LlamaForRewardModel"}},
+            r"LlamaForRewardModel, whose trained head",
+        ),
+        (
+            "base",
+            {"architectures": ["GPTRewardModel"], "auto_map": {"AutoModel": "modeling.GPTRewardModel"}},
+            r"GPTRewardModel, whose trained head",
+        ),
+        ("base", {"architectures": ["LlamaWithExtraHead"]}, r"LlamaWithExtraHead, whose trained head"),
+        ("base", {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "A"}}, r"lack score\.weight"),
+    ],
+)
+def test_a_config_that_announces_another_head(source, config, message, base_model_dir, scalar_dir, tmp_path):
+    path = edited_copy({"base": base_model_dir, "scalar": scalar_dir}[source]("llama"), tmp_path / "x", config=config)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+_SEQUENCE_TO_SEQUENCE = {"vocab_size": VOCAB, "d_model": 32, "pad_token_id": PAD, "eos_token_id": EOS}
+UNFIT = {
+    "t5": ("T5ForConditionalGeneration", {**_SEQUENCE_TO_SEQUENCE, "d_ff": 32, "num_layers": 1, "num_heads": 2}),
+    "bart": (
+        "BartForConditionalGeneration",
+        {
+            **_SEQUENCE_TO_SEQUENCE,
+            **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+        },
+    ),
+    "mamba": ("MambaForCausalLM", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1}),
+    "xlnet": ("XLNetLMHeadModel", {"vocab_size": VOCAB, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}),
+    "xlm": ("XLMWithLMHeadModel", {"vocab_size": VOCAB, "emb_dim": 32, "n_layers": 1, "n_heads": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("t5", "'t5' is an encoder-decoder, which is not supported"),
+        ("bart", "'bart' is an encoder-decoder, which is not supported"),
+        ("mamba", "no sequence classifier for the architecture 'mamba'"),
+        ("xlnet", r"XLNetForSequenceClassification cannot carry a reward distribution.*logits_proj"),
+        ("xlm", r"XLMForSequenceClassification cannot carry a reward distribution"),
+    ],
+)
+def test_an_architecture_that_cannot_carry_a_distribution(name, message, tmp_path):
+    class_name, sizes = UNFIT[name]
+    model_class = getattr(transformers, class_name)
+    model_class(model_class.config_class(**sizes)).save_pretrained(tmp_path)
+    # Refused by the config alone, before any weights are read.
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_a_live_classifier_with_two_labels(base_model_dir):
+    model = AutoModelForSequenceClassification.from_pretrained(base_model_dir("llama"), num_labels=2)
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification has num_labels=2.*one output"):
+        upgrade(model)
+    assert not isinstance(model, DiscoRewardModel)
+
+
+def test_a_live_model_with_a_quantized_head(scalar_dir):
+    import bitsandbytes
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[])
+    model = load_stock(scalar_dir("llama"), quantization_config=quantization)
+    assert isinstance(model.score, bitsandbytes.nn.Linear4bit)
+    with pytest.raises(
+        ValueError, match=r"head 'score' of this LlamaForSequenceClassification is a bitsandbytes.*Linear4bit"
+    ):
+        upgrade(model)
+    assert not isinstance(model, DiscoRewardModel)
+
+
+def test_a_live_model_whose_head_was_replaced(scalar_dir):
+    model = load_stock(scalar_dir("llama"))
+    model.score = torch.nn.Sequential(torch.nn.Dropout(0.1), model.score)
+    for _ in range(2):  # the second time as well: the first has left nothing behind
+        with pytest.raises(
+            ValueError, match=r"head 'score' of this LlamaForSequenceClassification is a torch.*Sequential"
+        ):
+            upgrade(model)
+    assert not isinstance(model, DiscoRewardModel)
+
+
+def test_a_live_peft_model_whose_head_is_not_trained(scalar_dir, adapter_dir):
+    model = get_peft_model(load_stock(scalar_dir("llama")), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"neither trains nor saves the reward head.*modules_to_save=\['score'\]"):
+        upgrade(model)
+    assert not isinstance(model.get_base_model(), DiscoRewardModel)
+    # An adapter that was loaded for scoring only is frozen, head included.
+    with pytest.raises(ValueError, match=r"neither trains nor saves the reward head.*is_trainable=True"):
+        upgrade(load(adapter_dir))
+    upgrade(load(adapter_dir, is_trainable=True))
+
+
+def test_a_live_peft_model_with_lora_on_its_head(scalar_dir):
+    # "all-linear" takes the head for a layer of the backbone, unless the task type says otherwise.
+    model = get_peft_model(load_stock(scalar_dir("llama")), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(
+        ValueError, match=r"head 'score' of this LlamaForSequenceClassification is a peft.*Linear; .*SEQ_CLS"
+    ):
+        upgrade(model)
+
+
+# 6. Dirty memory
+
+
+@pytest.fixture
+def dirty_memory(monkeypatch):
+    """New memory that is never zero: what a real allocator hands out after the first gigabytes."""
+
+    def dirty(make):
+        def wrapper(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+        return wrapper
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, dirty(getattr(torch, name)))
+
+
+@all_architectures
+@pytest.mark.parametrize("source", ["base", "scalar"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}], ids=["plain", "bf16", "map"]
+)
+def test_memory_is_not_taken_as_it_comes(architecture, source, kwargs, base_model_dir, scalar_dir, dirty_memory):
+    model = load({"base": base_model_dir, "scalar": scalar_dir}[source](architecture), **kwargs)
+    head = head_of(model)
+    assert set(head.scale.state_dict()) == {"weight", "bias", "mean_log_scale"}
+    for name, tensor in head.scale.state_dict().items():
+        assert torch.equal(tensor, torch.zeros_like(tensor)), name
+    for name, tensor in model.state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+    assert head.weight.abs().max() > 0
+
+
+def test_the_dirty_memory_is_dirty(dirty_memory):
+    assert torch.isnan(torch.empty_like(torch.zeros(3))).all()
+    assert torch.isnan(torch.empty(3)).all()
+
+
+# 7. Code in a checkpoint
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mine", "architectures": ["MineForCausalLM"]}, r"trust_remote_code=True"),
+        ({"model_type": "mine", "architectures": ["MineForSequenceClassification"]}, r"trust_remote_code=True"),
+        ({"architectures": ["MineForRewardModel"]}, r"MineForRewardModel, whose trained head"),
+        ({"architectures": ["MineForSequenceClassification"], "id2label": {"0": "A"}}, r"lack score\.weight"),
+    ],
+)
+def test_code_in_a_checkpoint_is_not_run(config, message, base_model_dir, tmp_path):
+    witness = tmp_path / "was-run"
+    auto_map = {
+        name: f"modeling_mine.{class_name}"
+        for name, class_name in (
+            ("AutoConfig", "MineConfig"),
+            ("AutoModel", "MineModel"),
+            ("AutoModelForCausalLM", "MineForCausalLM"),
+            ("AutoModelForSequenceClassification", "MineForSequenceClassification"),
+        )
+    }
+    path = edited_copy(base_model_dir("llama"), tmp_path / "x", config={**config, "auto_map": auto_map})
+    (Path(path) / "modeling_mine.py").write_text(
+        f"open({str(witness)!r}, 'w').close()\nfrom transformers import LlamaConfig as MineConfig\n"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    assert not witness.exists()
+
+
+def test_only_a_trusted_checkpoint_runs_its_code(base_model_dir, tmp_path):
+    path = edited_copy(
+        base_model_dir("llama"),
+        tmp_path / "x",
+        config={"auto_map": {"AutoModelForSequenceClassification": "modeling_mine.LlamaForSequenceClassification"}},
+    )
+    witness = tmp_path / "was-run"
+    (Path(path) / "modeling_mine.py").write_text(
+        f"open({str(witness)!r}, 'w').close()\nfrom transformers import LlamaForSequenceClassification\n"
+    )
+    assert load(path).newly_initialized == ("score", "score.scale")
+    assert not witness.exists()
+    load(path, trust_remote_code=True)
+    assert witness.exists()
+
+
+def test_the_config_classes_are_those_of_the_library():
+    # The tables above rely on it: a typing error in a config would otherwise pass for a refusal.
+    for architecture in ARCHITECTURES:
+        assert type(tiny_config(architecture)).__module__.startswith("transformers.models.")
