@@ -21,8 +21,8 @@ class DiscoRewardConfig(RewardConfig):
             own, and any other model gets `"normal"`. A checkpoint of another family is refused.
         fixed_scale (`float`, *optional*):
             If set, every reward has this scale and none is learned. `reward_family="logistic"` with
-            `fixed_scale=2**-0.5` is Bradley–Terry, TRL's own loss. If `None`, a disco checkpoint keeps its own setting,
-            and any other model learns a scale for each answer.
+            `fixed_scale=2**-0.5` is Bradley–Terry, TRL's own loss. If `None`, a disco checkpoint keeps its own
+            setting, and any other model learns a scale for each answer.
 
     The unit of reward needs no parameter. A likelihood of preferences leaves it free, and it would drift; here the
     geometric mean of the scales over the training rows is the family's unit by construction, at which one unit of

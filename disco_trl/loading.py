@@ -64,9 +64,6 @@ def _load_full(
     stored = getattr(config, "disco", None)
     settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
     stock = _stock_class(config, path, trust_remote_code, hub_kwargs)
-    text_config = config.get_text_config()
-    if stock.config_class is type(text_config):
-        config = text_config  # a model that also sees has a classifier for its text half
     config.num_labels = 1
     config.disco = settings
     disco = disco_class(stock, config)

@@ -6,8 +6,8 @@ checkpoint is a plain scalar reward model to any other tool, which ignores the k
 answers `model(**inputs).logits` and `model.score(hidden_states)` with the location.
 
 Hugging Face pools differently in each architecture, and its own pooling is the only right one for a checkpoint that
-it must also load. So while the stock `forward` runs, the head answers with row numbers in place of rewards: those that
-the stock code picks say which hidden states count, and the head then works on these alone.
+it must also load. So while the stock `forward` runs, the head lets its input through: whether the stock code picks a
+token's logits or averages those of all, it does so to the hidden states, and the head then works on what remains.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import functools
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -34,10 +35,12 @@ from .distributions import RewardDistribution, get_family
 
 
 # The last layer of the classifiers in transformers that end in a plain linear map. One that goes on after it (an
-# activation, a second projection) has another name and is refused, because row numbers would not pass it unchanged.
+# activation, a second projection) has another name and is refused, because hidden states would not pass it.
 HEAD_LAYER_NAMES = ("score", "classifier", "out_proj")
 # log σ stays within this distance of the family's unit: σ never leaves the range in which log P is tested.
 MAX_LOG_SCALE = math.log(1e3)
+# `is_pooling` is true while a model's `forward` runs the stock one. By thread: a server may call a model from several.
+_THREAD = threading.local()
 
 
 class ScaleHead(nn.Module):
@@ -58,9 +61,11 @@ class ScaleHead(nn.Module):
     Attributes:
         weight: parameter `[1, H]`.
         mean_hidden: buffer `[H]`, the running mean of the pooled hidden states of the training rows.
+        rows_seen: scalar buffer, how many rows that is a mean of.
     """
 
     mean_hidden: Tensor
+    rows_seen: Tensor
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
         super().__init__()
@@ -69,6 +74,7 @@ class ScaleHead(nn.Module):
         if fixed_scale is None:
             self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
             self.register_buffer("mean_hidden", torch.zeros(hidden_size, dtype=torch.float32, device=device))
+            self.register_buffer("rows_seen", torch.zeros((), dtype=torch.float32, device=device))
 
     def init_weights(self) -> None:
         """Zero everything that a checkpoint did not bring (Hugging Face's `init` skips what it did)."""
@@ -88,9 +94,11 @@ class ScaleHead(nn.Module):
         """Bring the running mean up to date with the mean hidden state `[H]` of one step's `rows`, of all processes.
 
         The weight of a row decays with the number of rows since (e-fold in `memory` rows), and not of steps, so that
-        it does not depend on the batch size. The first rows of all count in full.
+        it does not depend on the batch size.
         """
-        share = -math.expm1(-rows / memory) if self.mean_hidden.any() else 1.0
+        self.rows_seen += rows
+        # The new rows' part of all weights so far: of a long run 1 - exp(-rows / memory), of the first step 1.
+        share = math.expm1(-rows / memory) / torch.expm1(-self.rows_seen / memory)
         self.mean_hidden.lerp_(mean_hidden.to(self.mean_hidden), share)
 
 
@@ -99,16 +107,9 @@ class DiscoHead(nn.Linear):
 
     It works in float32 whatever the backbone's dtype: rewards are compared by their differences, and bfloat16 keeps
     three digits.
-
-    Attributes:
-        locating: set only while the model's `forward` runs the stock one. The head then keeps its input in `seen` and
-            answers with its row numbers.
     """
 
     scale: ScaleHead
-    # A plain attribute and not a context variable, which torch.compile cannot trace (torch 2.13).
-    locating: bool = False
-    seen: Tensor | None = None
 
     @classmethod
     def convert(cls, layer: nn.Linear, unit_scale: float, fixed_scale: float | None) -> DiscoHead:
@@ -120,16 +121,24 @@ class DiscoHead(nn.Linear):
         return head
 
     def forward(self, hidden_states: Tensor, with_scale: bool = False) -> Tensor:
-        """`[..., H]` to the location `[..., 1]`, or to location and scale `[..., 2]`."""
-        if self.locating:
-            self.seen = hidden_states
-            rows = torch.arange(hidden_states.shape[:-1].numel(), device=hidden_states.device, dtype=torch.float32)
-            return rows.view(*hidden_states.shape[:-1], 1)
+        """`[..., H]` to the location `[..., 1]`, or to location and scale `[..., 2]`; unchanged during `_pooling`."""
+        if getattr(_THREAD, "is_pooling", False):
+            return hidden_states
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_states = hidden_states.to(torch.promote_types(self.weight.dtype, torch.float32))
             bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
             location = F.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
             return torch.cat([location, self.scale(hidden_states)], dim=-1) if with_scale else location
+
+
+@contextlib.contextmanager
+def _pooling() -> Iterator[None]:
+    """While it lasts, heads let their input through, for stock code to pool."""
+    _THREAD.is_pooling = True
+    try:
+        yield
+    finally:
+        _THREAD.is_pooling = False
 
 
 @dataclass
@@ -259,32 +268,15 @@ class DiscoRewardModel(_Stock):
         ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
         self.config.keys_to_ignore_at_inference = [*(key for key in ignored if key not in own), *own]
 
-    @contextlib.contextmanager
-    def _locating(self) -> Iterator[list[Tensor]]:
-        """While it lasts, the heads answer with row numbers; the list then holds the hidden states that one saw."""
-        heads = [head for _, head in self.named_reward_heads()]
-        seen: list[Tensor] = []
-        for head in heads:
-            head.locating = True
-        try:
-            yield seen
-        finally:
-            for head in heads:
-                if head.seen is not None:
-                    seen.append(head.seen)
-                head.locating, head.seen = False, None
-
 
 def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
     @functools.wraps(stock.forward)
     def forward(
         self: Any, *args: Any, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> RewardModelOutput | tuple[Tensor, ...]:
-        with self._locating() as seen:
+        with _pooling():
             output = stock.forward(self, *args, return_dict=True, **kwargs)
-        if output.logits.dtype != torch.float32:
-            raise TypeError(f"{stock.__name__} casts its logits to {output.logits.dtype}, which rounds row numbers")
-        pooled = seen[0].flatten(0, -2)[output.logits.squeeze(-1).long()]
+        pooled = output.logits
         # By way of the module and not of its weights: FSDP and ZeRO gather those when it is called.
         head = functools.reduce(getattr, self.head_name.split("."), self)
         location, scale = head(pooled, with_scale=True).split(1, dim=-1)

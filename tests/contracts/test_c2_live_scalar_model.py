@@ -4,7 +4,7 @@ Code that was written for a one-label `...ForSequenceClassification` takes a dis
 
 1. `model(**inputs).logits` is `[batch, 1]`, the location, and the same output carries `scale`, `[batch, 1]`, positive
    and in float32. `scale` is in `keys_to_ignore_at_inference`, so that a `Trainer` hands `compute_metrics` one array.
-   Everything else is the stock output: tuples, hidden states, the loss for `labels`.
+   Everything else is the stock output: tuples, hidden states, the loss for `labels`. Several threads may ask at once.
 2. `config.num_labels` is 1, and the model is a `PreTrainedModel` of the stock class.
 3. Decoder-only models: `model.score(hidden_states)` is `[..., 1]` and `getattr(model, model.base_model_prefix)` is the
    backbone. The location is the score at the last token whose id is not the padding id, Hugging Face's own pooling.
@@ -17,6 +17,7 @@ How a model gets there (from which files, in which dtype) is in `test_c2_ways_in
 """
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_it_is_a_stock_model(architecture, disco_dir):
     assert isinstance(model, type(stock))
     assert type(model).__name__ == type(stock).__name__
     assert model.config.num_labels == 1
-    assert "scale" in model.config.keys_to_ignore_at_inference
+    assert {"scale", "pooled_hidden_state"} <= set(model.config.keys_to_ignore_at_inference)
     assert set(stock.config.keys_to_ignore_at_inference) <= set(model.config.keys_to_ignore_at_inference)
     assert isinstance(head_of(model), DiscoHead)
 
@@ -89,9 +90,12 @@ def test_everything_else_is_the_stock_output(architecture, disco_dir):
         as_tuple = model(**inputs, return_dict=False)
         stock_tuple = stock(**inputs, return_dict=False)
         assert isinstance(as_tuple, tuple)
-        assert len(as_tuple) == len(stock_tuple) + 1
+        assert len(as_tuple) == len(stock_tuple) + 2
         torch.testing.assert_close(as_tuple[0], stock_tuple[0], rtol=1e-6, atol=1e-6)
-        assert torch.equal(as_tuple[-1], model(**inputs).scale)  # the scale comes last: nothing else has moved
+        # What is ours comes last: nothing else has moved.
+        output = model(**inputs)
+        assert torch.equal(as_tuple[-2], output.scale)
+        assert torch.equal(as_tuple[-1], output.pooled_hidden_state)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
@@ -106,6 +110,24 @@ def test_a_trainer_receives_one_array(architecture, disco_dir, tmp_path):
         torch.testing.assert_close(torch.from_numpy(predictions), model(**inputs).logits, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_several_threads_at_once(architecture, disco_dir):
+    model = load(disco_dir(architecture))
+    batches = [batch(size, side) for size in (1, 2, 3, 4) for side in ("left", "right")]
+    with torch.no_grad():
+        expected = [model(**inputs) for inputs in batches]
+
+    def score(index: int) -> None:
+        with torch.no_grad():
+            for _ in range(10):
+                output = model(**batches[index])
+                assert torch.equal(output.logits, expected[index].logits)
+                assert torch.equal(output.scale, expected[index].scale)
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        list(pool.map(score, range(len(batches))))
+
+
 # 3. Decoder-only models
 
 
@@ -117,15 +139,17 @@ def test_the_reward_is_the_score_at_the_last_token_that_is_not_padding(architect
     with torch.no_grad():
         hidden_states = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
         scores = model.score(hidden_states)
-        raw_scales = model.score.scale(hidden_states)
         output = model(**inputs)
     assert scores.shape == (*inputs["input_ids"].shape, 1)
     assert model.score(hidden_states[0, 0]).shape == (1,)
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         last = max(position for position, token in enumerate(ids) if token != PAD)
         torch.testing.assert_close(output.logits[row], scores[row, last], rtol=1e-6, atol=1e-6)
-        # σ = u · exp(L tanh(raw / L)) with L = log 1000 and u the family's unit
-        raw, limit = raw_scales[row, last].double(), torch.tensor(1e3, dtype=torch.float64).log()
+        # raw = weight · (h - mean_hidden), and σ = u · exp(L tanh(raw / L)) with L = log 1000 and u the family's unit
+        h = hidden_states[row, last]
+        torch.testing.assert_close(output.pooled_hidden_state[row], h, rtol=1e-6, atol=1e-6)
+        raw = model.score.scale.weight.double() @ (h - model.score.scale.mean_hidden).double()
+        limit = torch.tensor(1e3, dtype=torch.float64).log()
         sigma = get_family("normal").unit_scale * torch.exp(limit * torch.tanh(raw / limit))
         torch.testing.assert_close(output.scale[row].double(), sigma, rtol=1e-5, atol=0)
 
@@ -252,7 +276,7 @@ def test_gradients_reach_scale_and_backbone(architecture, disco_dir):
     assert f"{model.head_name}.scale.weight" in head <= set(plain)
     for gradient in plain.values():
         assert torch.isfinite(gradient).all()
-    for name in (f"{model.head_name}.weight", f"{model.head_name}.scale.weight", f"{model.head_name}.scale.bias"):
+    for name in (f"{model.head_name}.weight", f"{model.head_name}.scale.weight"):
         assert plain[name].abs().max() > 0, name
     assert any(gradient.abs().max() > 0 for name, gradient in plain.items() if "embed" in name or "wte" in name)
 

@@ -49,7 +49,7 @@ def test_a_round_trip_keeps_location_and_scale(architecture, disco_dir, tmp_path
     again = load(tmp_path)
     assert again.newly_initialized == ()
     expected = model.state_dict()
-    assert {f"{model.head_name}.scale.{name}" for name in ("weight", "bias", "mean_log_scale")} <= set(expected)
+    assert {f"{model.head_name}.scale.{name}" for name in ("weight", "mean_hidden", "rows_seen")} <= set(expected)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_upgrade_keeps_the_parameters_an_optimizer_may_hold(scalar_dir):
     upgrade(stock, reward_family="logistic")
     after = dict(stock.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
-    assert set(after) - set(before) == {"classifier.scale.weight", "classifier.scale.bias"}
+    assert set(after) - set(before) == {"classifier.scale.weight"}
     assert upgrade(stock) is stock  # and again: nothing happens
     assert stock.config.disco == {"reward_family": "logistic", "fixed_scale": None}
     assert not upgrade(stock).training
@@ -130,7 +130,7 @@ def test_upgrade_of_a_peft_model(architecture, scalar_dir, tmp_path):
     assert inner is peft_model.get_base_model()
     # The head exists twice, frozen and trained, and both have a scale of their own; the trained one is in use.
     trained = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
-    assert sum(".scale." in name for name in trained) == 2
+    assert sum(".scale." in name for name in trained) == 1
     assert all("modules_to_save" in name for name in trained if ".scale." in name)
     with torch.no_grad():
         torch.testing.assert_close(peft_model(**inputs).logits, expected, rtol=1e-6, atol=1e-6)
@@ -162,9 +162,7 @@ def test_an_adapter_can_be_trained_on(base_model_dir, tmp_path):
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     names = {name for name, parameter in trainable.named_parameters() if parameter.requires_grad}
     assert any("lora_A" in name for name in names)
-    assert (
-        sum(".modules_to_save.default." in name for name in names) == 3
-    )  # location, and weight and bias of the scale
+    assert sum(".modules_to_save.default." in name for name in names) == 2  # location and scale
 
 
 def test_a_prompt_tuning_adapter(base_model_dir, tmp_path):

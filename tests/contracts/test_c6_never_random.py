@@ -54,6 +54,7 @@ FRESH = {
     "roberta": ("classifier.dense", "classifier.out_proj", "classifier.out_proj.scale"),
     "deberta_v2": ("classifier", "classifier.scale", "pooler.dense"),
     "modernbert": ("classifier", "classifier.scale"),
+    "eurobert": ("classifier", "classifier.scale", "dense"),
 }
 
 
@@ -108,7 +109,7 @@ def test_a_missing_scale(architecture, disco_dir, tmp_path):
     assert load(path).newly_initialized == (scale,)
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "mean_log_scale"])
+@pytest.mark.parametrize("name", ["weight", "mean_hidden", "rows_seen"])
 def test_a_missing_part_of_a_scale(name, disco_dir, tmp_path):
     path = edited_copy(disco_dir("llama"), tmp_path / "x", drop=(f"score.scale.{name}",))
     with pytest.raises(ValueError, match=rf"files lack score\.scale\.{name}"):
@@ -155,7 +156,7 @@ def test_the_adapter_itself_loads(adapter_dir, bert_adapter_dir):
     load(bert_adapter_dir)
 
 
-@pytest.mark.parametrize("lost", ["score.weight", "score.scale.", "score.scale.bias", "score."])
+@pytest.mark.parametrize("lost", ["score.weight", "score.scale.", "score.scale.mean_hidden", "score."])
 def test_an_adapter_without_its_head_or_scale(lost, adapter_dir, tmp_path):
     path = edited_copy(adapter_dir, tmp_path / "x", drop=(f"base_model.model.{lost}",))
     with pytest.raises(ValueError, match=rf"adapter lacks .*{lost}.*random.*modules_to_save"):
@@ -173,7 +174,7 @@ def test_an_adapter_without_its_head_on_a_reward_model(disco_dir, tmp_path):
     # Its base has a head of its own, but the adapter says that it was trained with another.
     adapter = save_adapter(lora(load(disco_dir("llama"))), tmp_path / "a")
     path = edited_copy(adapter, tmp_path / "b", drop=("base_model.model.score.",))
-    with pytest.raises(ValueError, match=r"adapter lacks score\.scale\.bias.*those of its base model"):
+    with pytest.raises(ValueError, match=r"adapter lacks score\.scale\.mean_hidden.*those of its base model"):
         load(path)
 
 
@@ -402,7 +403,7 @@ def dirty_memory(monkeypatch):
 def test_memory_is_not_taken_as_it_comes(architecture, source, kwargs, base_model_dir, scalar_dir, dirty_memory):
     model = load({"base": base_model_dir, "scalar": scalar_dir}[source](architecture), **kwargs)
     head = head_of(model)
-    assert set(head.scale.state_dict()) == {"weight", "bias", "mean_log_scale"}
+    assert set(head.scale.state_dict()) == {"weight", "mean_hidden", "rows_seen"}
     for name, tensor in head.scale.state_dict().items():
         assert torch.equal(tensor, torch.zeros_like(tensor)), name
     for name, tensor in model.state_dict().items():

@@ -55,6 +55,7 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", _SIZES),
     "deberta_v2": ("DebertaV2Config", "DebertaV2ForMaskedLM", _SIZES),
     "modernbert": ("ModernBertConfig", "ModernBertForMaskedLM", _MODERNBERT),
+    "eurobert": ("EuroBertConfig", "EuroBertForMaskedLM", _GROUPED),  # averages the logits of all tokens
 }
 ARCHITECTURES = {**DECODERS, **ENCODERS}
 
@@ -138,7 +139,8 @@ def edited_copy(
 def lora(model: Any) -> Any:
     """A `PeftModel` around a disco model, with every weight that it trains random instead of fresh."""
     # The fresh layers of an encoder are trained and saved whole; PEFT itself adds those called score and classifier.
-    modules_to_save = sorted({name for name in model.newly_initialized if name.endswith("pooler.dense")})
+    blocks = ("score", "classifier")
+    modules_to_save = [name for name in model.newly_initialized if name.split(".")[0] not in blocks]
     config = LoraConfig(
         r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=modules_to_save, init_lora_weights=False
     )
