@@ -8,6 +8,7 @@ one. DATASET is a preference dataset of any type that TRL takes: a Hub id, a fol
 
 import sys
 
+import torch
 from peft import LoraConfig
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
@@ -17,7 +18,10 @@ from disco_trl.train import load_preferences
 model, dataset = sys.argv[1:]
 trainer = DiscoRewardTrainer(  # was: RewardTrainer
     model=model,
-    args=DiscoRewardConfig(output_dir="runs/reward"),  # was: RewardConfig
+    args=DiscoRewardConfig(  # was: RewardConfig
+        output_dir="runs/reward",
+        use_cpu=not torch.accelerator.is_available(),  # TRL's default of bf16 has to be told so on a CPU
+    ),
     train_dataset=load_preferences(dataset)["train"],
     peft_config=LoraConfig(target_modules="all-linear"),  # the reward head is trained and saved with it by itself
 )

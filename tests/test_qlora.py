@@ -70,8 +70,8 @@ def test_the_head_is_trained_in_float32_and_saved(tmp_path, trainer):
     assert trained == {f"base_model.model.score.modules_to_save.default.{name}" for name in names}
     for name in trained:
         assert after[name].dtype == torch.float32
-        # and not in bfloat16 on the way
-        assert not torch.equal(after[name], after[name].bfloat16().float())
+        # and not in bfloat16 on the way (a small count is exact there as well)
+        assert name.endswith("rows_seen") or not torch.equal(after[name], after[name].bfloat16().float())
 
     trainer.save_model()
     loaded = DiscoRewardModel.from_pretrained(tmp_path, dtype="float32", quantization_config=FOUR_BITS).eval()
