@@ -493,8 +493,8 @@ def test_adapters_keep_the_head(tmp_path, tiny_llama_dir, peft_config):
     with torch.no_grad():
         reward = loaded.reward_distribution(**batch) if hasattr(loaded, "reward_distribution") else None
         outputs = [model.eval()(**batch) for model in (trainer.model, loaded)]
-    assert torch.equal(outputs[0].logits, outputs[1].logits)
-    assert torch.equal(outputs[0].scale, outputs[1].scale)
+    assert torch.allclose(outputs[0].logits, outputs[1].logits, atol=1e-6)
+    assert torch.allclose(outputs[0].scale, outputs[1].scale, atol=1e-6)
     assert reward is not None and reward.family == "cauchy"
 
 
@@ -526,7 +526,7 @@ def test_from_a_bradley_terry_checkpoint(tmp_path, tiny_llama_dir, tiny_tokenize
     theirs.train()
     theirs.save_model()
     ours = disco_trainer(tmp_path / "disco", model=str(tmp_path / "bt"), train_dataset=preferences())
-    assert torch.equal(locations(ours.model, tiny_tokenizer), locations(theirs.model, tiny_tokenizer))
+    assert torch.allclose(locations(ours.model, tiny_tokenizer), locations(theirs.model, tiny_tokenizer), atol=1e-6)
     ours.train()
     assert ours.model.scale_head.weight.abs().max() > 0
 
@@ -547,7 +547,8 @@ def test_from_a_checkpoint_of_ours(tmp_path, tiny_llama_dir, tiny_tokenizer, lor
     assert second._family.name == "cauchy"
     assert furthest(weights(first.model), weights(second.model)) == 0
     before = locations(second.model, tiny_tokenizer)
-    assert torch.equal(before, locations(first.model, tiny_tokenizer))
+    # The same weights at other addresses: matrix products may round differently.
+    assert torch.allclose(before, locations(first.model, tiny_tokenizer), atol=1e-6)
     second.train()
     trained = {name for name, parameter in second.model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in first.model.named_parameters() if parameter.requires_grad}
