@@ -1,8 +1,8 @@
 """The trainer: TRL's `RewardTrainer` with a distribution where it has a number.
 
 TRL keeps doing what it does: it loads tokenizers, wraps adapters, prepares datasets, pools, logs, evaluates and saves.
-This class lends it a model with a scale, replaces the loss by the exact -log P(chosen ≻ rejected), adds the term that
-fixes the unit of reward, and checks what goes in.
+This class lends it a model with a scale, replaces the loss by the exact -log P(chosen ≻ rejected), keeps up the mean
+that fixes the unit of reward, and checks what goes in.
 """
 
 import contextlib
