@@ -104,8 +104,9 @@ def _reading(report: Report) -> str:
     learned, trivial = result["scale_vs_deviation"], result["centrality_vs_deviation"]
     if learned != learned:
         return "The scale is the same for every text."
-    # Whoever knows that a baseline is negative can turn it round.
-    comparison = "more" if learned > abs(trivial) else "no more"
+    # Whoever knows that a baseline is negative can turn it round. Rank correlations of unrelated columns scatter by
+    # 1/√N, and a lead of less than two of that is none.
+    comparison = "more" if learned > abs(trivial) + 2 / np.sqrt(len(report.rated)) else "no more"
     return (
         f"The learned scale says {comparison} about people's disagreement than the trivial baseline does "
         f"({learned:.2f} against {trivial:.2f}, of either sign). One vote a pair says little about it; more say more."
@@ -197,7 +198,12 @@ def _plot_reliability(report: Report, axes: Any) -> None:
     axes.set_xlabel("predicted probability that one answer beats the other")
     axes.set_ylabel("how often it did")
     axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1, 0.02))
-    better, other = sorted(("Bradley–Terry", "disco"), key=lambda name: report.results[name]["calibration_error"])
-    axes.set_title(
-        f"{better} is better calibrated than {other} here\n({report.test_pairs:,} held-out pairs)", loc="left"
+    errors = {name: report.results[name]["calibration_error"] for name in ("Bradley–Terry", "disco")}
+    better, other = sorted(errors, key=lambda name: errors[name])
+    # What perfect forecasts score by chance (see `calibration_error`): a smaller difference means nothing.
+    chance = 0.3 / np.sqrt(report.test_pairs / 15)
+    is_clear = errors[other] - errors[better] > chance
+    finding = (
+        f"{better} is better calibrated than {other} here" if is_clear else "Both are about equally calibrated here"
     )
+    axes.set_title(f"{finding}\n({report.test_pairs:,} held-out pairs)", loc="left")
