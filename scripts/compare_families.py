@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or folder (default: a small chat LM from the package index)")
     parser.add_argument("--dataset", help="preference dataset with splits train and test (default: votes on tweets)")
     parser.add_argument("--votes", type=int, default=2000, help="training votes, without --dataset")
-    parser.add_argument("--max_pairs", type=int, help="with --dataset: train on that many pairs that fit, the first")
+    parser.add_argument("--max_pairs", type=int, help="with --dataset: train on that many pairs that fit, at random")
     parser.add_argument("--max_length", type=int, help="leave out pairs with a side of more tokens")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs in a batch")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
@@ -100,7 +100,8 @@ def main() -> None:
             [row for row in choose_split(dataset, split, "--dataset") if fits(row, tokenizer, args.max_length)]
             for split in ("train", "test")
         )
-        pairs = pairs[: args.max_pairs]
+        # Shuffled first: files are often sorted by where their pairs come from.
+        pairs = [pairs[index] for index in np.random.default_rng(0).permutation(len(pairs))[: args.max_pairs]]
         sides = [ids for row in test_pairs for ids in tokenize_pair(row, tokenizer)]
         held_out = HeldOut(sides, pairs=np.arange(len(sides)).reshape(-1, 2))
     else:
