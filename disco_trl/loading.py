@@ -115,7 +115,6 @@ def _load_adapter(
     if settings_file is not None:
         with open(settings_file, encoding="utf-8") as file:
             stored = json.load(file)
-    if stored is not None:
         settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
         reward_family, fixed_scale = settings["reward_family"], settings["fixed_scale"]
     weights_file = cached_file(
