@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "DiscoReward",
     "DiscoRewardConfig",
     "DiscoRewardModel",
     "DiscoRewardTrainer",
     "RewardDistribution",
+    "best_of_n",
     "get_family",
 ]
 
 _MODULE_OF = {
+    "DiscoReward": "reward",
     "DiscoRewardConfig": "config",
     "DiscoRewardModel": "modeling",
     "DiscoRewardTrainer": "trainer",
     "RewardDistribution": "distributions",
+    "best_of_n": "reward",
     "get_family": "distributions",
 }
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from .config import DiscoRewardConfig
     from .distributions import RewardDistribution, get_family
     from .modeling import DiscoRewardModel
+    from .reward import DiscoReward, best_of_n
     from .trainer import DiscoRewardTrainer
 
 

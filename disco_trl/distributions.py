@@ -21,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,13 +43,15 @@ def _to_dtype_of(result: Tensor, *inputs: Tensor) -> Tensor:
 class Family(ABC):
     """A location-scale family of reward distributions.
 
-    A new family is one subclass with the five members below and one line in :data:`FAMILIES`.
+    A new family is one subclass with the members below and one line in :data:`FAMILIES`.
     """
 
     name: str
     unit_scale: float
     """The scale at which P(a ≻ b) has slope ¼ at μ_a = μ_b, as Bradley–Terry's sigmoid has. A reward model whose
     scales average to it (geometrically) speaks Bradley–Terry's unit: one unit of reward is about one logit."""
+    infinite_cumulant = "its expectation overflows with beta={beta}"
+    """Why E[e^(-R/β)] is infinite where it is, for the message."""
 
     @abstractmethod
     def difference_scale(self, scale_a: Tensor, scale_b: Tensor) -> Tensor:
@@ -65,6 +68,10 @@ class Family(ABC):
     @abstractmethod
     def standard_quantile(self, q: Tensor) -> Tensor:
         """The inverse of :meth:`standard_cdf` on 0 < q < 1, elementwise."""
+
+    @abstractmethod
+    def standard_cumulant(self, t: Tensor) -> Tensor:
+        """log E[e^(tε)], elementwise, in float64; ∞ where the expectation is."""
 
     def log_prob_greater(self, loc_a: Tensor, scale_a: Tensor, loc_b: Tensor, scale_b: Tensor) -> Tensor:
         """log P(R_a > R_b) in nats.
@@ -104,6 +111,25 @@ class Family(ABC):
         wide_q, mu, sigma = _to_float64(q, loc, scale)
         return _to_dtype_of(mu + sigma * self.standard_quantile(wide_q), loc, scale)
 
+    def certainty_equivalent(self, loc: Tensor, scale: Tensor, beta: float) -> Tensor:
+        """-β log E[e^(-R/β)]: the sure reward that someone with risk tolerance β > 0 takes for R (broadcast shapes).
+
+        It is at most the mean and tends to it as β grows. For the normal it is μ - σ²/2β. Exponential utility and its
+        certainty equivalent: J. W. Pratt, 1964; as a reward: arXiv 2606.09073.
+
+        Raises:
+            ValueError: where it is -∞, with the reason: for Cauchy always, for the logistic where σ ≥ β.
+        """
+        mu, sigma = _to_float64(loc, scale)
+        cumulant = self.standard_cumulant(-sigma / beta)
+        if not bool(cumulant.isfinite().all()):
+            raise ValueError(
+                f"the certainty equivalent of a {self.name!r} reward is -∞: {self.infinite_cumulant.format(beta=beta)}"
+                f" (the largest scale is {sigma.max().item():.4g}); use 'lower_bound' or 'quantile', which always are "
+                "finite"
+            )
+        return _to_dtype_of(mu - beta * cumulant, loc, scale)
+
     def sample(
         self, loc: Tensor, scale: Tensor, shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
@@ -141,6 +167,9 @@ class Normal(Family):
     def standard_quantile(self, q: Tensor) -> Tensor:
         return torch.special.ndtri(q)
 
+    def standard_cumulant(self, t: Tensor) -> Tensor:
+        return t.square() / 2
+
 
 class Cauchy(Family):
     """R ~ Cauchy(μ, σ): P(a ≻ b) = ½ + arctan((μ_a - μ_b) / (σ_a + σ_b)) / π, exact.
@@ -150,6 +179,7 @@ class Cauchy(Family):
 
     name = "cauchy"
     unit_scale = 2 / math.pi
+    infinite_cumulant = "its tails are so heavy that E[e^(-R/β)] does not exist, whatever beta is"
 
     def difference_scale(self, scale_a: Tensor, scale_b: Tensor) -> Tensor:
         return scale_a + scale_b
@@ -167,6 +197,9 @@ class Cauchy(Family):
         # ∓cot of π times the nearer tail's probability, which keeps its accuracy where tan(π(q - ½)) meets its poles.
         return torch.where(q < 0.5, -1.0, 1.0) / torch.tan(math.pi * torch.minimum(q, 1 - q))
 
+    def standard_cumulant(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, math.inf)
+
 
 class Logistic(Family):
     """P(a ≻ b) = sigmoid((μ_a - μ_b) / √(σ_a² + σ_b²)): Bradley–Terry's link with a scale for every answer.
@@ -178,6 +211,7 @@ class Logistic(Family):
 
     name = "logistic"
     unit_scale = 1 / math.sqrt(2)
+    infinite_cumulant = "E[e^(-R/β)] exists only for scales below beta={beta}"
 
     def difference_scale(self, scale_a: Tensor, scale_b: Tensor) -> Tensor:
         return torch.hypot(scale_a, scale_b)
@@ -190,6 +224,10 @@ class Logistic(Family):
 
     def standard_quantile(self, q: Tensor) -> Tensor:
         return torch.logit(q)
+
+    def standard_cumulant(self, t: Tensor) -> Tensor:
+        # E[e^(tε)] = Γ(1 + t) Γ(1 - t) = πt / sin(πt) for |t| < 1, and sinc(t) is its inverse, also at 0.
+        return torch.where(t.abs() < 1, -torch.log(torch.sinc(t)), math.inf)
 
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Normal(), Cauchy(), Logistic())}
@@ -227,6 +265,13 @@ class RewardDistribution:
     location: Tensor
     scale: Tensor
     family: str
+
+    def __len__(self) -> int:
+        return len(self.location)
+
+    def __getitem__(self, index: Any) -> RewardDistribution:
+        """The rewards at an index, slice or tensor of indices, such as the chosen sides of a batch."""
+        return RewardDistribution(self.location[index], self.scale[index], self.family)
 
     def log_prob_greater(self, other: RewardDistribution) -> Tensor:
         """log P(this > other), ``[B]`` (or broadcast), in nats.

@@ -1,118 +1,15 @@
 """How good is a reward model on pairs that it has not seen, and how honest is its error bar?
 
-Two stations. First tokens become rewards: `tokenize`, `tokenize_pair` and `score` run a model over texts or pairs, the
-way that training saw them. Then arrays become figures: every metric is a pure function of NumPy arrays, one number a
-pair or one a text, whichever model they come from.
-
-A plain scalar reward model is read as Bradley–Terry, that is the logistic family with every scale at 1/√2, so that
-`RewardDistribution.log_prob_greater` serves both.
+Every metric is a pure function of NumPy arrays, one number a pair or one a text, whichever model they come from
+(`disco_trl.scoring` runs it). A plain scalar reward model is read as Bradley–Terry, that is the logistic family with
+every scale at 1/√2, so that `RewardDistribution.log_prob_greater` serves both.
 """
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
-
-from .distributions import RewardDistribution
-
-
-# Tokens to rewards
-
-
-def tokenize(
-    processing_class: PreTrainedTokenizerBase, content: str | list[dict[str, Any]], **chat_template_kwargs: Any
-) -> list[int]:
-    """
-    Token ids of a text, or of a conversation, as TRL's `RewardTrainer` makes them.
-
-    A text gets the end-of-text token unless it ends with it; a conversation goes through the chat template. Nothing is
-    ever truncated: a reward is read at the last token, and a text without its end is another text.
-    """
-    encoded: Any
-    if isinstance(content, str):
-        eos_token = processing_class.eos_token
-        encoded = processing_class(text=content if content.endswith(eos_token) else content + eos_token)
-    else:
-        encoded = processing_class.apply_chat_template(
-            content, tokenize=True, return_dict=True, **chat_template_kwargs
-        )
-    return encoded["input_ids"]
-
-
-def tokenize_pair(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """
-    Token ids of the chosen and of the rejected side of a row of a preference dataset, of any type that TRL documents:
-    plain text or messages, with or without a `prompt`, `tools` or `chat_template_kwargs`, or tokenized already.
-    """
-    if "chosen_ids" in example:
-        return example["chosen_ids"], example["rejected_ids"]
-    tools = example.get("tools")
-    chat_template_kwargs = {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(example.get("chat_template_kwargs") or {}),
-    }
-    sides = []
-    for side in ("chosen", "rejected"):
-        content = example["prompt"] + example[side] if "prompt" in example else example[side]
-        sides.append(tokenize(processing_class, content, **chat_template_kwargs))
-    return sides[0], sides[1]
-
-
-@torch.no_grad()
-def score(
-    model: Any, sequences: Sequence[list[int]], batch_size: int = 32, description: str = "Scoring"
-) -> RewardDistribution:
-    """
-    Rewards of token sequences, in batches of similar length, with a progress bar.
-
-    Args:
-        model: a disco model, or any sequence classifier with one label; with or without a PEFT adapter.
-        sequences: `N` lists of token ids.
-        batch_size: sequences in a batch.
-        description: what the progress bar says.
-
-    Returns:
-        `RewardDistribution` with location and scale of shape `[N]`, float32 on the CPU, in the order of `sequences`.
-        Of a model without a scale: the logistic family with every scale at 1/√2, which is Bradley–Terry.
-
-    Raises:
-        ValueError: if `model.config.pad_token_id` is not set, without which no classifier finds the last token.
-    """
-    pad_token_id = model.config.get_text_config().pad_token_id
-    if pad_token_id is None:
-        raise ValueError("model.config.pad_token_id is None; set it to the tokenizer's pad_token_id")
-    by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-    location = torch.empty(len(sequences))
-    scale = torch.full_like(location, 1 / math.sqrt(2))
-    family = "logistic"
-
-    was_training = model.training
-    model.eval()
-    try:
-        with logging.tqdm(total=len(sequences), desc=description, unit="text") as progress:
-            # The longest first: memory runs out at once or not at all.
-            for start in range(len(sequences), 0, -batch_size):
-                indices = by_length[max(start - batch_size, 0) : start]
-                rows = [torch.tensor(sequences[index]) for index in indices]
-                input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-                lengths = torch.tensor([len(row) for row in rows])
-                attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-                output = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
-                location[indices] = output.logits.squeeze(-1).float().cpu()
-                if getattr(output, "scale", None) is not None:
-                    scale[indices] = output.scale.squeeze(-1).float().cpu()
-                    family = model.config.disco["reward_family"]
-                progress.update(len(indices))
-    finally:
-        model.train(was_training)
-    return RewardDistribution(location, scale, family)
 
 
 # Pairs to figures

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,13 +58,20 @@ class ScaleHead(nn.Module):
 
     It is not an `nn.Linear`, which quantizers and `all-linear` adapters would take for one of the backbone's.
 
+    Beside the mean it keeps what the training rows looked like, so that whoever optimizes a policy against the reward
+    can be told when the policy's answers look otherwise (:meth:`traits`). Buffers, all of them running moments:
+
     Attributes:
         weight: parameter `[1, H]`.
-        mean_hidden: buffer `[H]`, the running mean of the pooled hidden states of the training rows.
-        rows_seen: scalar buffer, how many rows that is a mean of.
+        mean_hidden, var_hidden: `[H]`, of the pooled hidden states of the training rows.
+        mean_traits, var_traits: `[3]`, of the rows' :meth:`traits`.
+        rows_seen: scalar, how many rows these are moments of.
     """
 
     mean_hidden: Tensor
+    var_hidden: Tensor
+    mean_traits: Tensor
+    var_traits: Tensor
     rows_seen: Tensor
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
@@ -72,8 +79,10 @@ class ScaleHead(nn.Module):
         self.unit_scale = unit_scale
         self.fixed_scale = fixed_scale
         if fixed_scale is None:
+            shapes = {"mean_hidden": hidden_size, "var_hidden": hidden_size, "mean_traits": 3, "var_traits": 3}
             self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
-            self.register_buffer("mean_hidden", torch.zeros(hidden_size, dtype=torch.float32, device=device))
+            for name, size in shapes.items():
+                self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
             self.register_buffer("rows_seen", torch.zeros((), dtype=torch.float32, device=device))
 
     def init_weights(self) -> None:
@@ -90,16 +99,54 @@ class ScaleHead(nn.Module):
         return self.unit_scale * torch.exp(MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE))
 
     @torch.no_grad()
-    def track(self, mean_hidden: Tensor, rows: int, memory: float = 512) -> None:
-        """Bring the running mean up to date with the mean hidden state `[H]` of one step's `rows`, of all processes.
+    def traits(self, hidden_states: Tensor, location: Tensor, scale: Tensor) -> Tensor:
+        """What is compared between training rows and others, `[B, 3]`.
+
+        Location; log(σ / u); and the log of how far the pooled hidden state lies from those of the training rows, as
+        the mean over dimensions of its squared distance from their mean, each in units of their variance.
+
+        Args:
+            hidden_states: pooled, `[B, H]`.
+            location, scale: `[B, 1]`.
+        """
+        deviation = hidden_states.float() - self.mean_hidden
+        distance = (deviation.square() / self.var_hidden.clamp_min(1e-12)).mean(dim=-1, keepdim=True)
+        return torch.cat([location, (scale / self.unit_scale).log(), distance.clamp_min(1e-12).log()], dim=-1).float()
+
+    @torch.no_grad()
+    def track(
+        self,
+        hidden_states: Tensor,
+        location: Tensor,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        memory: float = 512,
+    ) -> None:
+        """Bring the running moments up to date with one step's rows.
 
         The weight of a row decays with the number of rows since (e-fold in `memory` rows), and not of steps, so that
         it does not depend on the batch size.
+
+        Args:
+            hidden_states: pooled, `[B, H]`, of this process.
+            location: `[B, 1]`.
+            gather: puts the `[1, ...]` of each process together to `[processes, ...]`.
+            memory: rows.
         """
+
+        def update(mean: Tensor, var: Tensor, values: Tensor, share: Tensor) -> None:
+            # Moments about the old mean: those about zero would cancel where the mean is large.
+            deviation = values - mean
+            first, second = gather(torch.stack([deviation.mean(dim=0), deviation.square().mean(dim=0)])[None]).mean(0)
+            mean += share * first
+            var.lerp_(second, share).sub_((share * first).square()).clamp_min_(0)
+
+        hidden_states = hidden_states.float()
+        rows = gather(self.rows_seen.new_tensor([len(hidden_states)])).sum()
         self.rows_seen += rows
         # The new rows' part of all weights so far: of a long run 1 - exp(-rows / memory), of the first step 1.
-        share = math.expm1(-rows / memory) / torch.expm1(-self.rows_seen / memory)
-        self.mean_hidden.lerp_(mean_hidden.to(self.mean_hidden), share)
+        share = torch.expm1(-rows / memory) / torch.expm1(-self.rows_seen / memory)
+        update(self.mean_hidden, self.var_hidden, hidden_states, share)
+        update(self.mean_traits, self.var_traits, self.traits(hidden_states, location, self(hidden_states)), share)
 
 
 class DiscoHead(nn.Linear):
@@ -238,6 +285,21 @@ class DiscoRewardModel(_Stock):
         return RewardDistribution(
             output.logits.squeeze(-1), output.scale.squeeze(-1), self.config.disco["reward_family"]
         )
+
+    def as_scalar(self, transform: str = "mean", **options: Any) -> nn.Module:
+        """This model with a plain number for a reward, for PPO's `reward_model=`: see `disco_trl.reward.ScalarReward`.
+
+        Args:
+            transform: what becomes of the distribution, such as `"lower_bound"`; see `disco_trl.transforms`.
+            **options: the transform's, such as `k=1.0`.
+
+        Raises:
+            ValueError: if the transform needs groups of answers or does not exist for the family, or if the model is
+                an encoder.
+        """
+        from .reward import ScalarReward
+
+        return ScalarReward(self, transform, **options)
 
     @property
     def scale_head(self) -> ScaleHead:

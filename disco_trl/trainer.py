@@ -234,8 +234,7 @@ class DiscoRewardTrainer(RewardTrainer):
                 raise self._not_finite(f"the loss is {loss.item()}")
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
-                means = self.accelerator.gather(outputs.pooled_hidden_state.float().mean(dim=0, keepdim=True))
-                head.track(means.mean(dim=0), rows=len(outputs.logits) * len(means))
+                head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
         return (loss, outputs) if return_outputs else loss
 
     def _not_finite(self, what: str) -> FloatingPointError:

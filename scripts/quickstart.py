@@ -40,7 +40,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
-from disco_trl.evaluation import centrality, pair_metrics, reliability_curve, score, spearman, tokenize, tokenize_pair
+from disco_trl.evaluation import centrality, pair_metrics, reliability_curve, spearman
+from disco_trl.scoring import score, tokenize, tokenize_pair
 from disco_trl.train import choose_split, load_preferences
 
 
@@ -158,10 +159,7 @@ def training_settings(seed: int, batch_size: int) -> dict[str, Any]:
 
 def evaluate(rewards: RewardDistribution, held_out: HeldOut) -> dict[str, Any]:
     """Metrics of one model on the held-out pairs and, where people rated the texts, against their ratings."""
-    chosen, rejected = (
-        RewardDistribution(rewards.location[side], rewards.scale[side], rewards.family)
-        for side in torch.from_numpy(held_out.pairs).T
-    )
+    chosen, rejected = (rewards[side] for side in torch.from_numpy(held_out.pairs).T)
     log_prob = chosen.log_prob_greater(rejected).numpy()
     result: dict[str, Any] = pair_metrics(log_prob, (chosen.location - rejected.location).numpy())
     result["reliability"] = reliability_curve(np.exp(log_prob))
@@ -255,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         with stage(f"Scoring held-out texts with {name}"):
             # In training accelerate runs the model in bfloat16; it is measured as it will be loaded, in float32.
             model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            rewards[name] = score(model, held_out.sequences, batch_size=8 if args.dataset else 32)
+            rewards[name] = score(model, held_out.sequences, description="Scoring")
         device = trainer.accelerator.device
         del trainer, model
         gc.collect()

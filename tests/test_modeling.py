@@ -59,7 +59,7 @@ def test_a_fixed_scale():
 
 def test_the_mean_hidden_state_starts_at_that_of_the_first_rows():
     head = scale_head()
-    head.track(torch.tensor([1.0, -2.0, 0.0, 4.0]), rows=2)
+    head.track(torch.tensor([[0.0, -2.0, 1.0, 4.0], [2.0, -2.0, -1.0, 4.0]]), torch.zeros(2, 1))
     assert head.mean_hidden.tolist() == pytest.approx([1.0, -2.0, 0.0, 4.0])
 
 
@@ -70,9 +70,9 @@ def test_the_mean_hidden_state_counts_rows_and_not_steps():
     means = []
     for rows in (1, 8, 64):
         head = scale_head()
-        head.track(torch.ones(4), rows=1)
+        head.track(torch.ones(1, 4), torch.zeros(1, 1))
         for _ in range(64 // rows):
-            head.track(torch.zeros(4), rows=rows)
+            head.track(torch.zeros(rows, 4), torch.zeros(rows, 1))
         means.append(head.mean_hidden[0].item())
     assert means == pytest.approx([q**64 * (1 - q) / (1 - q**65)] * 3, rel=1e-3)
 
@@ -82,7 +82,7 @@ def test_the_mean_hidden_state_centres_the_scales_of_the_rows_it_was_made_of():
     head = scale_head()
     torch.nn.init.normal_(head.weight, std=0.1)
     hidden_states = torch.randn(64, 4) + torch.tensor([5.0, 0.0, -3.0, 1.0])
-    head.track(hidden_states.mean(dim=0), rows=64)
+    head.track(hidden_states, torch.zeros(64, 1))
     log_scale = (head(hidden_states) / 0.5).log()
     # Exactly zero but for tanh, which at |raw| < 1 bends it by less than raw³ / (3 L²) = 0.007.
     assert abs(log_scale.mean().item()) < 0.002

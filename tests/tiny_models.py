@@ -20,6 +20,8 @@ from disco_trl import DiscoRewardModel
 from disco_trl.loading import ADAPTER_SETTINGS_FILE
 
 
+# What a learned scale keeps.
+SCALE_STATE = ("weight", "mean_hidden", "var_hidden", "mean_traits", "var_traits", "rows_seen")
 VOCAB = 64
 PAD = EOS = 2
 

@@ -30,7 +30,17 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, batch, head_of, load, load_stock, lora, randomize_heads, save_adapter
+from tiny_models import (
+    ARCHITECTURES,
+    SCALE_STATE,
+    batch,
+    head_of,
+    load,
+    load_stock,
+    lora,
+    randomize_heads,
+    save_adapter,
+)
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
 from disco_trl import DiscoRewardModel
@@ -88,7 +98,7 @@ def test_the_files_are_config_and_safetensors(disco_dir):
     assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
     with safe_open(path / "model.safetensors", "pt") as file:
         head = sorted(key for key in file.keys() if key.startswith("score"))
-    assert head == ["score.scale.mean_hidden", "score.scale.rows_seen", "score.scale.weight", "score.weight"]
+    assert head == sorted([*(f"score.scale.{name}" for name in SCALE_STATE), "score.weight"])
 
 
 WITHOUT_DISCO = """

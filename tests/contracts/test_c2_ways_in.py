@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import (
     ARCHITECTURES,
+    SCALE_STATE,
     batch,
     head_of,
     load,
@@ -49,7 +50,7 @@ def test_a_round_trip_keeps_location_and_scale(architecture, disco_dir, tmp_path
     again = load(tmp_path)
     assert again.newly_initialized == ()
     expected = model.state_dict()
-    assert {f"{model.head_name}.scale.{name}" for name in ("weight", "mean_hidden", "rows_seen")} <= set(expected)
+    assert {f"{model.head_name}.scale.{name}" for name in SCALE_STATE} <= set(expected)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     with torch.no_grad():

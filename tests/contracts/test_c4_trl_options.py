@@ -23,6 +23,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard, constants
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny_models import SCALE_STATE
 from tiny_training import (
     bradley_terry_trainer,
     disco_trainer,
@@ -482,7 +483,7 @@ def test_adapters_keep_the_head(tmp_path, tiny_llama_dir, peft_config):
     start = weights(trainer.model)
     trainer.train()
     changed = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, start[name])}
-    head = {"weight", "scale.weight", "scale.mean_hidden", "scale.rows_seen"}
+    head = {"weight", *(f"scale.{name}" for name in SCALE_STATE)}
     assert {name.rpartition("modules_to_save.default.")[2] for name in changed if "score" in name} == head
     assert all(module.weight.dtype == torch.float32 for _, module in trainer._reward_model.named_reward_heads())
 

@@ -27,6 +27,7 @@ from tiny_models import (
     ARCHITECTURES,
     EOS,
     PAD,
+    SCALE_STATE,
     VOCAB,
     batch,
     edited_copy,
@@ -109,7 +110,7 @@ def test_a_missing_scale(architecture, disco_dir, tmp_path):
     assert load(path).newly_initialized == (scale,)
 
 
-@pytest.mark.parametrize("name", ["weight", "mean_hidden", "rows_seen"])
+@pytest.mark.parametrize("name", SCALE_STATE)
 def test_a_missing_part_of_a_scale(name, disco_dir, tmp_path):
     path = edited_copy(disco_dir("llama"), tmp_path / "x", drop=(f"score.scale.{name}",))
     with pytest.raises(ValueError, match=rf"files lack score\.scale\.{name}"):
@@ -403,7 +404,7 @@ def dirty_memory(monkeypatch):
 def test_memory_is_not_taken_as_it_comes(architecture, source, kwargs, base_model_dir, scalar_dir, dirty_memory):
     model = load({"base": base_model_dir, "scalar": scalar_dir}[source](architecture), **kwargs)
     head = head_of(model)
-    assert set(head.scale.state_dict()) == {"weight", "mean_hidden", "rows_seen"}
+    assert set(head.scale.state_dict()) == set(SCALE_STATE)
     for name, tensor in head.scale.state_dict().items():
         assert torch.equal(tensor, torch.zeros_like(tensor)), name
     for name, tensor in model.state_dict().items():

@@ -1,0 +1,386 @@
+"""The hand-off: a reward model in the place where a policy is optimized.
+
+`DiscoReward` is a TRL reward function, ``reward(prompts, completions, **columns)``, for GRPO, RLOO and whatever else
+calls one. `ScalarReward` is a module for PPO, which runs the backbone itself. `best_of_n` picks an answer. Each turns
+the model's distribution into one number by a transform (`disco_trl.transforms`), by default `"mean"`, the location.
+
+What flows: prompts and completions → token ids, as training made them → location, scale and traits of each row →
+the same of all processes' rows, in the order of the processes → groups of equal prompts → metrics and rewards → this
+process's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, is_peft_model
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from .distributions import RewardDistribution, get_family
+from .modeling import DiscoRewardModel
+from .scoring import TOKENS_PER_BATCH, chat_template_arguments, run_in_batches, tokenize
+from .transforms import Sample, get_transform, group_members
+
+
+logger = logging.getLogger(__name__)
+
+Content = str | list[dict[str, Any]]
+"""A text, or a list of messages."""
+
+FAR = 3.0
+"""Standard deviations of the training rows beyond which the mean of a batch is not like them any more."""
+
+
+class DiscoReward:
+    """A disco reward model as a TRL reward function: ``reward(prompts, completions, **columns) -> list[float]``.
+
+    Texts are tokenized exactly as in training: a plain text gets the end-of-text token, a conversation goes through
+    the chat template, with the row's `tools` and `chat_template_kwargs` where the dataset has such columns; other
+    columns are ignored. (TRL's own path for a model in `reward_funcs` adds no end-of-text token to plain texts, which
+    gives another reward; for conversations the two agree.) Nothing is truncated. The model runs in evaluation mode and
+    without gradients, whatever the policy is doing.
+
+    With several processes every process has to call it, as TRL's trainers do: rewards of equal prompts are compared
+    across processes, in the order of the processes. For `"win_rate"` set ``scale_rewards="none"`` in GRPO: the default
+    divides by the group's standard deviation, which undoes a bounded reward.
+
+    Through TRL's `log_metric` it reports, beside the reward that TRL logs itself, over the batch of all processes:
+
+    - ``location/mean``, ``scale/mean``;
+    - ``within_noise``: the share of differences between siblings (answers to one prompt) that are smaller than the
+      scale of their difference, so that a person might well see them the other way round;
+    - ``scale/drift``: mean log(σ / u), whose mean over the training rows is 0; in nats;
+    - ``shift/location``, ``shift/scale``, ``shift/distance``: how far the batch's mean location, log scale and
+      distance (see `ScaleHead.traits`) are from the training rows', in their standard deviations.
+
+    Each name begins with that of the reward function. Through `log_extra` it adds location and scale to the table of
+    completions. The first time that a shift exceeds 3 it warns: the model is asked about answers unlike those it was
+    trained on, and its rewards, and its scales too, are guesses there.
+
+    Args:
+        model: a path or Hub id, loaded onto this process's device; or a live disco model or `PeftModel` around one,
+            left where it is.
+        processing_class: tokenizer; by default the one saved with the checkpoint, for a path or a model from one.
+        transform: `"mean"`, `"lower_bound"`, `"quantile"`, `"certainty_equivalent"`, `"win_rate"` or `"sample"`.
+        device: where to move the model.
+        tokens_per_batch: tokens that go through the model at once, padding counted.
+        name: the name in TRL's logs; by default `disco_` and the transform.
+        **options: of the transform: `k`, `q`, `beta` or `seed`.
+
+    Raises:
+        ValueError: if a transform or option is unknown or out of its domain, or does not exist for the model's family.
+        TypeError: if the model is not a disco model.
+
+    Example:
+        >>> from disco_trl import DiscoReward
+        >>> reward = DiscoReward("my-reward-model", transform="lower_bound", k=1.0)
+        >>> trainer = GRPOTrainer(model=policy, reward_funcs=reward, args=args, train_dataset=prompts)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        transform: str = "mean",
+        *,
+        device: str | torch.device | None = None,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        name: str | None = None,
+        **options: Any,
+    ):
+        self.transform = get_transform(transform, **options)
+        if isinstance(model, str | os.PathLike):
+            if processing_class is None:
+                processing_class = AutoTokenizer.from_pretrained(model)
+            model = DiscoRewardModel.from_pretrained(model).to(device or PartialState().device)
+        elif device is not None:
+            model = model.to(device)
+        inner: Any = model.get_base_model() if is_peft_model(model) else model
+        if not isinstance(inner, DiscoRewardModel):
+            raise TypeError(
+                f"DiscoReward takes a disco model or its path, got {type(inner).__name__}; load it with "
+                "DiscoRewardModel.from_pretrained(...), which also takes scalar reward models"
+            )
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(inner.config._name_or_path)
+        self.model: Any = model
+        self.processing_class = processing_class
+        self.family = get_family(inner.config.disco["reward_family"])
+        self.transform.check_family(self.family.name)
+        self.tokens_per_batch = tokens_per_batch
+        self.__name__ = name or f"disco_{transform}"
+        self._scale_head = inner.scale_head
+        self._warned: set[str] = set()
+        if inner.config.get_text_config().pad_token_id is None:
+            # Texts are padded with it, and the stock code looks for it from the right to find the last token.
+            inner.config.get_text_config().pad_token_id = _pad_token_id(processing_class)
+        if isinstance(self.transform, Sample):
+            # Else all processes would draw the same noise.
+            self.transform = get_transform(
+                "sample", seed=(self.transform.seed + 1_000_003 * PartialState().process_index) % 2**63
+            )
+
+    def distribution(
+        self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
+    ) -> RewardDistribution:
+        """The distributions of the rewards of this process's rows, `[B]`, float32 on the CPU.
+
+        Args:
+            prompts, completions: `B` texts or `B` lists of messages each.
+            **columns: lists of `B`; `tools` and `chat_template_kwargs` are read.
+
+        Raises:
+            ValueError: if prompts and completions do not match; it names the row.
+            FloatingPointError: if a reward is not finite; it names the row.
+        """
+        return self._rewards_and_traits(self.tokenize(prompts, completions, **columns))[0]
+
+    def tokenize(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[list[int]]:
+        """Token ids of each prompt with its completion; arguments and errors are those of `distribution`."""
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; they go together row by row")
+        read = {name: columns[name] for name in ("tools", "chat_template_kwargs") if columns.get(name) is not None}
+        sequences = []
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
+                raise ValueError(
+                    f"row {row}: the prompt is a {type(prompt).__name__} and the completion a "
+                    f"{type(completion).__name__}; both must be texts, or both lists of messages"
+                )
+            arguments = chat_template_arguments({name: values[row] for name, values in read.items()})
+            content: Any = prompt + completion  # type: ignore[operator]
+            sequences.append(tokenize(self.processing_class, content, **arguments))
+        return sequences
+
+    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[float]:
+        """The transformed rewards of this process's rows, and metrics for TRL; see the class."""
+        own, own_traits = self._rewards_and_traits(self.tokenize(prompts, completions, **columns))
+        state = PartialState()
+        counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
+        keys = torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long)
+        location, scale = _gather_rows(own.location, counts), _gather_rows(own.scale, counts)
+        rewards = RewardDistribution(location, scale, own.family)
+        group = torch.unique(_gather_rows(keys, counts), return_inverse=True)[1]
+        self._report(rewards, _gather_rows(own_traits, counts), group, **columns)
+        if columns.get("log_extra") is not None:
+            columns["log_extra"](f"{self.__name__}/location", own.location.tolist())
+            columns["log_extra"](f"{self.__name__}/scale", own.scale.tolist())
+
+        if not self.transform.needs_groups:
+            return self.transform(own).tolist()
+        first = sum(counts[: state.process_index])
+        return self.transform(rewards, group)[first : first + len(own)].tolist()
+
+    def _rewards_and_traits(self, sequences: list[list[int]]) -> tuple[RewardDistribution, Tensor]:
+        """Distributions `[B]` and `ScaleHead.traits` `[B, 3]`, on the CPU."""
+        location, scale = torch.empty(len(sequences)), torch.empty(len(sequences))
+        traits = torch.full((len(sequences), 3), math.nan)
+        knows_training_rows = self._knows_training_rows()
+        for indices, output in run_in_batches(self.model, sequences, self.tokens_per_batch):
+            location[indices] = output.logits.squeeze(-1).float().cpu()
+            scale[indices] = output.scale.squeeze(-1).float().cpu()
+            if knows_training_rows:
+                traits[indices] = self._scale_head.traits(
+                    output.pooled_hidden_state, output.logits, output.scale
+                ).cpu()
+        bad = torch.nonzero(~(location.isfinite() & scale.isfinite())).flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"row {bad[0]}: the reward is {location[bad[0]].item()} ± {scale[bad[0]].item()} ({len(bad)} such "
+                "rows), and TRL would take nan for no reward at all; load the reward model in bfloat16 or float32 "
+                "instead of float16"
+            )
+        return RewardDistribution(location, scale, self.family.name), traits
+
+    def _knows_training_rows(self) -> bool:
+        return self._scale_head.fixed_scale is None and self._scale_head.rows_seen.item() > 0
+
+    def _report(self, rewards: RewardDistribution, traits: Tensor, group: Tensor, **columns: Any) -> None:
+        """Log and warn about a batch of all processes."""
+        if len(rewards) == 0:
+            return
+        members = group_members(group)
+        metrics = {"location/mean": rewards.location.mean(), "scale/mean": rewards.scale.mean()}
+        within_noise = [self._within_noise(rewards[rows]) for rows in members if len(rows) > 1]
+        if within_noise:
+            metrics["within_noise"] = torch.cat(within_noise).float().mean()
+        if self.transform.needs_groups and any(len(rows) == 1 for rows in members):
+            self._warn_once(
+                "alone",
+                "some prompts have one answer only in this batch, which has no siblings to win against: its win rate "
+                "is set to 0.5. Raise num_generations, or use another transform",
+            )
+        if self._knows_training_rows():
+            head = self._scale_head
+            mean, std = head.mean_traits.cpu(), head.var_traits.cpu().sqrt().clamp_min(1e-6)
+            metrics["scale/drift"] = traits[:, 1].mean()
+            for name, shift in zip(("location", "scale", "distance"), (traits.mean(dim=0) - mean) / std, strict=True):
+                metrics[f"shift/{name}"] = shift
+                if abs(shift) > FAR:
+                    self._warn_once(
+                        "far",
+                        f"the {name} of these answers lies {shift.item():+.1f} standard deviations from that of the "
+                        "answers that the reward model was trained on. Rewards and scales are guesses out there: look "
+                        "at the completions for reward hacking, hold the policy closer to its reference (beta), or "
+                        "collect preferences on such answers",
+                    )
+        if columns.get("log_metric") is not None:
+            for name, value in metrics.items():
+                columns["log_metric"](f"{self.__name__}/{name}", value.item())
+
+    def _within_noise(self, siblings: RewardDistribution) -> Tensor:
+        """For each pair of siblings, whether their locations differ by less than the scale of their difference."""
+        first, second = torch.combinations(torch.arange(len(siblings))).T
+        difference = siblings.location[first] - siblings.location[second]
+        return difference.abs() < self.family.difference_scale(siblings.scale[first], siblings.scale[second])
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned and PartialState().is_main_process:
+            logger.warning(f"{self.__name__}: {message}.")
+        self._warned.add(what)
+
+
+def prompt_key(prompt: Content) -> int:
+    """A number of 63 bits that equal prompts share, in every process and run."""
+    canonical = json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
+    digest = hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
+    """The rows of all processes, in the order of the processes; `counts` says how many each has."""
+    if len(counts) == 1:
+        return rows
+    state = PartialState()
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered = gather(padded.to(state.device)).cpu().split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+    pad_token_id = processing_class.pad_token_id
+    if pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set processing_class.pad_token to the one used in training")
+    return pad_token_id
+
+
+class ScalarReward(nn.Module):
+    """A disco model with a transform on its head: a module for PPO's `reward_model=`, made by `model.as_scalar(...)`.
+
+    TRL's PPO (1.12) runs ``getattr(model, model.base_model_prefix)`` and hands its last hidden states to
+    ``model.score``; this module has the three, and a `forward` whose `logits` `[B, 1]` are the transformed rewards.
+    The backbone is the model's own, not a copy.
+
+    Args:
+        model: a decoder-only disco model.
+        transform, **options: see `disco_trl.transforms`.
+
+    Raises:
+        ValueError: if the transform needs groups of answers or does not exist for the family, or if the model is an
+            encoder.
+    """
+
+    def __init__(self, model: DiscoRewardModel, transform: str = "mean", **options: Any):
+        super().__init__()
+        self.transform = get_transform(transform, **options)
+        self.family = model.config.disco["reward_family"]
+        self.transform.check_family(self.family)
+        if self.transform.needs_groups:
+            raise ValueError(
+                f"transform {transform!r} compares the answers to one prompt, and PPO scores each answer alone; use "
+                "'lower_bound', 'quantile' or 'certainty_equivalent', or GRPO or RLOO with DiscoReward"
+            )
+        if model.head_name != "score":
+            raise ValueError(
+                f"{type(model).__name__} is an encoder: PPO runs the backbone of a decoder-only model and calls its "
+                "'score' on every token, and an encoder's head is for its pooled text only; use DiscoReward in GRPO "
+                "or RLOO instead"
+            )
+        self.config = model.config
+        self.base_model_prefix = model.base_model_prefix
+        self.model_ = model  # under a name of its own: `model` is the backbone's in most architectures
+        if self.base_model_prefix not in ("model_", "score"):
+            setattr(self, self.base_model_prefix, getattr(model, model.base_model_prefix))
+
+    def score(self, hidden_states: Tensor) -> Tensor:
+        """`[..., H]` to the transformed reward `[..., 1]`."""
+        head: Any = self.model_.score
+        location, scale = head(hidden_states, with_scale=True).split(1, dim=-1)
+        return self.transform(RewardDistribution(location, scale, self.family))
+
+    def forward(self, **inputs: Any) -> SequenceClassifierOutputWithPast:
+        """What a sequence classifier takes; `logits` `[B, 1]` are the transformed rewards."""
+        output = self.model_(**inputs)
+        reward = RewardDistribution(output.logits, output.scale, self.family)
+        return SequenceClassifierOutputWithPast(logits=self.transform(reward))
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of the answers to one prompt, and what all of them are worth.
+
+    Attributes:
+        index: position of the best answer.
+        candidate: that answer.
+        rewards: Tensor `[N]`, the transformed rewards of all.
+        distribution: their locations and scales, `[N]`.
+    """
+
+    index: int
+    candidate: Content
+    rewards: Tensor
+    distribution: RewardDistribution
+
+
+def best_of_n(
+    prompts: Sequence[Content],
+    candidates: Sequence[Sequence[Content]],
+    transform: str = "mean",
+    *,
+    model: Any,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> list[Best]:
+    """The best answer to each prompt, by transformed reward.
+
+    Args:
+        prompts: `P` texts or lists of messages.
+        candidates: for each prompt its answers, at least one, of the prompt's kind.
+        transform, model, processing_class, **options: as for `DiscoReward`.
+
+    Returns:
+        A `Best` for each prompt; of equal rewards the first wins.
+
+    Raises:
+        ValueError: if a prompt has no candidates (it names the row), and as `DiscoReward` does.
+    """
+    if len(prompts) != len(candidates):
+        raise ValueError(f"{len(prompts)} prompts but {len(candidates)} lists of candidates; they go together by row")
+    for row, answers in enumerate(candidates):
+        if isinstance(answers, str) or not answers:
+            raise ValueError(f"row {row}: candidates must be a list of at least one answer, got {answers!r}")
+    reward = DiscoReward(model, processing_class, transform, **options)
+    counts = [len(answers) for answers in candidates]
+    distribution = reward.distribution(
+        [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)],
+        [answer for answers in candidates for answer in answers],
+    )
+    group = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts, dtype=torch.long))
+    rewards = reward.transform(distribution, group)
+    return [
+        Best(best, answers[best], rewards[rows], distribution[rows])
+        for answers, rows in zip(candidates, torch.arange(len(rewards)).split(counts), strict=True)
+        for best in [int(rewards[rows].argmax())]
+    ]

@@ -1,0 +1,149 @@
+"""From texts to rewards: tokens as training made them, through the model in batches of a bounded number of tokens.
+
+Everything that scores (reward functions, files, servers, evaluation) comes through here.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .distributions import RewardDistribution
+
+
+TOKENS_PER_BATCH = 8192
+"""Tokens in a batch, padding counted, if nobody says otherwise; a longer text is a batch of its own."""
+
+
+def tokenize(
+    processing_class: PreTrainedTokenizerBase, content: str | list[dict[str, Any]], **chat_template_kwargs: Any
+) -> list[int]:
+    """
+    Token ids of a text, or of a conversation, as TRL's `RewardTrainer` makes them.
+
+    A text gets the end-of-text token unless it ends with it; a conversation goes through the chat template. Nothing is
+    ever truncated: a reward is read at the last token, and a text without its end is another text.
+    """
+    encoded: Any
+    if isinstance(content, str):
+        eos_token = processing_class.eos_token
+        encoded = processing_class(text=content if content.endswith(eos_token) else content + eos_token)
+    else:
+        encoded = processing_class.apply_chat_template(
+            content, tokenize=True, return_dict=True, **chat_template_kwargs
+        )
+    return encoded["input_ids"]
+
+
+def chat_template_arguments(example: dict[str, Any]) -> dict[str, Any]:
+    """What a row says to the chat template: its `tools` (a list, or JSON of one) and `chat_template_kwargs`."""
+    tools = example.get("tools")
+    return {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+
+
+def tokenize_pair(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """
+    Token ids of the chosen and of the rejected side of a row of a preference dataset, of any type that TRL documents:
+    plain text or messages, with or without a `prompt`, `tools` or `chat_template_kwargs`, or tokenized already.
+    """
+    if "chosen_ids" in example:
+        return example["chosen_ids"], example["rejected_ids"]
+    sides = []
+    for side in ("chosen", "rejected"):
+        content = example["prompt"] + example[side] if "prompt" in example else example[side]
+        sides.append(tokenize(processing_class, content, **chat_template_arguments(example)))
+    return sides[0], sides[1]
+
+
+def batches_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """
+    Indices of sequences in batches of similar length, whose size padded to the longest stays within a budget.
+
+    The longest come first: memory runs out at once or not at all. A sequence above the budget is alone.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def run_in_batches(
+    model: Any,
+    sequences: Sequence[list[int]],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    description: str | None = None,
+) -> Iterator[tuple[list[int], Any]]:
+    """
+    Run a model over token sequences, in evaluation mode and without gradients.
+
+    Args:
+        model: a disco model, or any sequence classifier with one label; with or without a PEFT adapter.
+        sequences: lists of token ids, none of them empty.
+        tokens_per_batch: tokens in a batch, padding counted.
+        description: what a progress bar says; there is none without.
+
+    Yields:
+        Indices of the batch's sequences, and the model's output for them in that order.
+
+    Raises:
+        ValueError: if `model.config.pad_token_id` is not set, without which no classifier finds the last token, or if
+            a sequence is empty.
+    """
+    pad_token_id = model.config.get_text_config().pad_token_id
+    if pad_token_id is None:
+        raise ValueError("model.config.pad_token_id is None; set it to the tokenizer's pad_token_id")
+    lengths = [len(sequence) for sequence in sequences]
+    if 0 in lengths:
+        raise ValueError(f"sequence {lengths.index(0)} is empty: there is no last token to read a reward at")
+    was_training = model.training
+    model.eval()
+    try:
+        with logging.tqdm(total=len(sequences), desc=description, unit="text", disable=description is None) as bar:
+            for indices in batches_by_tokens(lengths, tokens_per_batch):
+                rows = [torch.tensor(sequences[index]) for index in indices]
+                input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+                row_lengths = torch.tensor([len(row) for row in rows])
+                attention_mask = (torch.arange(input_ids.shape[1]) < row_lengths[:, None]).long()
+                yield (
+                    indices,
+                    model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)),
+                )
+                bar.update(len(indices))
+    finally:
+        model.train(was_training)
+
+
+def score(
+    model: Any,
+    sequences: Sequence[list[int]],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    description: str | None = None,
+) -> RewardDistribution:
+    """
+    Rewards of token sequences; arguments and errors are those of `run_in_batches`.
+
+    Returns:
+        `RewardDistribution` with location and scale of shape `[N]`, float32 on the CPU, in the order of `sequences`.
+        Of a model without a scale: the logistic family with every scale at 1/√2, which is Bradley–Terry.
+    """
+    location = torch.empty(len(sequences))
+    scale = torch.full_like(location, 1 / math.sqrt(2))
+    family = "logistic"
+    for indices, output in run_in_batches(model, sequences, tokens_per_batch, description):
+        location[indices] = output.logits.squeeze(-1).float().cpu()
+        if getattr(output, "scale", None) is not None:
+            scale[indices] = output.scale.squeeze(-1).float().cpu()
+            family = model.config.disco["reward_family"]
+    return RewardDistribution(location, scale, family)

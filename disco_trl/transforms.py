@@ -1,0 +1,189 @@
+"""From the distribution of a reward to the one number that an optimizer of policies takes.
+
+=========================  ==============================================  ============================================
+transform                  reward                                          what it is for
+=========================  ==============================================  ============================================
+``mean``                   μ, the location                                 what any scalar reward model gives
+``lower_bound``            μ - k σ                                         pays only for what is good for nearly all
+``quantile``               F⁻¹(q)                                          the same, said as a share of people
+``certainty_equivalent``   -β log E[e^(-R/β)]                              the same, from a utility; exact for risk β
+``win_rate``               mean over siblings of P(this ≻ sibling)         bounded, free of the unit of reward
+``sample``                 a draw of R                                     people's disagreement, kept as noise
+=========================  ==============================================  ============================================
+
+`sample` draws from people's disagreement and not from the model's ignorance: averaged over draws it is `mean`.
+`win_rate` compares the answers to one prompt, its siblings, and so needs to know which answers those are. Its values
+are probabilities already: in GRPO and RLOO use it with ``scale_rewards="none"``, or dividing by the group's standard
+deviation blows the differences up again.
+
+Everything here takes and returns tensors; it is the same code in every place that a reward leaves the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .distributions import RewardDistribution, get_family
+
+
+class Transform(ABC):
+    """A rule that turns distributions into numbers. Options are fields, checked when the transform is made."""
+
+    name: ClassVar[str]
+    needs_groups: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+        """One number for each reward.
+
+        Args:
+            reward: location and scale of shape ``S``; ``[B]`` where groups are needed.
+            group: LongTensor ``[B]``; rows with equal numbers answer the same prompt.
+
+        Returns:
+            Tensor ``S``, in reward units (`win_rate`: a probability).
+        """
+
+    def check_family(self, family: str) -> None:  # noqa: B027 (most exist for all)
+        """Raise a `ValueError` with the reason if this transform does not exist for that family."""
+
+    def _check(self, option: str, is_valid: bool, domain: str) -> None:
+        value = getattr(self, option)
+        # Written so that nan, which no comparison is true of, is refused as well.
+        if isinstance(value, bool) or not is_valid:
+            raise ValueError(f"transform {self.name!r}: {option}={value!r} must be {domain}")
+
+
+@dataclass(frozen=True)
+class Mean(Transform):
+    """μ, the location. (For Cauchy, whose mean does not exist, it is the median.)"""
+
+    name = "mean"
+
+    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+        return reward.location
+
+
+@dataclass(frozen=True)
+class LowerBound(Transform):
+    """μ - k σ, for k ≥ 0."""
+
+    name = "lower_bound"
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._check("k", 0 <= self.k < math.inf, "a finite number of at least 0")
+
+    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+        return reward.location - self.k * reward.scale
+
+
+@dataclass(frozen=True)
+class Quantile(Transform):
+    """F⁻¹(q), for 0 < q < 1: a share q of people give the answer less."""
+
+    name = "quantile"
+    q: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check("q", 0 < self.q < 1, "strictly between 0 and 1")
+
+    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+        return reward.quantile(self.q)
+
+
+@dataclass(frozen=True)
+class CertaintyEquivalent(Transform):
+    """-β log E[e^(-R/β)], for β > 0: see `Family.certainty_equivalent`, also for where it is infinite."""
+
+    name = "certainty_equivalent"
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._check("beta", 0 < self.beta < math.inf, "a finite number above 0")
+
+    def check_family(self, family: str) -> None:
+        # No scale is small enough where even this one is too large.
+        tiny = torch.tensor(self.beta * 1e-9, dtype=torch.float64)
+        get_family(family).certainty_equivalent(torch.zeros_like(tiny), tiny, self.beta)
+
+    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+        return get_family(reward.family).certainty_equivalent(reward.location, reward.scale, self.beta)
+
+
+@dataclass(frozen=True)
+class WinRate(Transform):
+    """The mean over siblings, the other answers to the prompt, of P(this ≻ sibling); ½ where there is none."""
+
+    name = "win_rate"
+    needs_groups = True
+
+    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+        if group is None:
+            raise ValueError(
+                "transform 'win_rate' compares the answers to one prompt, and nothing here says which those are; use "
+                "it where groups of answers are scored (DiscoReward in GRPO or RLOO, best_of_n), or another transform"
+            )
+        result = torch.full_like(reward.location, 0.5)
+        for members in group_members(group):
+            if len(members) > 1:
+                rewards = reward[members]
+                wins = rewards[:, None].prob_greater(rewards[None, :])
+                result[members] = (wins.sum(dim=1) - wins.diagonal()) / (len(members) - 1)
+        return result
+
+
+@dataclass(frozen=True)
+class Sample(Transform):
+    """A draw of R, from a generator that is seeded once."""
+
+    name = "sample"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**63, "an integer of at least 0")
+        object.__setattr__(self, "_generators", {})
+
+    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+        generators: dict[torch.device, torch.Generator] = getattr(self, "_generators")  # noqa: B009 (frozen)
+        device = reward.location.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return reward.sample(generator=generators[device])
+
+
+TRANSFORMS: dict[str, type[Transform]] = {
+    kind.name: kind for kind in (Mean, LowerBound, Quantile, CertaintyEquivalent, WinRate, Sample)
+}
+
+
+def get_transform(name: str, **options: Any) -> Transform:
+    """The transform of that name with its options: `k`, `q`, `beta` or `seed`.
+
+    Raises:
+        ValueError: if there is no such transform or option, or the option's value is out of its domain.
+    """
+    if name not in TRANSFORMS:
+        raise ValueError(f"transform={name!r} is unknown; choose one of {', '.join(map(repr, TRANSFORMS))}")
+    known = [field.name for field in dataclasses.fields(TRANSFORMS[name])]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(map(repr, known)) or 'none'}"
+            raise ValueError(f"transform {name!r} has no option {option!r}; {mend}")
+    return TRANSFORMS[name](**options)
+
+
+def group_members(group: Tensor) -> list[Tensor]:
+    """The positions (LongTensors) of each group's rows, in the order of the groups' numbers; `group` is `[B]`."""
+    order = torch.argsort(group, stable=True)
+    _, counts = torch.unique_consecutive(group[order], return_counts=True)
+    return list(order.split(counts.tolist()))

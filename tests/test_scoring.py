@@ -1,0 +1,109 @@
+"""`disco_trl.scoring`: tokenization against TRL's, scoring in batches against scoring one by one."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer
+
+from disco_trl import DiscoRewardModel
+from disco_trl.scoring import batches_by_tokens, score, tokenize, tokenize_pair
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+}
+LAYOUTS = {
+    "text": {"chosen": "The film is good.", "rejected": "The film is bad."},
+    "text that ends already": {"chosen": "Good.<|im_end|>", "rejected": "Bad."},
+    "text with a prompt": {"prompt": "How is the film? ", "chosen": "Good.", "rejected": "Bad."},
+    "messages": {
+        "chosen": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Good."}],
+        "rejected": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Bad."}],
+    },
+    "messages with a prompt": {
+        "prompt": [{"role": "user", "content": "How?"}],
+        "chosen": [{"role": "assistant", "content": "Good."}],
+        "rejected": [{"role": "assistant", "content": "Bad."}],
+    },
+    "messages with tools": {
+        "prompt": [{"role": "user", "content": "How?"}],
+        "chosen": [{"role": "assistant", "content": "Good."}],
+        "rejected": [{"role": "assistant", "content": "Bad."}],
+        "tools": [TOOL],
+    },
+    "tokens": {"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_are_tokenized_as_trl_does(layout, tiny_llama_dir, tiny_tokenizer, tmp_path):
+    row = LAYOUTS[layout]
+    trainer = RewardTrainer(
+        model=tiny_llama_dir,
+        args=RewardConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=tiny_tokenizer,
+    )
+    (expected,) = trainer.train_dataset
+    assert tokenize_pair(row, tiny_tokenizer) == (expected["chosen_ids"], expected["rejected_ids"])
+
+
+def test_long_texts_are_not_truncated(tiny_tokenizer):
+    tiny_tokenizer.model_max_length = 8
+    assert len(tokenize(tiny_tokenizer, "The film is good. " * 20)) > 100
+
+
+SEQUENCES = [[7, 8, 9, 10, 2], [5, 2], [11, 12, 13, 2], [6, 2], [30, 31, 32, 33, 34, 35, 2]]
+
+
+def test_scoring_in_batches_equals_scoring_one_by_one(tiny_llama_dir):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+    rewards = score(model, SEQUENCES, tokens_per_batch=8)
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([ids])).logits[:, 0] for ids in SEQUENCES])
+    torch.testing.assert_close(rewards.location, expected)
+
+
+def test_a_scalar_reward_model_is_read_as_bradley_terry(tiny_llama_dir):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+    rewards = score(model, SEQUENCES)
+    other = score(model, SEQUENCES[::-1])
+    expected = torch.nn.functional.logsigmoid(rewards.location - other.location)
+    torch.testing.assert_close(rewards.log_prob_greater(other), expected)
+
+
+def test_a_disco_model_is_scored_with_its_scale_and_family(tiny_llama_dir):
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir, reward_family="cauchy")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.scale_head.weight)
+    model.train()
+    rewards = score(model, SEQUENCES, tokens_per_batch=8)
+    assert model.training  # as it was
+    assert rewards.family == "cauchy"
+    assert rewards.scale.unique().numel() == len(SEQUENCES)
+    with torch.no_grad():
+        for index, ids in enumerate(SEQUENCES):
+            expected = model.eval().reward_distribution(input_ids=torch.tensor([ids]))
+            torch.testing.assert_close(rewards.location[index], expected.location[0])
+            torch.testing.assert_close(rewards.scale[index], expected.scale[0])
+
+
+def test_scoring_without_a_pad_token_is_an_error(tiny_llama_dir):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="pad_token_id is None"):
+        score(model, SEQUENCES)
+
+
+def test_batches_keep_to_their_budget():
+    # Longest first; 5 + one of 7 would pad to 14 of 12 allowed. The text of 20 exceeds it and is alone.
+    assert list(batches_by_tokens([2, 7, 20, 5, 4, 3], 12)) == [[2], [1], [3, 4], [5, 0]]
+    assert list(batches_by_tokens([], 12)) == []
+
+
+def test_an_empty_sequence_is_an_error(tiny_llama_dir):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+    with pytest.raises(ValueError, match="sequence 1 is empty"):
+        score(model, [[5, 2], []])
