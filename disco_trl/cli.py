@@ -1,52 +1,22 @@
-"""The `disco-trl` command. Each subcommand imports what it needs when it runs, so that `--help` comes at once."""
+"""The `disco-trl` command. Each subcommand is a module with a `main(argv)`, imported when it runs: `--help` is quick."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from . import __version__
 
 
-def run_train(argv: list[str]) -> None:
-    """
-    Start `disco_trl.train` through `accelerate launch`, as `trl reward` starts its script.
-
-    What the training parser does not know (`--num_processes 2`, `--accelerate_config zero2`, on the command line or in
-    the YAML file) goes to the launcher, the rest to the training processes.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-    from .train import make_parser, refuse_unknown_arguments
-
-    parser = make_parser(prog="disco-trl train")
-    *_, launcher_keys, launcher_argv = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    refuse_unknown_arguments(parser, launcher_keys + launcher_argv)
-
-    # The parser leaves the launcher's arguments in their order, so one pass over both lists separates them.
-    training_argv, position = [], 0
-    for argument in argv:
-        if position < len(launcher_argv) and argument == launcher_argv[position]:
-            position += 1
-        else:
-            training_argv.append(argument)
-
-    # Started as a module: by its path, the package's folder would come first on sys.path and hide other modules named
-    # `data` or `config`. `--quiet`: the training process has told its error; the launcher's own adds nothing.
-    launch_args = launch_command_parser().parse_args(
-        [
-            *resolve_accelerate_config_argument(launcher_keys + launcher_argv),
-            "--quiet",
-            "--module",
-            "disco_trl.train",
-            *training_argv,
-        ]
-    )
-    if launch_args.training_script != "disco_trl.train":
-        sys.exit(f"{parser.prog}: {launch_args.training_script!r} belongs to no argument.")
-    launch_command(launch_args)
+# name: (module, what it does)
+COMMANDS = {
+    "train": ("launch", "train a reward model; takes the arguments of `trl reward` and those of DiscoRewardConfig"),
+    "score": ("annotation", "add location, scale and reward to each row of a dataset"),
+    "filter": ("filtering", "keep, drop or flip preference pairs by predicted probability and uncertainty"),
+    "best-of-n": ("candidates", "pick the best of several answers to each prompt"),
+    "export": ("export", "merge an adapter; write a plain scalar, a two-logit or a disco checkpoint"),
+    "serve": ("serving", "answer requests for rewards over HTTP"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,15 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"disco-trl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
-        "train",
-        help="train a reward model; takes the arguments of `trl reward` and those of DiscoRewardConfig",
-        add_help=False,  # `train --help` is the training parser's
-    )
+    for name, (_, help_text) in COMMANDS.items():
+        # `disco-trl train --help` is the training parser's own.
+        commands.add_parser(name, help=help_text, add_help=False)
 
+    # What follows the command is its own, words that look like ours included.
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
-    run_train(rest)
+    module, _ = COMMANDS[args.command]
+    importlib.import_module(f".{module}", __package__).main(rest)
     return 0
