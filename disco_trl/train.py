@@ -55,19 +55,23 @@ def refuse_unknown_arguments(parser: "TrlParser", remaining: Iterable[str]) -> N
             sys.exit(f"{parser.prog}: unknown argument {option} (in a config file: {option[2:]}); {mend}")
 
 
-def load_preferences(name: str, config: str | None = None, streaming: bool = False) -> Any:
+def load_preferences(
+    name: str, config: str | None = None, streaming: bool = False, argument: str = "--dataset_name"
+) -> Any:
     """
     Load a Hub dataset, a local folder or a local file, with all its splits.
 
     Args:
         name (`str`):
-            What follows `--dataset_name`. A path that ends in `.json`, `.jsonl` (either also gzipped), `.parquet` or
+            What follows `argument`. A path that ends in `.json`, `.jsonl` (either also gzipped), `.parquet` or
             `.csv` is read as such a file and gets the one split `train`. In a folder, `train.jsonl` and `test.jsonl`
             become the splits `train` and `test`.
         config (`str`, *optional*):
             Name of the dataset's configuration.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to read rows as they are needed.
+        argument (`str`, *optional*, defaults to `"--dataset_name"`):
+            The argument that named it, for the message.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`.
@@ -83,12 +87,12 @@ def load_preferences(name: str, config: str | None = None, streaming: bool = Fal
     # Of two suffixes that fit (`.jsonl.gz` and, in principle, `.gz`) only the whole one is in the table.
     suffix = next((suffix for suffix in _BUILDER_OF_SUFFIX if name.lower().endswith(suffix)), None)
     if not is_url and not path.exists() and (suffix is not None or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"--dataset_name {name}: there is no such file or folder (looked in {Path.cwd()}).")
+        raise FileNotFoundError(f"{argument} {name}: there is no such file or folder (looked in {Path.cwd()}).")
     if suffix is not None and not path.is_dir():
         return load_dataset(_BUILDER_OF_SUFFIX[suffix], name=config, data_files=name, streaming=streaming)
     if path.is_file():
         raise ValueError(
-            f"--dataset_name {name}: cannot tell what kind of file this is; its name should end in one of "
+            f"{argument} {name}: cannot tell what kind of file this is; its name should end in one of "
             f"{', '.join(_BUILDER_OF_SUFFIX)}."
         )
     return load_dataset(name, name=config, streaming=streaming)

@@ -25,7 +25,9 @@ import dataclasses
 import difflib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -55,10 +57,10 @@ class Transform(ABC):
     def check_family(self, family: str) -> None:  # noqa: B027 (most exist for all)
         """Raise a `ValueError` with the reason if this transform does not exist for that family."""
 
-    def _check(self, option: str, is_valid: bool, domain: str) -> None:
+    def _check(self, option: str, is_valid: Callable[[Any], bool], domain: str, kind: type = Real) -> None:
         value = getattr(self, option)
-        # Written so that nan, which no comparison is true of, is refused as well.
-        if isinstance(value, bool) or not is_valid:
+        # `is_valid` is written so that nan, which no comparison is true of, is refused as well.
+        if isinstance(value, bool) or not isinstance(value, kind) or not is_valid(value):
             raise ValueError(f"transform {self.name!r}: {option}={value!r} must be {domain}")
 
 
@@ -80,7 +82,7 @@ class LowerBound(Transform):
     k: float = 1.0
 
     def __post_init__(self) -> None:
-        self._check("k", 0 <= self.k < math.inf, "a finite number of at least 0")
+        self._check("k", lambda k: 0 <= k < math.inf, "a finite number of at least 0")
 
     def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
         return reward.location - self.k * reward.scale
@@ -94,7 +96,7 @@ class Quantile(Transform):
     q: float = 0.1
 
     def __post_init__(self) -> None:
-        self._check("q", 0 < self.q < 1, "strictly between 0 and 1")
+        self._check("q", lambda q: 0 < q < 1, "a number strictly between 0 and 1")
 
     def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
         return reward.quantile(self.q)
@@ -108,7 +110,7 @@ class CertaintyEquivalent(Transform):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        self._check("beta", 0 < self.beta < math.inf, "a finite number above 0")
+        self._check("beta", lambda beta: 0 < beta < math.inf, "a finite number above 0")
 
     def check_family(self, family: str) -> None:
         # No scale is small enough where even this one is too large.
@@ -149,14 +151,14 @@ class Sample(Transform):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**63, "an integer of at least 0")
+        self._check("seed", lambda seed: 0 <= seed < 2**63, "an integer from 0 to 2⁶³ - 1", kind=Integral)
         object.__setattr__(self, "_generators", {})
 
     def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
         generators: dict[torch.device, torch.Generator] = getattr(self, "_generators")  # noqa: B009 (frozen)
         device = reward.location.device
         if device not in generators:
-            generators[device] = torch.Generator(device).manual_seed(self.seed)
+            generators[device] = torch.Generator(device).manual_seed(int(self.seed))
         return reward.sample(generator=generators[device])
 
 

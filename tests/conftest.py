@@ -153,6 +153,25 @@ def disco_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
+def reward_dir(tiny_llama_dir, _session_tokenizer, tmp_path_factory) -> Callable[..., str]:
+    """`reward_dir()` is a directory with a disco checkpoint, whose head is not the fresh one, and its tokenizer."""
+
+    @functools.cache
+    def make(**settings) -> str:
+        from tiny_models import randomize_heads
+
+        from disco_trl import DiscoRewardModel
+
+        path = tmp_path_factory.mktemp("reward")
+        model = DiscoRewardModel.from_pretrained(tiny_llama_dir, **settings)
+        randomize_heads(model).save_pretrained(path)
+        _session_tokenizer.save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def scalar_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
     """`scalar_dir("llama")` is a user's Bradley–Terry reward model, saved by the stock class."""
 

@@ -1,0 +1,92 @@
+"""What the commands that score (`score`, `filter`, `best-of-n`) have in common: their arguments, and the model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from transformers import AutoTokenizer
+
+from .modeling import DiscoRewardModel
+from .reward import DiscoReward
+from .scoring import TOKENS_PER_BATCH
+from .transforms import TRANSFORMS
+
+
+logger = logging.getLogger(__name__)
+
+TRANSFORM_OPTIONS = ("k", "q", "beta", "seed")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """DATA, --config, --split and --out."""
+    parser.add_argument("data", metavar="DATA", help=f"{what}: .jsonl, .json, .parquet, .csv, a folder, or a Hub id")
+    parser.add_argument("--config", help="configuration of a Hub dataset")
+    parser.add_argument("--split", help="split to read; needed where there are several")
+    parser.add_argument("--out", required=True, help="file to write, .parquet or .jsonl")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--model, --dtype, --device and --tokens-per-batch."""
+    parser.add_argument(
+        "--model", required=required, help="disco checkpoint, adapter or scalar reward model: a path or a Hub id"
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="cpu, cuda:1, ... (default: an accelerator if there is one)")
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        default=TOKENS_PER_BATCH,
+        help="tokens that go through the model at once, padding counted (default: %(default)s)",
+    )
+
+
+def add_transform_arguments(parser: argparse.ArgumentParser) -> None:
+    """--transform and the transforms' options."""
+    parser.add_argument(
+        "--transform", default="mean", choices=list(TRANSFORMS), help="what the reward is (default: the location)"
+    )
+    parser.add_argument("--k", type=float, help="of lower_bound: location - k * scale")
+    parser.add_argument("--q", type=float, help="of quantile: its level")
+    parser.add_argument("--beta", type=float, help="of certainty_equivalent: the risk tolerance")
+    parser.add_argument("--seed", type=int, help="of sample")
+
+
+def transform_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the transform that were given."""
+    return {name: getattr(args, name) for name in TRANSFORM_OPTIONS if getattr(args, name) is not None}
+
+
+def load_reward(args: argparse.Namespace) -> DiscoReward:
+    """
+    The model that the arguments name, with its tokenizer.
+
+    A scalar reward model, which has no scale, is read as Bradley–Terry: the logistic family with every scale at 1/√2.
+
+    Raises:
+        ValueError: the model has no trained reward head.
+    """
+    if args.tokens_per_batch < 1:
+        raise ValueError(f"--tokens-per-batch {args.tokens_per_batch} must be at least 1")
+    model = DiscoRewardModel.from_pretrained(args.model, dtype=args.dtype)
+    inner: Any = model.get_base_model() if is_peft_model(model) else model
+    # (An adapter brings the head that its base has not, or does not load.)
+    if inner is model and model.head_name in model.newly_initialized:
+        raise ValueError(
+            f"--model {args.model} is a language model without a reward head, so its rewards would be random; train "
+            "one with `disco-trl train`, or name a reward model"
+        )
+    scale = inner.scale_head
+    is_fresh = f"{inner.head_name}.scale" in inner.newly_initialized
+    if is_fresh and scale.fixed_scale is None and not scale.weight.any():  # an adapter may have brought it
+        logger.warning(f"{args.model} has no scale and is read as Bradley–Terry: every scale is 1/√2.")
+        model = DiscoRewardModel.from_pretrained(
+            args.model, dtype=args.dtype, reward_family="logistic", fixed_scale=2**-0.5
+        )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    return DiscoReward(
+        model.eval().to(args.device or PartialState().device), tokenizer, tokens_per_batch=args.tokens_per_batch
+    )
