@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, cast
@@ -17,7 +18,13 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
@@ -110,21 +117,17 @@ def _load_adapter(
 
     # Settings
     peft_config = PeftConfig.from_pretrained(path, **hub_kwargs)
-    settings_file = cached_file(path, ADAPTER_SETTINGS_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    settings_file = _find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
     stored = None
     if settings_file is not None:
         with open(settings_file, encoding="utf-8") as file:
             stored = json.load(file)
         settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
         reward_family, fixed_scale = settings["reward_family"], settings["fixed_scale"]
-    weights_file = cached_file(
-        path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub_kwargs
-    )
+    weights_file = _find_file(path, "adapter_model.safetensors", hub_kwargs)
     if weights_file is None:
         raise ValueError(f"{path}: the adapter has no adapter_model.safetensors (pickled weights are not loaded)")
-    with safe_open(weights_file, framework="pt") as file:
-        # PEFT's own prefix, which prompt learning writes without "model."
-        brought = {key.removeprefix("base_model.").removeprefix("model.") for key in file.keys()}
+    shapes = _adapter_shapes(weights_file)
 
     # Base model
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
@@ -134,7 +137,7 @@ def _load_adapter(
 
     # The adapter has to bring whatever its base has not, and the whole head if it was trained with it
     head, scale = base.head_name, f"{base.head_name}.scale"
-    brings_scale = any(key.startswith(f"{scale}.") for key in brought)
+    brings_scale = any(key.startswith(f"{scale}.") for key in shapes)
     if stored is None and brings_scale and reward_family is None:
         raise ValueError(
             f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; "
@@ -150,12 +153,19 @@ def _load_adapter(
     is_scalar = stored is None and not brings_scale and scale in base.newly_initialized
     if is_scalar:
         needed = {key for key in needed if not key.startswith(f"{scale}.")}
-    if lost := sorted(needed - brought):
+    if lost := sorted(needed - shapes.keys()):
         raise ValueError(
             f"{path}: the adapter lacks {_first_few(lost)}, so its rewards would be random, or those of its base "
             f"model {peft_config.base_model_name_or_path}; it was lost when the adapter was saved (train it with "
             "task_type='SEQ_CLS' or modules_to_save)"
         )
+
+    # What training changed in the base model, and an adapter has no config.json to say: vocabulary and padding token
+    _resize_vocabulary(base, shapes, peft_config, path)
+    if _find_file(path, "tokenizer_config.json", hub_kwargs) is not None:
+        pad_token_id = AutoTokenizer.from_pretrained(path, **hub_kwargs).pad_token_id
+        if pad_token_id is not None:
+            base.config.get_text_config().pad_token_id = pad_token_id
 
     # Adapter
     if is_scalar:
@@ -164,7 +174,98 @@ def _load_adapter(
     model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
     if is_scalar:
         base._convert_heads(base.config.disco)
+    keep_to_one_family(model)
     return model
+
+
+class _OneFamily:
+    """A `PeftModel` whose adapters all are of one family and fixed scale: a mixin before PEFT's own class."""
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self
+        _check_same_settings(model.get_base_model(), os.fspath(model_id), kwargs)
+        return cast(Any, super()).load_adapter(model_id, adapter_name, *args, **kwargs)
+
+
+def keep_to_one_family(model: Any) -> None:
+    """Make a `PeftModel` around a disco model refuse adapters of another family or fixed scale, in place.
+
+    PEFT does not read :data:`ADAPTER_SETTINGS_FILE`: it would put a Cauchy adapter's head beside a normal one's, and
+    the scale of either would be read as the first one's. `set_adapter` and `add_weighted_adapter` take only what
+    `load_adapter` has let in.
+    """
+    if not isinstance(model, _OneFamily):
+        kind = type(model)
+        # It keeps PEFT's name, which is what a user sees and PEFT's model card says.
+        model.__class__ = type(
+            kind.__name__, (_OneFamily, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        )
+
+
+def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
+    hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
+    own = {name: base.config.disco[name] for name in ("reward_family", "fixed_scale")}
+    settings_file = _find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
+    weights_file = _find_file(path, "adapter_model.safetensors", hub_kwargs)
+    if settings_file is not None:
+        with open(settings_file, encoding="utf-8") as file:
+            other = resolve_settings(json.load(file), where=path)
+        if other != own:
+            raise ValueError(
+                f"{path}: the adapter was trained with {_settings_in_words(other)}, but this model and its adapters "
+                f"with {_settings_in_words(own)}; rewards of the two cannot be compared or merged. Load it on its own"
+            )
+    elif weights_file is not None and any(
+        key.startswith(f"{base.head_name}.scale.") for key in _adapter_shapes(weights_file)
+    ):
+        raise ValueError(
+            f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; put "
+            "that file there if you know the family"
+        )
+
+
+def _find_file(path: str, name: str, hub_kwargs: dict[str, Any]) -> str | None:
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+def _settings_in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+def _adapter_shapes(weights_file: str) -> dict[str, list[int]]:
+    """Names of an adapter's tensors, as they are in the model, and their shapes."""
+    with safe_open(weights_file, framework="pt") as file:
+        # PEFT's own prefix, which prompt learning writes without "model."
+        return {
+            key.removeprefix("base_model.").removeprefix("model."): file.get_slice(key).get_shape()
+            for key in file.keys()
+        }
+
+
+def _resize_vocabulary(base: Any, shapes: dict[str, list[int]], peft_config: Any, path: str) -> None:
+    """Give the base model as many embeddings as it had when the adapter was saved.
+
+    TRL adds tokens when it clones a chat template. PEFT then saves the embeddings with the adapter (if it can read the
+    base's config, which it cannot offline), but does not resize the base model when it loads them.
+    """
+    embeddings = base.get_input_embeddings()
+    (name,) = (name for name, module in base.named_modules() if module is embeddings)
+    rows = len(embeddings.weight)
+    # Saved whole, under an adapter of the layer, or under one of some of its tokens
+    keys = (f"{name}.{layer}weight" for layer in ("", "base_layer.", "token_adapter.base_layer."))
+    saved_rows = next((shapes[key][0] for key in keys if key in shapes), None)
+    if saved_rows is None:
+        indices = getattr(peft_config, "trainable_token_indices", None) or ()
+        tokens = {token for group in indices.values() for token in group} if isinstance(indices, dict) else {*indices}
+        saved_rows = max(rows, *(token + 1 for token in tokens)) if tokens else rows
+        if lost := sorted({*range(rows, saved_rows)} - tokens):
+            raise ValueError(
+                f"{path}: the adapter was trained with at least {saved_rows} tokens, its base model "
+                f"{peft_config.base_model_name_or_path} has {rows}, and the embeddings of tokens such as {lost[0]} "
+                "were not saved with it; save the adapter again with save_embedding_layers=True"
+            )
+    if saved_rows != rows:
+        base.resize_token_embeddings(saved_rows, mean_resizing=False)
 
 
 def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:

@@ -33,7 +33,7 @@ from trl.trainer.utils import get_config_model_id
 from .config import DiscoRewardConfig
 from .data import ROW_COLUMN, DataCollatorForDiscoPreference, check_preferences, drop_uninformative_pairs
 from .distributions import get_family
-from .loading import ADAPTER_SETTINGS_FILE
+from .loading import ADAPTER_SETTINGS_FILE, keep_to_one_family
 from .modeling import DiscoRewardModel, upgrade
 
 
@@ -148,6 +148,8 @@ class DiscoRewardTrainer(RewardTrainer):
             )
         self._reward_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._family = get_family(self._reward_model.config.disco["reward_family"])
+        if is_peft_model(self.model):
+            keep_to_one_family(self.model)
 
         # TRL (1.12 to 1.16) casts every trainable parameter of a quantized model to bfloat16, the head included. Its
         # float32 values are put back, not the rounded ones cast up.
