@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import is_peft_model
-from transformers import AutoTokenizer
-
-from .modeling import DiscoRewardModel
 from .reward import DiscoReward
 from .scoring import TOKENS_PER_BATCH
 from .transforms import TRANSFORMS
 
-
-logger = logging.getLogger(__name__)
 
 TRANSFORM_OPTIONS = ("k", "q", "beta", "seed")
 
@@ -62,31 +54,11 @@ def transform_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_reward(args: argparse.Namespace) -> DiscoReward:
     """
-    The model that the arguments name, with its tokenizer.
-
-    A scalar reward model, which has no scale, is read as Bradley–Terry: the logistic family with every scale at 1/√2.
+    The model that the arguments name, with its tokenizer; scalar reward models are read as Bradley–Terry.
 
     Raises:
         ValueError: the model has no trained reward head.
     """
     if args.tokens_per_batch < 1:
         raise ValueError(f"--tokens-per-batch {args.tokens_per_batch} must be at least 1")
-    model = DiscoRewardModel.from_pretrained(args.model, dtype=args.dtype)
-    inner: Any = model.get_base_model() if is_peft_model(model) else model
-    # (An adapter brings the head that its base has not, or does not load.)
-    if inner is model and model.head_name in model.newly_initialized:
-        raise ValueError(
-            f"--model {args.model} is a language model without a reward head, so its rewards would be random; train "
-            "one with `disco-trl train`, or name a reward model"
-        )
-    scale = inner.scale_head
-    is_fresh = f"{inner.head_name}.scale" in inner.newly_initialized
-    if is_fresh and scale.fixed_scale is None and not scale.weight.any():  # an adapter may have brought it
-        logger.warning(f"{args.model} has no scale and is read as Bradley–Terry: every scale is 1/√2.")
-        model = DiscoRewardModel.from_pretrained(
-            args.model, dtype=args.dtype, reward_family="logistic", fixed_scale=2**-0.5
-        )
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    return DiscoReward(
-        model.eval().to(args.device or PartialState().device), tokenizer, tokens_per_batch=args.tokens_per_batch
-    )
+    return DiscoReward(args.model, dtype=args.dtype, device=args.device, tokens_per_batch=args.tokens_per_batch)

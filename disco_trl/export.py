@@ -63,6 +63,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .distributions import RewardDistribution
+from .loading import load_trained
 from .modeling import MAX_LOG_SCALE, DiscoHead, DiscoRewardModel
 from .scoring import run_in_batches, tokenize
 
@@ -223,7 +224,7 @@ def _check_output(model: str, output: Path, overwrite: bool) -> None:
 
 def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
     """The model in float32 and evaluation mode, fit to be exported, and its tokenizer."""
-    source = DiscoRewardModel.from_pretrained(path, dtype=torch.float32).eval()
+    source = load_trained(path, dtype=torch.float32)
     inner = source.get_base_model() if is_peft_model(source) else source
     if getattr(inner, "is_quantized", False):
         raise ValueError(
@@ -231,8 +232,6 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
             "in full precision; name the model that it was quantized from (of an adapter: as "
             "base_model_name_or_path in adapter_config.json)"
         )
-    if not is_peft_model(source) and inner.head_name in inner.newly_initialized:
-        raise ValueError(f"{path} is a language model without a reward head: train it first")
     if is_peft_model(source) and not hasattr(source, "merge_and_unload"):
         kind = source.active_peft_config.peft_type.value
         raise ValueError(

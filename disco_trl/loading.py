@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -50,6 +51,34 @@ def load_reward_model(
     if find_adapter_config_file(path, **probe_kwargs) is not None:
         return _load_adapter(path, hub_kwargs, is_trainable, reward_family, fixed_scale, kwargs)
     return _load_full(path, hub_kwargs, reward_family, fixed_scale, kwargs)
+
+
+def load_trained(path: str, **kwargs: Any) -> Any:
+    """A reward model to score with and not to train, in evaluation mode.
+
+    A scalar reward model, which has no scale, is read as Bradley–Terry, with a warning: the logistic family with every
+    scale at 1/√2.
+
+    Args:
+        path, **kwargs: as for `DiscoRewardModel.from_pretrained`.
+
+    Raises:
+        ValueError: as `DiscoRewardModel.from_pretrained` does, and if it is a language model without a reward head.
+    """
+    model = load_reward_model(path, reward_family=None, fixed_scale=None, **kwargs).eval()
+    inner = model.get_base_model() if is_peft_model(model) else model
+    # (An adapter brings the head that its base has not, or does not load.)
+    if inner is model and inner.head_name in inner.newly_initialized:
+        raise ValueError(
+            f"{path} is a language model without a reward head: its rewards would be random. Train one with "
+            "`disco-trl train`, or name a trained reward model"
+        )
+    scale = inner.scale_head
+    # An adapter may have brought the scale that its base has not.
+    if f"{inner.head_name}.scale" in inner.newly_initialized and scale.fixed_scale is None and not scale.weight.any():
+        logger.warning(f"{path} has no scale and is read as Bradley–Terry: every scale is 1/√2.")
+        inner._convert_heads({"reward_family": "logistic", "fixed_scale": 2**-0.5})
+    return model
 
 
 def _load_full(

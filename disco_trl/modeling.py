@@ -134,11 +134,15 @@ class ScaleHead(nn.Module):
         """
 
         def update(mean: Tensor, var: Tensor, values: Tensor, share: Tensor) -> None:
-            # Moments about the old mean: those about zero would cancel where the mean is large.
-            deviation = values - mean
-            first, second = gather(torch.stack([deviation.mean(dim=0), deviation.square().mean(dim=0)])[None]).mean(0)
-            mean += share * first
-            var.lerp_(second, share).sub_((share * first).square()).clamp_min_(0)
+            # Each about its own mean (the processes', the step's, the running one), and the means' differences added:
+            # moments about one point would cancel where the means are large, as those of hidden states are.
+            own_var, own_mean = torch.var_mean(values, dim=0, correction=0)
+            means, variances = gather(torch.stack([own_mean, own_var])[None]).unbind(dim=1)
+            step_mean = means.mean(dim=0)
+            step_var = variances.mean(dim=0) + means.var(dim=0, correction=0)
+            shift = step_mean - mean
+            mean += share * shift
+            var.lerp_(step_var + (1 - share) * shift.square(), share)
 
         hidden_states = hidden_states.float()
         rows = gather(self.rows_seen.new_tensor([len(hidden_states)])).sum()

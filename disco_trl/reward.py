@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, is_peft_model
+from accelerate.utils import gather, is_peft_model, parse_flag_from_env
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from .distributions import RewardDistribution, get_family
-from .modeling import DiscoRewardModel
+from .loading import load_trained
+from .modeling import MAX_LOG_SCALE, DiscoRewardModel, ScaleHead
 from .scoring import TOKENS_PER_BATCH, chat_template_arguments, run_in_batches, tokenize
 from .transforms import Sample, get_transform, group_members
 
@@ -47,9 +48,9 @@ class DiscoReward:
 
     Texts are tokenized exactly as in training: a plain text gets the end-of-text token, a conversation goes through
     the chat template, with the row's `tools` and `chat_template_kwargs` where the dataset has such columns; other
-    columns are ignored. (TRL's own path for a model in `reward_funcs` adds no end-of-text token to plain texts, which
-    gives another reward; for conversations the two agree.) Nothing is truncated. The model runs in evaluation mode and
-    without gradients, whatever the policy is doing.
+    columns are ignored. (TRL's own path for a model in `reward_funcs` gives plain texts neither that token nor the
+    beginning-of-text token of tokenizers that have one, which makes another reward; for conversations the two agree.)
+    Nothing is truncated. The model runs in evaluation mode and without gradients, whatever the policy is doing.
 
     With several processes every process has to call it, as TRL's trainers do: rewards of equal prompts are compared
     across processes, in the order of the processes. For `"win_rate"` set ``scale_rewards="none"`` in GRPO: the default
@@ -70,16 +71,21 @@ class DiscoReward:
 
     Args:
         model: a path or Hub id, loaded onto this process's device; or a live disco model or `PeftModel` around one,
-            left where it is.
-        processing_class: tokenizer; by default the one saved with the checkpoint, for a path or a model from one.
+            left where it is. Of several adapters the active one is asked.
+        processing_class: tokenizer; by default the one saved with the checkpoint at that path, or at the path that a
+            live model was loaded from. Pass the one of training for a model that was trained or merged in this
+            process, and for any live `PeftModel`: these only know the path of their base model, whose chat template
+            may be another.
         transform: `"mean"`, `"lower_bound"`, `"quantile"`, `"certainty_equivalent"`, `"win_rate"` or `"sample"`.
+        dtype: of a model that is loaded; by default the checkpoint's.
         device: where to move the model.
         tokens_per_batch: tokens that go through the model at once, padding counted.
-        name: the name in TRL's logs; by default `disco_` and the transform.
+        name: the name in TRL's logs; by default `disco_` and the transform. TRL mixes the logs of rewards of one name.
         **options: of the transform: `k`, `q`, `beta` or `seed`.
 
     Raises:
-        ValueError: if a transform or option is unknown or out of its domain, or does not exist for the model's family.
+        ValueError: if a transform or option is unknown or out of its domain, or does not exist for the model's family;
+            if the path holds a language model without a reward head; or if no tokenizer is passed or found.
         TypeError: if the model is not a disco model.
 
     Example:
@@ -94,6 +100,7 @@ class DiscoReward:
         processing_class: PreTrainedTokenizerBase | None = None,
         transform: str = "mean",
         *,
+        dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         tokens_per_batch: int = TOKENS_PER_BATCH,
         name: str | None = None,
@@ -102,8 +109,8 @@ class DiscoReward:
         self.transform = get_transform(transform, **options)
         if isinstance(model, str | os.PathLike):
             if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(model)
-            model = DiscoRewardModel.from_pretrained(model).to(device or PartialState().device)
+                processing_class = _saved_tokenizer(os.fspath(model))
+            model = load_trained(os.fspath(model), dtype=dtype).to(device or _process_state().device)
         elif device is not None:
             model = model.to(device)
         inner: Any = model.get_base_model() if is_peft_model(model) else model
@@ -113,23 +120,23 @@ class DiscoReward:
                 "DiscoRewardModel.from_pretrained(...), which also takes scalar reward models"
             )
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(inner.config._name_or_path)
+            if is_peft_model(model):
+                raise ValueError(
+                    "a live PeftModel does not know the directory that its adapter came from, and its base model's "
+                    "tokenizer may have another chat template; pass "
+                    "processing_class=AutoTokenizer.from_pretrained(ADAPTER_DIRECTORY)"
+                )
+            processing_class = _saved_tokenizer(inner.config._name_or_path)
         self.model: Any = model
         self.processing_class = processing_class
         self.family = get_family(inner.config.disco["reward_family"])
         self.transform.check_family(self.family.name)
         self.tokens_per_batch = tokens_per_batch
         self.__name__ = name or f"disco_{transform}"
-        self._scale_head = inner.scale_head
         self._warned: set[str] = set()
         if inner.config.get_text_config().pad_token_id is None:
             # Texts are padded with it, and the stock code looks for it from the right to find the last token.
             inner.config.get_text_config().pad_token_id = _pad_token_id(processing_class)
-        if isinstance(self.transform, Sample):
-            # Else all processes would draw the same noise.
-            self.transform = get_transform(
-                "sample", seed=(self.transform.seed + 1_000_003 * PartialState().process_index) % 2**63
-            )
 
     def distribution(
         self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
@@ -144,7 +151,7 @@ class DiscoReward:
             ValueError: if prompts and completions do not match; it names the row.
             FloatingPointError: if a reward is not finite; it names the row.
         """
-        return self._rewards_and_traits(self.tokenize(prompts, completions, **columns))[0]
+        return self._rewards_and_traits(prompts, completions, columns)[0]
 
     def tokenize(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[list[int]]:
         """Token ids of each prompt with its completion; arguments and errors are those of `distribution`."""
@@ -160,13 +167,16 @@ class DiscoReward:
                 )
             arguments = chat_template_arguments({name: values[row] for name, values in read.items()})
             content: Any = prompt + completion  # type: ignore[operator]
+            if isinstance(content, list) and not all(map(_is_text, content)):
+                # Most templates of text models would write the block out as Python prints it.
+                raise ValueError(f"row {row}: a message holds more than text, and a reward model reads text only")
             sequences.append(tokenize(self.processing_class, content, **arguments))
         return sequences
 
     def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[float]:
         """The transformed rewards of this process's rows, and metrics for TRL; see the class."""
-        own, own_traits = self._rewards_and_traits(self.tokenize(prompts, completions, **columns))
-        state = PartialState()
+        own, own_traits = self._rewards_and_traits(prompts, completions, columns)
+        state = _process_state()
         counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
         keys = torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long)
         location, scale = _gather_rows(own.location, counts), _gather_rows(own.scale, counts)
@@ -176,24 +186,42 @@ class DiscoReward:
         if columns.get("log_extra") is not None:
             columns["log_extra"](f"{self.__name__}/location", own.location.tolist())
             columns["log_extra"](f"{self.__name__}/scale", own.scale.tolist())
-
-        if not self.transform.needs_groups:
-            return self.transform(own).tolist()
+        # Of all rows in every process: groups and draws then do not depend on how rows are spread over processes.
         first = sum(counts[: state.process_index])
         return self.transform(rewards, group)[first : first + len(own)].tolist()
 
-    def _rewards_and_traits(self, sequences: list[list[int]]) -> tuple[RewardDistribution, Tensor]:
+    def map(self, dataset: Any, prefix: str = "") -> Any:
+        """A `datasets.Dataset` or `IterableDataset` with columns added that say what its answers are worth.
+
+        For one answer to a row they are ``location``, ``scale`` and ``reward_TRANSFORM``; for a pair each of these for
+        both, as in ``location_chosen``, and ``prob_chosen``, P(chosen ≻ rejected). A stream is scored as it is read.
+
+        Args:
+            dataset: of any type with answers that TRL documents: preference, unpaired preference, prompt-completion,
+                language modeling, tokenized pairs.
+            prefix: put before the names of the new columns.
+
+        Raises:
+            ValueError: if the dataset has no answers, something is wrong with a row, a column of a new name is there
+                already, or the transform needs all the answers to a prompt at once.
+        """
+        from .annotation import Annotator, map_dataset
+
+        return map_dataset(dataset, Annotator(self, prefix=prefix))
+
+    def _rewards_and_traits(
+        self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
+    ) -> tuple[RewardDistribution, Tensor]:
         """Distributions `[B]` and `ScaleHead.traits` `[B, 3]`, on the CPU."""
+        sequences = self.tokenize(prompts, completions, **columns)
         location, scale = torch.empty(len(sequences)), torch.empty(len(sequences))
         traits = torch.full((len(sequences), 3), math.nan)
-        knows_training_rows = self._knows_training_rows()
+        head, knows_training_rows = self._scale_head, self._knows_training_rows()
         for indices, output in run_in_batches(self.model, sequences, self.tokens_per_batch):
             location[indices] = output.logits.squeeze(-1).float().cpu()
             scale[indices] = output.scale.squeeze(-1).float().cpu()
             if knows_training_rows:
-                traits[indices] = self._scale_head.traits(
-                    output.pooled_hidden_state, output.logits, output.scale
-                ).cpu()
+                traits[indices] = head.traits(output.pooled_hidden_state, output.logits, output.scale).cpu()
         bad = torch.nonzero(~(location.isfinite() & scale.isfinite())).flatten().tolist()
         if bad:
             raise FloatingPointError(
@@ -202,6 +230,11 @@ class DiscoReward:
                 "instead of float16"
             )
         return RewardDistribution(location, scale, self.family.name), traits
+
+    @property
+    def _scale_head(self) -> ScaleHead:
+        # Looked up each time: of a PeftModel another adapter may have become the active one.
+        return (self.model.get_base_model() if is_peft_model(self.model) else self.model).scale_head
 
     def _knows_training_rows(self) -> bool:
         return self._scale_head.fixed_scale is None and self._scale_head.rows_seen.item() > 0
@@ -246,7 +279,7 @@ class DiscoReward:
         return difference.abs() < self.family.difference_scale(siblings.scale[first], siblings.scale[second])
 
     def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned and PartialState().is_main_process:
+        if what not in self._warned and _process_state().is_main_process:
             logger.warning(f"{self.__name__}: {message}.")
         self._warned.add(what)
 
@@ -258,15 +291,35 @@ def prompt_key(prompt: Content) -> int:
     return int.from_bytes(digest) >> 1
 
 
+def _process_state() -> PartialState:
+    # Unless told to use the CPU, accelerate takes each of several processes without an accelerator for the only one.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
 def _gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """The rows of all processes, in the order of the processes; `counts` says how many each has."""
     if len(counts) == 1:
         return rows
-    state = PartialState()
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    gathered = gather(padded.to(state.device)).cpu().split(max(counts))
+    gathered = gather(padded.to(_process_state().device)).cpu().split(max(counts))
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def _saved_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    if not path:
+        raise ValueError("this model was not loaded from a path; pass processing_class, the tokenizer of its training")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no tokenizer that can be loaded; pass the one of its training as processing_class"
+        ) from error
+
+
+def _is_text(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return not isinstance(content, list) or all(part.get("type") == "text" for part in content)
 
 
 def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
@@ -288,8 +341,9 @@ class ScalarReward(nn.Module):
         transform, **options: see `disco_trl.transforms`.
 
     Raises:
-        ValueError: if the transform needs groups of answers or does not exist for the family, or if the model is an
-            encoder.
+        ValueError: if the transform needs groups of answers, does not exist for the family, or is infinite for some
+            scale that the model can give (PPO transforms the reward at every token, so that a single one would stop
+            it); or if the model is an encoder.
     """
 
     def __init__(self, model: DiscoRewardModel, transform: str = "mean", **options: Any):
@@ -308,11 +362,19 @@ class ScalarReward(nn.Module):
                 "'score' on every token, and an encoder's head is for its pooled text only; use DiscoReward in GRPO "
                 "or RLOO instead"
             )
+        fixed_scale = model.config.disco["fixed_scale"]
+        widest = torch.tensor(fixed_scale or get_family(self.family).unit_scale * math.exp(MAX_LOG_SCALE))
+        # (By a transform of its own, for it may count how often it was called.)
+        get_transform(transform, **options)(RewardDistribution(torch.zeros(()), widest, self.family))
         self.config = model.config
         self.base_model_prefix = model.base_model_prefix
         self.model_ = model  # under a name of its own: `model` is the backbone's in most architectures
-        if self.base_model_prefix not in ("model_", "score"):
-            setattr(self, self.base_model_prefix, getattr(model, model.base_model_prefix))
+        setattr(self, self.base_model_prefix, getattr(model, model.base_model_prefix))
+        self.train(model.training)
+        if isinstance(self.transform, Sample):
+            # Else the rows of each process would get the same noise.
+            seed = (self.transform.seed + 1_000_003 * _process_state().process_index) % 2**63
+            self.transform = get_transform("sample", seed=seed)
 
     def score(self, hidden_states: Tensor) -> Tensor:
         """`[..., H]` to the transformed reward `[..., 1]`."""
@@ -351,6 +413,7 @@ def best_of_n(
     *,
     model: Any,
     processing_class: PreTrainedTokenizerBase | None = None,
+    columns: dict[str, Sequence[Any]] | None = None,
     **options: Any,
 ) -> list[Best]:
     """The best answer to each prompt, by transformed reward.
@@ -359,6 +422,7 @@ def best_of_n(
         prompts: `P` texts or lists of messages.
         candidates: for each prompt its answers, at least one, of the prompt's kind.
         transform, model, processing_class, **options: as for `DiscoReward`.
+        columns: `tools` and `chat_template_kwargs`, `P` of each.
 
     Returns:
         A `Best` for each prompt; of equal rewards the first wins.
@@ -376,6 +440,10 @@ def best_of_n(
     distribution = reward.distribution(
         [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)],
         [answer for answers in candidates for answer in answers],
+        **{
+            name: [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+            for name, values in (columns or {}).items()
+        },
     )
     group = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts, dtype=torch.long))
     rewards = reward.transform(distribution, group)

@@ -107,7 +107,7 @@ def run_in_batches(
     lengths = [len(sequence) for sequence in sequences]
     if 0 in lengths:
         raise ValueError(f"sequence {lengths.index(0)} is empty: there is no last token to read a reward at")
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with logging.tqdm(total=len(sequences), desc=description, unit="text", disable=description is None) as bar:
@@ -122,7 +122,8 @@ def run_in_batches(
                 )
                 bar.update(len(indices))
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def score(

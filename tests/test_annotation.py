@@ -181,7 +181,7 @@ def test_win_rate_is_refused(reward_dir):
 
 def test_what_has_no_reward_is_refused(tiny_llama_dir, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
-    with pytest.raises(SystemExit, match=r"disco-trl score: --model .* without a reward head, so its rewards"):
+    with pytest.raises(SystemExit, match=r"disco-trl score: .* without a reward head: its rewards"):
         main([data, "--model", tiny_llama_dir, "--out", str(tmp_path / "scored.jsonl"), "--device", "cpu"])
 
 

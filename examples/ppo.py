@@ -1,0 +1,61 @@
+"""PPO, with the certainty equivalent of a learned reward: μ - σ²/2β, what a cautious person would take for it.
+
+    pip install "disco-trl[ppo]"    # trl 1.12 is the last with PPOTrainer
+    python examples/ppo.py runs/quickstart/disco .cache/SmolLM2-135M-Instruct
+
+The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to improve.
+For the location alone, pass `reward_model=reward_model`. (TRL's PPO reads the reward at the answer's last token; where
+that is not the end of text, it is the reward of an unfinished text, which `missing_eos_penalty` can discourage.)
+
+OUTPUT
+"""
+
+import sys
+
+import torch
+from datasets import Dataset
+from openings import OPENINGS
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+from disco_trl import DiscoRewardModel
+
+
+reward_path, policy_path = sys.argv[1:]
+reward_model = DiscoRewardModel.from_pretrained(reward_path).merge_and_unload()
+tokenizer = AutoTokenizer.from_pretrained(policy_path, padding_side="left")
+trainer = PPOTrainer(
+    args=PPOConfig(
+        output_dir="runs/ppo",
+        total_episodes=24 * 40,
+        per_device_train_batch_size=24,
+        local_rollout_forward_batch_size=24,
+        num_ppo_epochs=2,
+        response_length=16,
+        temperature=1.0,
+        learning_rate=1e-4,
+        kl_coef=0.02,
+        stop_token="eos",
+        num_sample_generations=0,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=True,
+        report_to="none",
+        save_strategy="no",
+    ),
+    processing_class=tokenizer,
+    model=AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.bfloat16),
+    ref_model=None,  # the policy without its adapter
+    reward_model=reward_model.as_scalar("certainty_equivalent", beta=1.0),
+    value_model=AutoModelForSequenceClassification.from_pretrained(policy_path, num_labels=1),
+    train_dataset=Dataset.from_dict({"input_ids": tokenizer(OPENINGS)["input_ids"]}),
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+)
+trainer.train()
+for log in trainer.state.log_history[4::5]:
+    print(
+        f"episode {log['episode']:4d}   certainty equivalent {log['objective/scores']:5.2f}   "
+        f"KL {log['objective/kl']:6.2f}   reward less KL {log['objective/rlhf_reward']:5.2f}"
+    )
