@@ -15,6 +15,7 @@ __all__ = [
     "DiscoRewardConfig",
     "DiscoRewardModel",
     "DiscoRewardTrainer",
+    "RemoteReward",
     "RewardDistribution",
     "best_of_n",
     "get_family",
@@ -25,12 +26,14 @@ _MODULE_OF = {
     "DiscoRewardConfig": "config",
     "DiscoRewardModel": "modeling",
     "DiscoRewardTrainer": "trainer",
+    "RemoteReward": "client",
     "RewardDistribution": "distributions",
     "best_of_n": "reward",
     "get_family": "distributions",
 }
 
 if TYPE_CHECKING:
+    from .client import RemoteReward
     from .config import DiscoRewardConfig
     from .distributions import RewardDistribution, get_family
     from .modeling import DiscoRewardModel

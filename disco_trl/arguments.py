@@ -26,8 +26,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument(
         "--model", required=required, help="disco checkpoint, adapter or scalar reward model: a path or a Hub id"
     )
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--device", help="cpu, cuda:1, ... (default: an accelerator if there is one)")
+    add_loading_arguments(parser)
     parser.add_argument(
         "--tokens-per-batch",
         type=int,
@@ -36,10 +35,24 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     )
 
 
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """--dtype and --device."""
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the language model (default: the checkpoint's)",
+    )
+    parser.add_argument("--device", help="cpu, cuda:1, ... (default: an accelerator if there is one)")
+
+
 def add_transform_arguments(parser: argparse.ArgumentParser) -> None:
     """--transform and the transforms' options."""
     parser.add_argument(
-        "--transform", default="mean", choices=list(TRANSFORMS), help="what the reward is (default: the location)"
+        "--transform",
+        default="mean",
+        choices=list(TRANSFORMS),
+        help="what the reward is (default: the location)",
     )
     parser.add_argument("--k", type=float, help="of lower_bound: location - k * scale")
     parser.add_argument("--q", type=float, help="of quantile: its level")

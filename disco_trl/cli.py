@@ -1,4 +1,4 @@
-"""The `disco-trl` command. Each subcommand is a module with a `main(argv)`, imported when it runs: `--help` is quick."""
+"""The `disco-trl` command. Each subcommand is a module with a `main(argv)`, imported when it runs."""
 
 import argparse
 import importlib
@@ -39,5 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     module, _ = COMMANDS[args.command]
-    importlib.import_module(f".{module}", __package__).main(rest)
+    try:
+        command = importlib.import_module(f".{module}", __package__)
+    except ImportError as error:  # of an optional dependency; the message names the extra
+        sys.exit(f"disco-trl {args.command}: {error}")
+    command.main(rest)
     return 0

@@ -22,17 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import is_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from . import __version__
+from .arguments import add_loading_arguments, add_transform_arguments, transform_options
 from .batching import Batcher, QueueFullError, TooLargeError
 from .distributions import RewardDistribution
-from .modeling import DiscoRewardModel
 from .reward import DiscoReward, prompt_key
 from .scoring import TOKENS_PER_BATCH, tokenize
-from .transforms import TRANSFORMS, Transform, get_transform
+from .transforms import Transform, get_transform
 
 
 try:
@@ -328,13 +326,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address (%(default)s); others can reach any but loopback")
     parser.add_argument("--port", type=int, default=8000, help="%(default)s; 0 takes a free one")
     parser.add_argument("--token", help="what clients must show; DISCO_TRL_TOKEN keeps it off the command line")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (the checkpoint's)")
-    parser.add_argument("--device", help="such as cuda:1 (a GPU if there is one)")
-    parser.add_argument("--transform", default="mean", choices=TRANSFORMS, help="for requests that name none")
-    parser.add_argument("--k", type=float, help="of lower_bound")
-    parser.add_argument("--q", type=float, help="of quantile")
-    parser.add_argument("--beta", type=float, help="of certainty_equivalent")
-    parser.add_argument("--seed", type=int, help="of sample")
+    add_loading_arguments(parser)
+    add_transform_arguments(parser)
     for name, what in (
         ("max_queue", "tokens that may wait for the model"),
         ("max_batch_tokens", "tokens that go through the model at once"),
@@ -357,29 +350,14 @@ def main(argv: list[str]) -> None:
             f"{parser.prog}: {args.host} can be reached from other machines: set DISCO_TRL_TOKEN, which clients then "
             "have to show, or leave --host at 127.0.0.1"
         )
-    options = {name: getattr(args, name) for name in ("k", "q", "beta", "seed") if getattr(args, name) is not None}
+    options = transform_options(args)
     try:
         get_transform(args.transform, **options)  # before the model takes its time
-        reward = load(args.model, args.transform, args.dtype, args.device, **options)
+        reward = DiscoReward(args.model, transform=args.transform, dtype=args.dtype, device=args.device, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     app = create_app(reward, Limits(**given), token, name=args.model)
     uvicorn.run(app, host=args.host, port=args.port, access_log=False)
-
-
-def load(path: str, transform: str, dtype: str | None, device: str | None, **options: Any) -> DiscoReward:
-    """A checkpoint with its tokenizer, on its device; arguments as for `DiscoReward`.
-
-    Raises:
-        ValueError: as `DiscoRewardModel.from_pretrained` and `DiscoReward` do, and for a model without a reward head.
-        OSError: if there is no such checkpoint, or no tokenizer beside it.
-    """
-    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model: Any = DiscoRewardModel.from_pretrained(path, **kwargs)
-    if not is_peft_model(model) and model.head_name in model.newly_initialized:
-        raise ValueError(f"{path} is a language model without a reward head: its rewards would be random")
-    model = model.to(device or PartialState().device)
-    return DiscoReward(model, AutoTokenizer.from_pretrained(path), transform, **options)
 
 
 def _is_loopback(host: str) -> bool:
@@ -387,7 +365,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

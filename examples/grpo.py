@@ -85,7 +85,9 @@ def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         for name, label, color in (("disco_mean", "GRPO on μ", "C0"), ("disco_lower_bound", "GRPO on μ − 2σ", "C3")):
             values = [log[f"{name}/{metric}"] for log in logs[name]]
-            smooth = [sum(values[max(i - 4, 0) : i + 1]) / len(values[max(i - 4, 0) : i + 1]) for i in range(len(values))]
+            smooth = [
+                sum(values[max(i - 4, 0) : i + 1]) / len(values[max(i - 4, 0) : i + 1]) for i in range(len(values))
+            ]
             axis.plot(range(1, len(values) + 1), values, color=color, alpha=0.25, linewidth=1)
             axis.plot(range(1, len(values) + 1), smooth, color=color, label=label)
         axis.set(title=title, xlabel="step")

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from disco_trl.serving import load
+from disco_trl import DiscoReward
 
 
 WORDS = (
@@ -62,7 +62,7 @@ def random_texts(seed: int) -> list[str]:
 
 def reference(model: str, dtype: str, texts: list[str]) -> tuple[np.ndarray, float]:
     """The location of each text alone, and the most by which one in a batch differs from it."""
-    reward = load(model, "mean", dtype, "cpu")
+    reward = DiscoReward(model, dtype=dtype, device="cpu")
     locations = []
     for reward.tokens_per_batch in (1, 8192):
         locations.append(reward.distribution([""] * TEXTS, texts).location.numpy())
@@ -72,7 +72,7 @@ def reference(model: str, dtype: str, texts: list[str]) -> tuple[np.ndarray, flo
 @contextlib.contextmanager
 def server(model: str, dtype: str, *arguments: str) -> Iterator[tuple[str, int, int]]:
     """Host, port and process number of a server, while it runs."""
-    command = [sys.executable, "-m", "disco_trl.serving", model, "--port", "0", "--dtype", dtype, *arguments]
+    command = [sys.executable, "-m", "disco_trl", "serve", model, "--port", "0", "--dtype", dtype, *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = []

@@ -260,7 +260,7 @@ def test_a_scalar_adapter(sources, tmp_path):
     assert_strictly_plain(tmp_path / "out", num_labels=1)
     reward = score(model, sequences(tmp_path / "out"))
     torch.testing.assert_close(logits(tmp_path / "out")[:, 0], reward.location, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"no scale was learned"):
+    with pytest.raises(ValueError, match=r"its scale is fixed at 0\.7"):
         export(tmp_path / "adapter", tmp_path / "other", to="two-logit")
 
 

@@ -477,7 +477,7 @@ def test_health_and_metrics(reward, url):
 def test_sigterm_answers_what_was_accepted_and_takes_no_more(reward, tmp_path):
     reward.model.save_pretrained(tmp_path)
     reward.processing_class.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "disco_trl.serving", str(tmp_path), "--port", "0"]
+    command = [sys.executable, "-m", "disco_trl", "serve", str(tmp_path), "--port", "0"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     texts = [f"The film is good, and short. {number} " * 20 for number in range(150)]
     tokens = sum(len(tokenize(reward.processing_class, text)) for text in texts)

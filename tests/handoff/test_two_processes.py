@@ -128,3 +128,6 @@ if __name__ == "__main__":
     process = int(os.environ["RANK"])
     report = report_of_a_process(sys.argv[1], sys.argv[2], Path(sys.argv[3]), process)
     (Path(sys.argv[3]) / f"{process}.json").write_text(json.dumps(report))
+    # Left to the interpreter's end, gloo's threads are now and then still busy, and abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
