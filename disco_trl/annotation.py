@@ -27,14 +27,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
 from .arguments import add_data_arguments, add_model_arguments, add_transform_arguments, load_reward, transform_options
-from .data import LEGACY_TOKENIZED_PAIR, TEXT_PAIR, TOKENIZED_PAIR, Layout, Problem, _find_problem
-from .reward import DiscoReward
+from .data import LEGACY_TOKENIZED_PAIR, TEXT_PAIR, TOKENIZED_PAIR, Layout, Problem, find_problem
+from .reward import DiscoReward, process_state
 from .rows import (
     ROWS_AT_ONCE,
     Row,
@@ -115,7 +113,7 @@ class Answers:
         # What makes a preference sound makes each of its answers sound: a single answer is checked as both sides.
         layout = Layout((self.columns[0], self.columns[-1]) if self.kind == "tokenized" else TEXT_PAIR, self.kind)
         answers = {side: row.get(name) for side, name in zip(layout.pair, (self.columns * 2)[:2], strict=True)}
-        problem: Problem | None = _find_problem(read | answers, layout)
+        problem: Problem | None = find_problem(read | answers, layout)
         if problem is not None:
             column, mend = problem.column, problem.mend
             if not self.are_pairs:
@@ -286,7 +284,7 @@ def annotate_file(
         ValueError: something is wrong with a row (all are checked before the first is scored); or what is in
             `OUT.parts` was made from other rows, by another model or with other options.
     """
-    state = PartialState()
+    state = process_state()
     parts = out.with_name(f"{out.name}.parts")
     first_row = next(iter(dataset), None)
     if first_row is None:
@@ -401,9 +399,7 @@ def main(argv: list[str]) -> None:
     parser = _make_parser()
     args = parser.parse_args(argv)
     # The timeout is for the slowest process: the default of ten minutes might be less than it needs for its last part.
-    state = PartialState(
-        cpu=args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=7)
-    )
+    state = process_state(use_cpu=args.device == "cpu", timeout=datetime.timedelta(days=7))
     try:
         out = Path(args.out)
         parts = out.with_name(f"{out.name}.parts")

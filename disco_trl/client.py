@@ -16,8 +16,8 @@ import torch
 from requests.adapters import HTTPAdapter, Retry
 from torch import Tensor
 
-from .distributions import RewardDistribution, get_family
-from .reward import Content, DiscoReward
+from .distributions import RewardDistribution
+from .reward import Content, RewardFunction
 from .transforms import get_transform
 
 
@@ -83,7 +83,7 @@ class ScoreClient:
         return answer
 
 
-class RemoteReward(DiscoReward):
+class RemoteReward(RewardFunction):
     """`DiscoReward` with its model behind `disco-trl serve`: ``reward(prompts, completions, **columns)``.
 
     The server tokenizes as training did, with its own tokenizer. Transforms, groups across processes, metrics and
@@ -115,13 +115,10 @@ class RemoteReward(DiscoReward):
         name: str | None = None,
         **options: Any,
     ):
-        self.transform = get_transform(transform, **options)
+        reward_transform = get_transform(transform, **options)  # before a server is asked
         self.client = ScoreClient(url, token, timeout)
         self.server = self.client.health()
-        self.family = get_family(self.server["family"])
-        self.transform.check_family(self.family.name)
-        self.__name__ = name or f"disco_{transform}"
-        self._warned = set()
+        super().__init__(self.server["family"], reward_transform, name)
 
     def _rewards_and_traits(
         self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
@@ -134,7 +131,7 @@ class RemoteReward(DiscoReward):
                 location.append(result["location"])
                 scale.append(result["scale"])
         rewards = RewardDistribution(torch.tensor(location), torch.tensor(scale), self.family.name)
-        return rewards, torch.full((len(rewards), 3), torch.nan)
+        return rewards, torch.empty(len(rewards), 0)
 
     def _requests(
         self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
@@ -159,6 +156,3 @@ class RemoteReward(DiscoReward):
             size += item_size
         if items:
             yield items
-
-    def _knows_training_rows(self) -> bool:
-        return False

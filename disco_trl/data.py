@@ -295,7 +295,7 @@ def _check_batch(batch: dict[str, list], indices: list[int], layout: Layout, dat
 
 
 def _number_checked_row(row: dict[str, Any], index: int, layout: Layout, dataset_name: str) -> dict[str, int]:
-    problem = _find_problem(row, layout)
+    problem = find_problem(row, layout)
     if problem is not None:
         raise ValueError(
             f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.mend}"
@@ -303,7 +303,8 @@ def _number_checked_row(row: dict[str, Any], index: int, layout: Layout, dataset
     return {ROW_COLUMN: index}
 
 
-def _find_problem(row: dict[str, Any], layout: Layout) -> Problem | None:
+def find_problem(row: dict[str, Any], layout: Layout) -> Problem | None:
+    """The first thing wrong with a row, if there is any."""
     problems: Iterator[Problem | None]
     if layout.kind == "tokenized":
         problems = (_token_problem(column, row.get(column)) for column in layout.pair)

@@ -291,7 +291,7 @@ class DiscoRewardModel(_Stock):
         )
 
     def as_scalar(self, transform: str = "mean", **options: Any) -> nn.Module:
-        """This model with a plain number for a reward, for PPO's `reward_model=`: see `disco_trl.reward.ScalarReward`.
+        """This model with a plain number for a reward, for PPO's `reward_model=`: see `disco_trl.scalar.ScalarReward`.
 
         Args:
             transform: what becomes of the distribution, such as `"lower_bound"`; see `disco_trl.transforms`.
@@ -301,7 +301,7 @@ class DiscoRewardModel(_Stock):
             ValueError: if the transform needs groups of answers or does not exist for the family, or if the model is
                 an encoder.
         """
-        from .reward import ScalarReward
+        from .scalar import ScalarReward
 
         return ScalarReward(self, transform, **options)
 

@@ -1,12 +1,11 @@
 """The hand-off: a reward model in the place where a policy is optimized.
 
-`DiscoReward` is a TRL reward function, ``reward(prompts, completions, **columns)``, for GRPO, RLOO and whatever else
-calls one. `ScalarReward` is a module for PPO, which runs the backbone itself. `best_of_n` picks an answer. Each turns
-the model's distribution into one number by a transform (`disco_trl.transforms`), by default `"mean"`, the location.
+A `RewardFunction` is what TRL calls in GRPO, RLOO and wherever else it takes one. It turns the distribution of each
+row's reward into one number by a transform (`disco_trl.transforms`), by default `"mean"`, the location. `DiscoReward`
+has its model at hand; `disco_trl.client.RemoteReward` has it behind a server. `best_of_n` picks an answer.
 
-What flows: prompts and completions → token ids, as training made them → location, scale and traits of each row →
-the same of all processes' rows, in the order of the processes → groups of equal prompts → metrics and rewards → this
-process's own.
+What flows: prompts and completions → location, scale and traits of each row → the same of all processes' rows, in the
+order of the processes → groups of equal prompts → metrics and rewards → this process's own.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import json
 import logging
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +23,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, is_peft_model, parse_flag_from_env
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from .distributions import RewardDistribution, get_family
 from .loading import load_trained
-from .modeling import MAX_LOG_SCALE, DiscoRewardModel, ScaleHead
+from .modeling import DiscoRewardModel, ScaleHead
 from .scoring import TOKENS_PER_BATCH, chat_template_arguments, run_in_batches, tokenize
-from .transforms import Sample, get_transform, group_members
+from .transforms import Transform, get_transform, group_members
 
 
 logger = logging.getLogger(__name__)
@@ -43,14 +42,8 @@ FAR = 3.0
 """Standard deviations of the training rows beyond which the mean of a batch is not like them any more."""
 
 
-class DiscoReward:
-    """A disco reward model as a TRL reward function: ``reward(prompts, completions, **columns) -> list[float]``.
-
-    Texts are tokenized exactly as in training: a plain text gets the end-of-text token, a conversation goes through
-    the chat template, with the row's `tools` and `chat_template_kwargs` where the dataset has such columns; other
-    columns are ignored. (TRL's own path for a model in `reward_funcs` gives plain texts neither that token nor the
-    beginning-of-text token of tokenizers that have one, which makes another reward; for conversations the two agree.)
-    Nothing is truncated. The model runs in evaluation mode and without gradients, whatever the policy is doing.
+class RewardFunction(ABC):
+    """A TRL reward function with a distribution behind it: ``reward(prompts, completions, **columns) -> list[float]``.
 
     With several processes every process has to call it, as TRL's trainers do: rewards of equal prompts are compared
     across processes, in the order of the processes. For `"win_rate"` set ``scale_rewards="none"`` in GRPO: the default
@@ -60,14 +53,118 @@ class DiscoReward:
 
     - ``location/mean``, ``scale/mean``;
     - ``within_noise``: the share of differences between siblings (answers to one prompt) that are smaller than the
-      scale of their difference, so that a person might well see them the other way round;
+      scale of their difference, so that a person might well see them the other way round.
+
+    Each name begins with that of the reward function. Through `log_extra` it adds location and scale to the table of
+    completions.
+
+    Args:
+        family: of the distributions.
+        transform: what becomes of them.
+        name: the name in TRL's logs; by default `disco_` and the transform. TRL mixes the logs of rewards of one name.
+
+    Raises:
+        ValueError: if the transform does not exist for the family.
+    """
+
+    def __init__(self, family: str, transform: Transform, name: str | None):
+        self.family = get_family(family)
+        self.transform = transform
+        self.transform.check_family(family)
+        self.__name__ = name or f"disco_{transform.name}"
+        self._warned: set[str] = set()
+
+    def distribution(
+        self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
+    ) -> RewardDistribution:
+        """The distributions of the rewards of this process's rows, `[B]`, float32 on the CPU.
+
+        Args:
+            prompts, completions: `B` texts or `B` lists of messages each.
+            **columns: lists of `B`; `tools` and `chat_template_kwargs` are read.
+
+        Raises:
+            ValueError: if prompts and completions do not match; it names the row.
+            FloatingPointError: if a reward is not finite; it names the row.
+        """
+        return self._rewards_and_traits(prompts, completions, columns)[0]
+
+    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[float]:
+        """The transformed rewards of this process's rows, and metrics for TRL; see the class."""
+        own, own_traits = self._rewards_and_traits(prompts, completions, columns)
+        state = process_state()
+        counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
+        keys = torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long)
+        location, scale = _gather_rows(own.location, counts), _gather_rows(own.scale, counts)
+        rewards = RewardDistribution(location, scale, own.family)
+        group = torch.unique(_gather_rows(keys, counts), return_inverse=True)[1]
+        self._report(rewards, _gather_rows(own_traits, counts), group, **columns)
+        if columns.get("log_extra") is not None:
+            columns["log_extra"](f"{self.__name__}/location", own.location.tolist())
+            columns["log_extra"](f"{self.__name__}/scale", own.scale.tolist())
+        # Of all rows in every process: groups and draws then do not depend on how rows are spread over processes.
+        first = sum(counts[: state.process_index])
+        return self.transform(rewards, group)[first : first + len(own)].tolist()
+
+    @abstractmethod
+    def _rewards_and_traits(
+        self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
+    ) -> tuple[RewardDistribution, Tensor]:
+        """Distributions `[B]` and, for `_report_shift`, any further numbers `[B, ...]` of each row, on the CPU."""
+
+    def _report_shift(self, traits: Tensor) -> dict[str, Tensor]:
+        """Metrics that compare a batch of all processes with the training rows, where these are known."""
+        return {}
+
+    def _report(self, rewards: RewardDistribution, traits: Tensor, group: Tensor, **columns: Any) -> None:
+        """Log and warn about a batch of all processes."""
+        if len(rewards) == 0:
+            return
+        members = group_members(group)
+        metrics = {"location/mean": rewards.location.mean(), "scale/mean": rewards.scale.mean()}
+        within_noise = [self._within_noise(rewards[rows]) for rows in members if len(rows) > 1]
+        if within_noise:
+            metrics["within_noise"] = torch.cat(within_noise).float().mean()
+        if self.transform.needs_groups and any(len(rows) == 1 for rows in members):
+            self._warn_once(
+                "alone",
+                "some prompts have one answer only in this batch, which has no siblings to win against: its win rate "
+                "is set to 0.5. Raise num_generations, or use another transform",
+            )
+        metrics |= self._report_shift(traits)
+        if columns.get("log_metric") is not None:
+            for name, value in metrics.items():
+                columns["log_metric"](f"{self.__name__}/{name}", value.item())
+
+    def _within_noise(self, siblings: RewardDistribution) -> Tensor:
+        """For each pair of siblings, whether their locations differ by less than the scale of their difference."""
+        first, second = torch.combinations(torch.arange(len(siblings))).T
+        difference = siblings.location[first] - siblings.location[second]
+        return difference.abs() < self.family.difference_scale(siblings.scale[first], siblings.scale[second])
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned and process_state().is_main_process:
+            logger.warning(f"{self.__name__}: {message}.")
+        self._warned.add(what)
+
+
+class DiscoReward(RewardFunction):
+    """A disco reward model as a TRL reward function: ``reward(prompts, completions, **columns) -> list[float]``.
+
+    Texts are tokenized exactly as in training: a plain text gets the end-of-text token, a conversation goes through
+    the chat template, with the row's `tools` and `chat_template_kwargs` where the dataset has such columns; other
+    columns are ignored. (TRL's own path for a model in `reward_funcs` gives plain texts neither that token nor the
+    beginning-of-text token of tokenizers that have one, which makes another reward; for conversations the two agree.)
+    Nothing is truncated. The model runs in evaluation mode and without gradients, whatever the policy is doing.
+
+    Beside the metrics of `RewardFunction` it reports how the answers compare with those that the model was trained on:
+
     - ``scale/drift``: mean log(σ / u), whose mean over the training rows is 0; in nats;
     - ``shift/location``, ``shift/scale``, ``shift/distance``: how far the batch's mean location, log scale and
       distance (see `ScaleHead.traits`) are from the training rows', in their standard deviations.
 
-    Each name begins with that of the reward function. Through `log_extra` it adds location and scale to the table of
-    completions. The first time that a shift exceeds 3 it warns: the model is asked about answers unlike those it was
-    trained on, and its rewards, and its scales too, are guesses there.
+    The first time that a shift exceeds 3 it warns: the model is asked about answers unlike those it was trained on,
+    and its rewards, and its scales too, are guesses there.
 
     Args:
         model: a path or Hub id, loaded onto this process's device; or a live disco model or `PeftModel` around one,
@@ -80,7 +177,7 @@ class DiscoReward:
         dtype: of a model that is loaded; by default the checkpoint's.
         device: where to move the model.
         tokens_per_batch: tokens that go through the model at once, padding counted.
-        name: the name in TRL's logs; by default `disco_` and the transform. TRL mixes the logs of rewards of one name.
+        name: as for `RewardFunction`.
         **options: of the transform: `k`, `q`, `beta` or `seed`.
 
     Raises:
@@ -106,11 +203,11 @@ class DiscoReward:
         name: str | None = None,
         **options: Any,
     ):
-        self.transform = get_transform(transform, **options)
+        reward_transform = get_transform(transform, **options)  # before a model is loaded
         if isinstance(model, str | os.PathLike):
             if processing_class is None:
                 processing_class = _saved_tokenizer(os.fspath(model))
-            model = load_trained(os.fspath(model), dtype=dtype).to(device or _process_state().device)
+            model = load_trained(os.fspath(model), dtype=dtype).to(device or process_state().device)
         elif device is not None:
             model = model.to(device)
         inner: Any = model.get_base_model() if is_peft_model(model) else model
@@ -127,31 +224,13 @@ class DiscoReward:
                     "processing_class=AutoTokenizer.from_pretrained(ADAPTER_DIRECTORY)"
                 )
             processing_class = _saved_tokenizer(inner.config._name_or_path)
+        super().__init__(inner.config.disco["reward_family"], reward_transform, name)
         self.model: Any = model
         self.processing_class = processing_class
-        self.family = get_family(inner.config.disco["reward_family"])
-        self.transform.check_family(self.family.name)
         self.tokens_per_batch = tokens_per_batch
-        self.__name__ = name or f"disco_{transform}"
-        self._warned: set[str] = set()
         if inner.config.get_text_config().pad_token_id is None:
             # Texts are padded with it, and the stock code looks for it from the right to find the last token.
             inner.config.get_text_config().pad_token_id = _pad_token_id(processing_class)
-
-    def distribution(
-        self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
-    ) -> RewardDistribution:
-        """The distributions of the rewards of this process's rows, `[B]`, float32 on the CPU.
-
-        Args:
-            prompts, completions: `B` texts or `B` lists of messages each.
-            **columns: lists of `B`; `tools` and `chat_template_kwargs` are read.
-
-        Raises:
-            ValueError: if prompts and completions do not match; it names the row.
-            FloatingPointError: if a reward is not finite; it names the row.
-        """
-        return self._rewards_and_traits(prompts, completions, columns)[0]
 
     def tokenize(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[list[int]]:
         """Token ids of each prompt with its completion; arguments and errors are those of `distribution`."""
@@ -172,23 +251,6 @@ class DiscoReward:
                 raise ValueError(f"row {row}: a message holds more than text, and a reward model reads text only")
             sequences.append(tokenize(self.processing_class, content, **arguments))
         return sequences
-
-    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[float]:
-        """The transformed rewards of this process's rows, and metrics for TRL; see the class."""
-        own, own_traits = self._rewards_and_traits(prompts, completions, columns)
-        state = _process_state()
-        counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
-        keys = torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long)
-        location, scale = _gather_rows(own.location, counts), _gather_rows(own.scale, counts)
-        rewards = RewardDistribution(location, scale, own.family)
-        group = torch.unique(_gather_rows(keys, counts), return_inverse=True)[1]
-        self._report(rewards, _gather_rows(own_traits, counts), group, **columns)
-        if columns.get("log_extra") is not None:
-            columns["log_extra"](f"{self.__name__}/location", own.location.tolist())
-            columns["log_extra"](f"{self.__name__}/scale", own.scale.tolist())
-        # Of all rows in every process: groups and draws then do not depend on how rows are spread over processes.
-        first = sum(counts[: state.process_index])
-        return self.transform(rewards, group)[first : first + len(own)].tolist()
 
     def map(self, dataset: Any, prefix: str = "") -> Any:
         """A `datasets.Dataset` or `IterableDataset` with columns added that say what its answers are worth.
@@ -212,7 +274,7 @@ class DiscoReward:
     def _rewards_and_traits(
         self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
     ) -> tuple[RewardDistribution, Tensor]:
-        """Distributions `[B]` and `ScaleHead.traits` `[B, 3]`, on the CPU."""
+        """Distributions `[B]` and `ScaleHead.traits` `[B, 3]`."""
         sequences = self.tokenize(prompts, completions, **columns)
         location, scale = torch.empty(len(sequences)), torch.empty(len(sequences))
         traits = torch.full((len(sequences), 3), math.nan)
@@ -231,6 +293,24 @@ class DiscoReward:
             )
         return RewardDistribution(location, scale, self.family.name), traits
 
+    def _report_shift(self, traits: Tensor) -> dict[str, Tensor]:
+        if not self._knows_training_rows():
+            return {}
+        head = self._scale_head
+        mean, std = head.mean_traits.cpu(), head.var_traits.cpu().sqrt().clamp_min(1e-6)
+        metrics = {"scale/drift": traits[:, 1].mean()}
+        for name, shift in zip(("location", "scale", "distance"), (traits.mean(dim=0) - mean) / std, strict=True):
+            metrics[f"shift/{name}"] = shift
+            if abs(shift) > FAR:
+                self._warn_once(
+                    "far",
+                    f"the {name} of these answers lies {shift.item():+.1f} standard deviations from that of the "
+                    "answers that the reward model was trained on. Rewards and scales are guesses out there: look "
+                    "at the completions for reward hacking, hold the policy closer to its reference (beta), or "
+                    "collect preferences on such answers",
+                )
+        return metrics
+
     @property
     def _scale_head(self) -> ScaleHead:
         # Looked up each time: of a PeftModel another adapter may have become the active one.
@@ -238,50 +318,6 @@ class DiscoReward:
 
     def _knows_training_rows(self) -> bool:
         return self._scale_head.fixed_scale is None and self._scale_head.rows_seen.item() > 0
-
-    def _report(self, rewards: RewardDistribution, traits: Tensor, group: Tensor, **columns: Any) -> None:
-        """Log and warn about a batch of all processes."""
-        if len(rewards) == 0:
-            return
-        members = group_members(group)
-        metrics = {"location/mean": rewards.location.mean(), "scale/mean": rewards.scale.mean()}
-        within_noise = [self._within_noise(rewards[rows]) for rows in members if len(rows) > 1]
-        if within_noise:
-            metrics["within_noise"] = torch.cat(within_noise).float().mean()
-        if self.transform.needs_groups and any(len(rows) == 1 for rows in members):
-            self._warn_once(
-                "alone",
-                "some prompts have one answer only in this batch, which has no siblings to win against: its win rate "
-                "is set to 0.5. Raise num_generations, or use another transform",
-            )
-        if self._knows_training_rows():
-            head = self._scale_head
-            mean, std = head.mean_traits.cpu(), head.var_traits.cpu().sqrt().clamp_min(1e-6)
-            metrics["scale/drift"] = traits[:, 1].mean()
-            for name, shift in zip(("location", "scale", "distance"), (traits.mean(dim=0) - mean) / std, strict=True):
-                metrics[f"shift/{name}"] = shift
-                if abs(shift) > FAR:
-                    self._warn_once(
-                        "far",
-                        f"the {name} of these answers lies {shift.item():+.1f} standard deviations from that of the "
-                        "answers that the reward model was trained on. Rewards and scales are guesses out there: look "
-                        "at the completions for reward hacking, hold the policy closer to its reference (beta), or "
-                        "collect preferences on such answers",
-                    )
-        if columns.get("log_metric") is not None:
-            for name, value in metrics.items():
-                columns["log_metric"](f"{self.__name__}/{name}", value.item())
-
-    def _within_noise(self, siblings: RewardDistribution) -> Tensor:
-        """For each pair of siblings, whether their locations differ by less than the scale of their difference."""
-        first, second = torch.combinations(torch.arange(len(siblings))).T
-        difference = siblings.location[first] - siblings.location[second]
-        return difference.abs() < self.family.difference_scale(siblings.scale[first], siblings.scale[second])
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned and _process_state().is_main_process:
-            logger.warning(f"{self.__name__}: {message}.")
-        self._warned.add(what)
 
 
 def prompt_key(prompt: Content) -> int:
@@ -291,9 +327,11 @@ def prompt_key(prompt: Content) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _process_state() -> PartialState:
+def process_state(use_cpu: bool = False, **kwargs: Any) -> PartialState:
+    """Which of several processes this is, on accelerators and on CPUs; `kwargs` are for the process group."""
     # Unless told to use the CPU, accelerate takes each of several processes without an accelerator for the only one.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    use_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=use_cpu, **kwargs)
 
 
 def _gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
@@ -302,7 +340,7 @@ def _gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
         return rows
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    gathered = gather(padded.to(_process_state().device)).cpu().split(max(counts))
+    gathered = gather(padded.to(process_state().device)).cpu().split(max(counts))
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
@@ -327,66 +365,6 @@ def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
     if pad_token_id is None:
         raise ValueError("the tokenizer has no pad token; set processing_class.pad_token to the one used in training")
     return pad_token_id
-
-
-class ScalarReward(nn.Module):
-    """A disco model with a transform on its head: a module for PPO's `reward_model=`, made by `model.as_scalar(...)`.
-
-    TRL's PPO (1.12) runs ``getattr(model, model.base_model_prefix)`` and hands its last hidden states to
-    ``model.score``; this module has the three, and a `forward` whose `logits` `[B, 1]` are the transformed rewards.
-    The backbone is the model's own, not a copy.
-
-    Args:
-        model: a decoder-only disco model.
-        transform, **options: see `disco_trl.transforms`.
-
-    Raises:
-        ValueError: if the transform needs groups of answers, does not exist for the family, or is infinite for some
-            scale that the model can give (PPO transforms the reward at every token, so that a single one would stop
-            it); or if the model is an encoder.
-    """
-
-    def __init__(self, model: DiscoRewardModel, transform: str = "mean", **options: Any):
-        super().__init__()
-        self.transform = get_transform(transform, **options)
-        self.family = model.config.disco["reward_family"]
-        self.transform.check_family(self.family)
-        if self.transform.needs_groups:
-            raise ValueError(
-                f"transform {transform!r} compares the answers to one prompt, and PPO scores each answer alone; use "
-                "'lower_bound', 'quantile' or 'certainty_equivalent', or GRPO or RLOO with DiscoReward"
-            )
-        if model.head_name != "score":
-            raise ValueError(
-                f"{type(model).__name__} is an encoder: PPO runs the backbone of a decoder-only model and calls its "
-                "'score' on every token, and an encoder's head is for its pooled text only; use DiscoReward in GRPO "
-                "or RLOO instead"
-            )
-        fixed_scale = model.config.disco["fixed_scale"]
-        widest = torch.tensor(fixed_scale or get_family(self.family).unit_scale * math.exp(MAX_LOG_SCALE))
-        # (By a transform of its own, for it may count how often it was called.)
-        get_transform(transform, **options)(RewardDistribution(torch.zeros(()), widest, self.family))
-        self.config = model.config
-        self.base_model_prefix = model.base_model_prefix
-        self.model_ = model  # under a name of its own: `model` is the backbone's in most architectures
-        setattr(self, self.base_model_prefix, getattr(model, model.base_model_prefix))
-        self.train(model.training)
-        if isinstance(self.transform, Sample):
-            # Else the rows of each process would get the same noise.
-            seed = (self.transform.seed + 1_000_003 * _process_state().process_index) % 2**63
-            self.transform = get_transform("sample", seed=seed)
-
-    def score(self, hidden_states: Tensor) -> Tensor:
-        """`[..., H]` to the transformed reward `[..., 1]`."""
-        head: Any = self.model_.score
-        location, scale = head(hidden_states, with_scale=True).split(1, dim=-1)
-        return self.transform(RewardDistribution(location, scale, self.family))
-
-    def forward(self, **inputs: Any) -> SequenceClassifierOutputWithPast:
-        """What a sequence classifier takes; `logits` `[B, 1]` are the transformed rewards."""
-        output = self.model_(**inputs)
-        reward = RewardDistribution(output.logits, output.scale, self.family)
-        return SequenceClassifierOutputWithPast(logits=self.transform(reward))
 
 
 @dataclass(frozen=True)

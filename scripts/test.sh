@@ -100,7 +100,7 @@ assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
 }
 
 contract_tests=()
-for path in tests/contracts tests/test_trainer.py; do
+for path in tests/contracts tests/handoff tests/test_trainer.py tests/test_reward.py; do
     [[ -e $path ]] && contract_tests+=("$path")
 done
 mark=()
