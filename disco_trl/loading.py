@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -208,7 +209,22 @@ def _load_adapter(
 
 
 class _OneFamily:
-    """A `PeftModel` whose adapters all are of one family and fixed scale: a mixin before PEFT's own class."""
+    """A `PeftModel` whose adapters all are of one family and fixed scale, which are saved with each of them.
+
+    A mixin before PEFT's own class.
+    """
+
+    def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
+        saved = cast(Any, super()).save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            model: Any = self
+            settings = json.dumps(model.get_base_model().config.disco, indent=2) + "\n"
+            for name in model.peft_config:
+                # PEFT gives every adapter but the one called "default" a folder of its own.
+                folder = Path(save_directory, "" if name == "default" else name)
+                if folder.is_dir():  # else this adapter was not among those to save
+                    (folder / ADAPTER_SETTINGS_FILE).write_text(settings, encoding="utf-8")
+        return saved
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
@@ -217,11 +233,11 @@ class _OneFamily:
 
 
 def keep_to_one_family(model: Any) -> None:
-    """Make a `PeftModel` around a disco model refuse adapters of another family or fixed scale, in place.
+    """Make a `PeftModel` around a disco model save family and fixed scale, and refuse adapters of others, in place.
 
-    PEFT does not read :data:`ADAPTER_SETTINGS_FILE`: it would put a Cauchy adapter's head beside a normal one's, and
-    the scale of either would be read as the first one's. `set_adapter` and `add_weighted_adapter` take only what
-    `load_adapter` has let in.
+    PEFT neither writes nor reads :data:`ADAPTER_SETTINGS_FILE`: it would put a Cauchy adapter's head beside a normal
+    one's, and the scale of either would be read as the first one's. `set_adapter` and `add_weighted_adapter` take only
+    what `load_adapter` has let in.
     """
     if not isinstance(model, _OneFamily):
         kind = type(model)

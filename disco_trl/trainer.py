@@ -7,7 +7,6 @@ that fixes the unit of reward, and checks what goes in.
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +32,7 @@ from trl.trainer.utils import get_config_model_id
 from .config import DiscoRewardConfig
 from .data import ROW_COLUMN, DataCollatorForDiscoPreference, check_preferences, drop_uninformative_pairs
 from .distributions import get_family
-from .loading import ADAPTER_SETTINGS_FILE, keep_to_one_family
+from .loading import keep_to_one_family
 from .modeling import DiscoRewardModel, upgrade
 
 
@@ -252,13 +251,9 @@ class DiscoRewardTrainer(RewardTrainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self._output_dir)
-        if is_peft_model(self.model):
-            # The config of the model says family and fixed scale; an adapter's directory has no such config.
-            settings = json.dumps(self._reward_model.config.disco, indent=2)
-            (folder / ADAPTER_SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
-        # Last, in the place of the card that PEFT leaves
-        self._make_model_card(model_name=self._output_dir.name).save(folder / "README.md")
+        # In the place of the card that PEFT leaves
+        card = self._make_model_card(model_name=self._output_dir.name)
+        card.save(Path(output_dir or self._output_dir) / "README.md")
 
     @property
     def _output_dir(self) -> Path:

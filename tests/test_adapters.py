@@ -87,7 +87,6 @@ def test_an_adapter_without_the_embeddings_that_it_trained(resized, tmp_path):
     # tokens are trained and hence saved for themselves, and there is no other new row.
     trainer, path = resized
     trainer.model.save_pretrained(tmp_path, save_embedding_layers=False)
-    (tmp_path / ADAPTER_SETTINGS_FILE).write_bytes((path / ADAPTER_SETTINGS_FILE).read_bytes())
     loaded = DiscoRewardModel.from_pretrained(tmp_path)
     assert_same_rewards(loaded, trainer.model, AutoTokenizer.from_pretrained(path))
 
@@ -215,3 +214,13 @@ def test_adapters_of_one_family_take_turns(adapters, tiny_tokenizer):
         model.set_adapter(active)
         for ours, expected in zip(rewards(model, tiny_tokenizer), alone[name], strict=True):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_each_adapter_is_saved_with_its_family(adapters, tmp_path):
+    model = DiscoRewardModel.from_pretrained(adapters["cauchy"])
+    model.load_adapter(adapters["cauchy"], adapter_name="other")
+    model.save_pretrained(tmp_path / "both")
+    model.save_pretrained(tmp_path / "one", selected_adapters=["default"])
+    for path in ("both", "both/other", "one"):  # PEFT gives every adapter but "default" a folder of its own
+        assert DiscoRewardModel.from_pretrained(tmp_path / path).config.disco["reward_family"] == "cauchy"
+    assert not (tmp_path / "one" / "other").exists()
