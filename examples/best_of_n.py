@@ -34,5 +34,6 @@ for transform, options in (("mean", {}), ("quantile", {"q": 0.05}), ("win_rate",
         HELD_OUT_OPENINGS, candidates, transform, model=reward_model, processing_class=reward_tokenizer, **options
     )
     for opening, best in zip(HELD_OUT_OPENINGS, picked, strict=True):
+        text = (opening + best.candidate).splitlines()[0]
         location, scale = best.distribution.location[best.index], best.distribution.scale[best.index]
-        print(f"{best.rewards[best.index]:5.2f}   ({location:.2f} ± {scale:.2f})   {opening}{best.candidate!r}")
+        print(f"{best.rewards[best.index]:5.2f}   ({location:.2f} ± {scale:.2f})   {text}")

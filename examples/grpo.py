@@ -6,7 +6,21 @@ The first argument is the reward model (here the quickstart's LoRA adapter), the
 (here the one the quickstart fetched). Both runs start from the same model at the same seed. It ends with answers to
 openings that were not trained on, and `grpo.png`, in the output folder. Needs `disco-trl[quickstart]` for the plot.
 
-OUTPUT
+    After 50 steps on mean :
+     4.64 ± 1.07   The concert in the park was amazing! 🎭🌱vahamos🌟�
+     4.79 ± 1.33   My neighbour's dog is just so cool🌌
+     4.59 ± 1.15   The new update will bring us all closer to a wonderful journey together! 🌱�
+     4.98 ± 1.32   On the way home I was amazing, proud of you! 🌱🏨🎉
+
+    After 50 steps on lower_bound {'k': 2.0}:
+     5.01 ± 1.18   The concert in the park was absolutely magical! 🎭 It was such a wonderful experience! �
+     4.54 ± 1.40   My neighbour's dog is just so amazing! HURDABBE! Your little guy is so
+     4.30 ± 1.24   The new update was incredible! I'm so excited to work with you again and really appreciate all
+     5.78 ± 1.32   On the way home I was so amazing! (g Lily’s love and inspiration) 🎁
+    disco_mean: mean location 0.94 in the first 5 steps, 4.49 in the last 5
+    disco_lower_bound: mean location 0.87 in the first 5 steps, 4.30 in the last 5
+
+(2 cores without an accelerator: 6 to 9 s a step.)
 """
 
 import argparse
@@ -114,7 +128,7 @@ def main() -> None:
         for opening, answer, location, scale in zip(
             HELD_OUT_OPENINGS, answers, worth.location, worth.scale, strict=True
         ):
-            print(f"{location:5.2f} ± {scale:.2f}   {opening}{answer!r}")
+            print(f"{location:5.2f} ± {scale:.2f}   {(opening + answer).splitlines()[0]}")
     (args.output / "logs.json").write_text(json.dumps(logs, indent=1) + "\n", encoding="utf-8")
     for name, steps in logs.items():
         first, last = (sum(log[f"{name}/location/mean"] for log in part) / 5 for part in (steps[:5], steps[-5:]))

@@ -4,20 +4,21 @@
     python scripts/benchmark_server.py reward --hostile --requests 10000
 
 The server is a process of its own, started with `--dtype`. Every client is a thread with one connection, which sends
-its next request when it has the answer to the last. A request is one text of about 20 to 160 tokens (hostile: eight,
-to fill the queue). Every answer is compared with the reward that the model gives to the same text alone, in this
-process; in bfloat16 those in a batch differ from it by rounding, so the tolerance is three times what batches differ
-by in this process.
+its next request when it has the answer to the last. A request is one text of about 20 to 160 tokens. Every answer is
+compared with the reward that the model gives to the same text alone, in this process; in bfloat16 those in a batch
+differ from it by rounding, so the tolerance is three times what batches differ by in this process.
 
-In the hostile run about half of the requests are good ones. The others are malformed JSON, wrong types, unknown
-options, too long texts, too large bodies (announced or not), bytes that are no HTTP, and clients that leave in the
-middle of a body or before the answer; the queue is so short that it fills up.
+In the hostile run about half of the requests are good ones: one text, asked again while the queue is full, or 24 at
+once, which fill it. The others are malformed JSON, wrong types, unknown options, too long texts, too large bodies
+(announced or not), bytes that are no HTTP, and clients that leave in the middle of a body or before the answer. The
+queue is short.
 """
 
 import argparse
 import contextlib
 import http.client
 import json
+import os
 import random
 import re
 import socket
@@ -95,6 +96,12 @@ def resident_megabytes(process: int) -> float:
     return int(found[1]) / 1024 if found else float("nan")
 
 
+def cpu_seconds(process: int) -> float:
+    """Processor time that a process has had, of all its threads (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def in_threads(clients: int, requests: int, send: Callable[[int, int], None]) -> float:
     """Call `send(client, request)` for all requests, from as many threads as there are clients; return the seconds."""
     numbers = iter(range(requests))
@@ -118,7 +125,13 @@ def in_threads(clients: int, requests: int, send: Callable[[int, int], None]) ->
 
 
 def measure_load(
-    address: tuple[str, int], clients: int, requests: int, texts: list[str], expected: np.ndarray, tolerance: float
+    address: tuple[str, int],
+    process: int,
+    clients: int,
+    requests: int,
+    texts: list[str],
+    expected: np.ndarray,
+    tolerance: float,
 ) -> dict[str, Any]:
     """Throughput and latency at one number of clients."""
     connections = [http.client.HTTPConnection(*address, timeout=600) for _ in range(clients)]
@@ -135,11 +148,13 @@ def measure_load(
         if response.status == 200:
             differences[number] = abs(answer["results"][0]["location"] - expected[number % TEXTS])
 
+    cpu = cpu_seconds(process)
     total = in_threads(clients, requests, send)
     return {
         "clients": clients,
         "requests": requests,
         "per_second": requests / total,
+        "cores": (cpu_seconds(process) - cpu) / total,
         "p50_ms": 1000 * float(np.quantile(seconds, 0.5)),
         "p99_ms": 1000 * float(np.quantile(seconds, 0.99)),
         "errors": requests - statuses[200],
@@ -209,7 +224,7 @@ def measure_hostility(
     """Good and hostile clients at once: what was answered to whom, and what it did to the server's memory."""
     statuses: dict[str, Counter[str]] = {}
     lock = threading.Lock()
-    wrong, unexpected, done = Counter[str](), Counter[str](), 0
+    wrong, unexpected, retries, done = Counter[str](), Counter[str](), Counter[str](), 0
     memory: list[float] = []
 
     def note(kind: str, status: int | None) -> None:
@@ -223,20 +238,29 @@ def measure_hostility(
     def send(client: int, number: int) -> None:
         rng = random.Random(number)
         if rng.random() < 0.5:
-            rows = [rng.randrange(TEXTS) for _ in range(8)]
-            connection = http.client.HTTPConnection(*address, timeout=600)
-            body = json.dumps({"items": [texts[row] for row in rows]})
-            connection.request("POST", "/score", body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-            connection.close()
+            # The patient wait and ask again when the queue is full; the greedy send much and do not.
+            is_patient = rng.random() < 0.8
+            kind = "good, patient" if is_patient else "good, greedy"
+            rows = [rng.randrange(TEXTS) for _ in range(1 if is_patient else 24)]
+            while True:
+                connection = http.client.HTTPConnection(*address, timeout=600)
+                body = json.dumps({"items": [texts[row] for row in rows]})
+                connection.request("POST", "/score", body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                answer = json.loads(response.read())
+                connection.close()
+                if response.status != 503 or not is_patient:
+                    break
+                with lock:
+                    retries[kind] += 1
+                time.sleep(0.2)
             if response.status == 200:
                 found = np.array([result["location"] for result in answer["results"]])
                 if len(found) != len(rows) or np.abs(found - expected[rows]).max() > tolerance:
                     wrong["good"] += 1
             elif response.status != 503 or "Retry-After" not in response.headers:
                 unexpected["good"] += 1
-            note("good", response.status)
+            note(kind, response.status)
         else:
             kind, (data, right) = rng.choice(list(hostile_kinds(texts[rng.randrange(TEXTS)]).items()))
             status = send_bytes(address, data, wait=bool(right))
@@ -255,6 +279,7 @@ def measure_hostility(
         "statuses": statuses,
         "wrong_answers_to_good_requests": wrong["good"],
         "unexpected": unexpected,
+        "retries": retries,
         "health_after": json.loads(health.getresponse().read()),
         "resident_mb_before": before,
         "resident_mb_at_each_twentieth": memory,
@@ -292,7 +317,7 @@ def main() -> None:
     if args.hostile:
         limits = ("--max-queue", str(HOSTILE_QUEUE), "--max-body-bytes", str(MAX_BODY_BYTES))
         with server(args.model, args.dtype, *limits) as (host, port, process):
-            measure_load((host, port), 4, 32, texts, expected, tolerance)  # first calls allocate
+            measure_load((host, port), process, 4, 32, texts, expected, tolerance)  # first calls allocate
             found = measure_hostility((host, port), process, args.requests, texts, expected, tolerance)
         report["hostile"] = found
         print("\n| sent | answered |\n| --- | --- |")
@@ -307,19 +332,18 @@ def main() -> None:
         )
     else:
         report["load"] = []
-        print("\n| batching | clients | requests/s | p50 ms | p99 ms | errors | wrong |\n| --- " + "| ---: " * 6 + "|")
+        print("\n| batching | clients | requests/s | cores busy | p50 ms | p99 ms | errors | wrong |")
+        print("| --- " + "| ---: " * 7 + "|")
         for name, arguments in (("one at a time", ("--max-batch-tokens", "1")), ("dynamic", ())):
-            with server(args.model, args.dtype, *arguments) as (host, port, _):
-                measure_load((host, port), 4, 32, texts, expected, tolerance)  # first calls allocate
+            with server(args.model, args.dtype, *arguments) as (host, port, process):
+                measure_load((host, port), process, 4, 32, texts, expected, tolerance)  # first calls allocate
                 for clients in args.clients:
                     requests = max(args.requests, 2 * clients)
-                    row = measure_load((host, port), clients, requests, texts, expected, tolerance)
+                    row = measure_load((host, port), process, clients, requests, texts, expected, tolerance)
                     report["load"].append({"batching": name, **row})
-                    print(
-                        f"| {name} | {clients} | {row['per_second']:.1f} | {row['p50_ms']:.0f} | {row['p99_ms']:.0f} "
-                        f"| {row['errors']} | {row['wrong']} |",
-                        flush=True,
-                    )
+                    cells = [name, clients, f"{row['per_second']:.1f}", f"{row['cores']:.2f}"]
+                    cells += [f"{row['p50_ms']:.0f}", f"{row['p99_ms']:.0f}", row["errors"], row["wrong"]]
+                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
     Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
 
 

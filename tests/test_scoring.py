@@ -103,6 +103,12 @@ def test_batches_keep_to_their_budget():
     assert list(batches_by_tokens([], 12)) == []
 
 
+def test_large_batches_are_of_similar_length():
+    # Four of 300 are 1,200 tokens, enough to keep a device busy. 240 is 0.8 of 300 and still joins them, 239 does not,
+    # and neither does it hold up those below it, which are too few to keep anything busy.
+    assert list(batches_by_tokens([300, 300, 300, 300, 240, 239, 10], 8192)) == [[0, 1, 2, 3, 4], [5, 6]]
+
+
 def test_an_empty_sequence_is_an_error(tiny_llama_dir):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
     with pytest.raises(ValueError, match="sequence 1 is empty"):
