@@ -4,7 +4,25 @@
 
 The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to ask.
 
-OUTPUT
+    mean
+     3.87   (3.87 ± 0.90)   The concert in the park.
+     0.77   (0.77 ± 0.75)   My neighbour's dog will die. If she's a senior, that means she has less than
+     1.92   (1.92 ± 1.10)   The new update will keep me close. You've been with the team alot, you're
+     3.07   (3.07 ± 1.33)   On the way home I was just one moment away from making it myself. I'd always adore flying
+
+    quantile {'q': 0.05}
+     2.39   (3.87 ± 0.90)   The concert in the park.
+    -0.46   (0.77 ± 0.75)   My neighbour's dog will die. If she's a senior, that means she has less than
+     0.25   (1.75 ± 0.91)   The new update of the original article about a college basketball team’s upcoming draft roster can
+     0.88   (3.07 ± 1.33)   On the way home I was just one moment away from making it myself. I'd always adore flying
+
+    win_rate
+     0.82   (3.87 ± 0.90)   The concert in the park.
+     0.81   (0.77 ± 0.75)   My neighbour's dog will die. If she's a senior, that means she has less than
+     0.81   (1.92 ± 1.10)   The new update will keep me close. You've been with the team alot, you're
+     0.84   (3.07 ± 1.33)   On the way home I was just one moment away from making it myself. I'd always adore flying
+
+(The three agree on most: over this model's training rows μ has a standard deviation of 2.1 and log σ one of 0.14.)
 """
 
 import sys

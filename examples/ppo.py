@@ -23,18 +23,18 @@ from disco_trl import DiscoRewardModel
 
 
 reward_path, policy_path = sys.argv[1:]
-reward_model = DiscoRewardModel.from_pretrained(reward_path).merge_and_unload()
+reward_model = DiscoRewardModel.from_pretrained(reward_path, dtype=torch.bfloat16).merge_and_unload()
 tokenizer = AutoTokenizer.from_pretrained(policy_path, padding_side="left")
 trainer = PPOTrainer(
     args=PPOConfig(
         output_dir="runs/ppo",
-        total_episodes=24 * 40,
-        per_device_train_batch_size=24,
-        local_rollout_forward_batch_size=24,
+        total_episodes=16 * 40,
+        per_device_train_batch_size=16,  # at most as many as there are prompts
+        local_rollout_forward_batch_size=16,
         num_ppo_epochs=2,
         response_length=16,
         temperature=1.0,
-        learning_rate=1e-4,
+        learning_rate=3e-4,
         kl_coef=0.02,
         stop_token="eos",
         num_sample_generations=0,

@@ -1,9 +1,14 @@
 """Ask a reward server for scores, for a comparison, and use it as a TRL reward function.
 
-    disco-trl serve runs/quickstart/disco --dtype bfloat16 &
-    python examples/serve_client.py http://127.0.0.1:8000
+disco-trl serve runs/quickstart/disco --dtype bfloat16 &
+python examples/serve_client.py http://127.0.0.1:8000
 
-OUTPUT
+{'status': 'ready', 'model': 'runs/quickstart/disco', 'family': 'normal', 'transform': 'mean', ...}
+ 4.49 ± 1.45   10 % quantile  2.63   What a lovely evening!
+-1.86 ± 1.01   10 % quantile -3.15   The bus was late again.
+-1.43 ± 1.03   10 % quantile -2.75   I do not know what to say.
+P(1st ≻ 2nd) = 1.00   P(3rd ≻ 2nd) = 0.62
+[2.6404244899749756, -2.5791730880737305]
 """
 
 import sys

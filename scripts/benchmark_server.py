@@ -8,7 +8,7 @@ its next request when it has the answer to the last. A request is one text of ab
 compared with the reward that the model gives to the same text alone, in this process; in bfloat16 those in a batch
 differ from it by rounding, so the tolerance is three times what batches differ by in this process.
 
-In the hostile run about half of the requests are good ones: one text, asked again while the queue is full, or 24 at
+In the hostile run three requests in ten are good ones: one text, asked again while the queue is full, or 24 at
 once, which fill it. The others are malformed JSON, wrong types, unknown options, too long texts, too large bodies
 (announced or not), bytes that are no HTTP, and clients that leave in the middle of a body or before the answer. The
 queue is short.
@@ -237,9 +237,9 @@ def measure_hostility(
 
     def send(client: int, number: int) -> None:
         rng = random.Random(number)
-        if rng.random() < 0.5:
+        if rng.random() < 0.3:
             # The patient wait and ask again when the queue is full; the greedy send much and do not.
-            is_patient = rng.random() < 0.8
+            is_patient = rng.random() < 0.97
             kind = "good, patient" if is_patient else "good, greedy"
             rows = [rng.randrange(TEXTS) for _ in range(1 if is_patient else 24)]
             while True:
