@@ -13,7 +13,7 @@ The first argument is the reward model (here the quickstart's LoRA adapter), the
     quantile {'q': 0.05}
      2.39   (3.87 ± 0.90)   The concert in the park.
     -0.46   (0.77 ± 0.75)   My neighbour's dog will die. If she's a senior, that means she has less than
-     0.25   (1.75 ± 0.91)   The new update of the original article about a college basketball team’s upcoming draft roster can
+     0.25   (1.75 ± 0.91)   The new update of the original article about a college basketball team’s ...
      0.88   (3.07 ± 1.33)   On the way home I was just one moment away from making it myself. I'd always adore flying
 
     win_rate
