@@ -7,7 +7,14 @@ The first argument is the reward model (here the quickstart's LoRA adapter), the
 For the location alone, pass `reward_model=reward_model`. (TRL's PPO reads the reward at the answer's last token; where
 that is not the end of text, it is the reward of an unfinished text, which `missing_eos_penalty` can discourage.)
 
-OUTPUT
+    episode   80   certainty equivalent  0.49   KL   0.59   reward less KL  0.48
+    episode  160   certainty equivalent  1.44   KL   1.60   reward less KL  1.41
+    episode  240   certainty equivalent  1.03   KL   3.24   reward less KL  0.97
+    episode  320   certainty equivalent  1.57   KL   6.05   reward less KL  1.45
+    episode  400   certainty equivalent  2.19   KL   7.55   reward less KL  2.04
+    episode  480   certainty equivalent  2.12   KL   8.18   reward less KL  1.96
+    episode  560   certainty equivalent  2.30   KL   8.37   reward less KL  2.13
+    episode  640   certainty equivalent  2.91   KL  10.74   reward less KL  2.70
 """
 
 import sys
