@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import AutoTokenizer
 
-from disco_trl import DiscoRewardModel, RewardDistribution
+from disco_trl import DiscoRewardModel
 
 
 checkpoint, *texts = sys.argv[1:]
@@ -22,5 +22,4 @@ with torch.no_grad():
 
 for text, location, scale, low in zip(texts, reward.location, reward.scale, reward.quantile(0.05), strict=True):
     print(f"{location:5.2f} ± {scale:.2f}   (5 % quantile {low:.2f})   {text}")
-first, second = (RewardDistribution(reward.location[i], reward.scale[i], reward.family) for i in (0, 1))
-print(f"P(first ≻ second) = {first.prob_greater(second):.2f}")
+print(f"P(first ≻ second) = {reward[0].prob_greater(reward[1]):.2f}")
