@@ -192,7 +192,7 @@ def scalar_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def reward_dirs(tiny_llama_dir, _session_tokenizer, tmp_path_factory) -> dict[str, str]:
-    """Reward models to hand off, each with the tokenizer: `full`, `adapter` (LoRA, another model) and `merged` from it."""
+    """Reward models with their tokenizer: `full`, `adapter` (LoRA, another model), and `merged` from the latter."""
     from tiny_models import load, lora, randomize_heads, save_adapter
 
     root = tmp_path_factory.mktemp("rewards")
