@@ -351,6 +351,9 @@ def main(argv: list[str]) -> None:
             "have to show, or leave --host at 127.0.0.1"
         )
     options = transform_options(args)
+    # On a CPU every new shape of a bfloat16 batch leaves a compiled kernel in oneDNN's cache, and requests come in
+    # all shapes. Its default of 1,024 kernels takes hundreds of megabytes; a forward needs a dozen at a time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         get_transform(args.transform, **options)  # before the model takes its time
         reward = DiscoReward(args.model, transform=args.transform, dtype=args.dtype, device=args.device, **options)
