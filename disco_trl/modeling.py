@@ -32,6 +32,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .distributions import RewardDistribution, get_family
+from .prefix_sharing import as_attention_mask
 
 
 # The last layer of the classifiers in transformers that end in a plain linear map. One that goes on after it (an
@@ -338,11 +339,22 @@ class DiscoRewardModel(_Stock):
 def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
     @functools.wraps(stock.forward)
     def forward(
-        self: Any, *args: Any, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        nodes: Tensor | None = None,
+        read_at: Tensor | None = None,
+        **kwargs: Any,
     ) -> RewardModelOutput | tuple[Tensor, ...]:
-        with _pooling():
-            output = stock.forward(self, *args, return_dict=True, **kwargs)
-        pooled = output.logits
+        if nodes is None:
+            with _pooling():
+                output = stock.forward(self, *args, return_dict=True, **kwargs)
+            pooled = output.logits
+        else:
+            kwargs["attention_mask"] = as_attention_mask(nodes)
+            output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
+            pooled = output.last_hidden_state[0, read_at]
         # By way of the module and not of its weights: FSDP and ZeRO gather those when it is called.
         head = functools.reduce(getattr, self.head_name.split("."), self)
         location, scale = head(pooled, with_scale=True).split(1, dim=-1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .distributions import RewardDistribution
+from .prefix_sharing import batches_by_unique_tokens, pack, prepare
 
 
 TOKENS_PER_BATCH = 8192
@@ -67,12 +68,13 @@ def tokenize_pair(example: dict[str, Any], processing_class: PreTrainedTokenizer
     return sides[0], sides[1]
 
 
-def batches_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def batches_by_tokens(sequences: Sequence[list[int]], tokens_per_batch: int) -> Iterator[list[int]]:
     """
     Indices of sequences in batches of similar length, whose size padded to the longest stays within a budget.
 
     The longest come first: memory runs out at once or not at all. A sequence above the budget is alone.
     """
+    lengths = list(map(len, sequences))
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
         if batch:
@@ -85,6 +87,16 @@ def batches_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> Iterator
         batch.append(index)
     if batch:
         yield batch
+
+
+def _pad(sequences: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+    }
 
 
 @torch.no_grad()
@@ -113,22 +125,18 @@ def run_in_batches(
     pad_token_id = model.config.get_text_config().pad_token_id
     if pad_token_id is None:
         raise ValueError("model.config.pad_token_id is None; set it to the tokenizer's pad_token_id")
-    lengths = [len(sequence) for sequence in sequences]
-    if 0 in lengths:
-        raise ValueError(f"sequence {lengths.index(0)} is empty: there is no last token to read a reward at")
+    if [] in sequences:
+        raise ValueError(f"sequence {sequences.index([])} is empty: there is no last token to read a reward at")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
+        shares_prefixes = prepare(model) is None
+        divide = batches_by_unique_tokens if shares_prefixes else batches_by_tokens
+        collate: Any = pack if shares_prefixes else _pad
         with logging.tqdm(total=len(sequences), desc=description, unit="text", disable=description is None) as bar:
-            for indices in batches_by_tokens(lengths, tokens_per_batch):
-                rows = [torch.tensor(sequences[index]) for index in indices]
-                input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-                row_lengths = torch.tensor([len(row) for row in rows])
-                attention_mask = (torch.arange(input_ids.shape[1]) < row_lengths[:, None]).long()
-                yield (
-                    indices,
-                    model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)),
-                )
+            for indices in divide(sequences, tokens_per_batch):
+                batch = collate([sequences[index] for index in indices], pad_token_id)
+                yield indices, model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
                 bar.update(len(indices))
     finally:
         for module in training:

@@ -90,6 +90,34 @@ def test_a_disco_model_is_scored_with_its_scale_and_family(tiny_llama_dir):
             torch.testing.assert_close(rewards.scale[index], expected.scale[0])
 
 
+PROMPT = [7, 8, 9, 10, 11]
+FORESTS = {
+    # A system prompt of two tokens, two prompts, four and two answers: 2 + (3 + 4 * 2) + (4 + 2 * 2) different tokens.
+    "answers": ([[5, 6, *PROMPT[:3], n, 2] for n in (20, 21, 22, 23)] + [[5, 6, 30, 31, 32, 33, n, 2] for n in (20, 21)], 21),
+    "a conversation at each turn": ([PROMPT, [*PROMPT, 12, 13], [*PROMPT, 12, 13, 14, 15, 16]], 10),
+    "the same twice": ([PROMPT, [20, 21], PROMPT], 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORESTS)
+def test_what_sequences_share_goes_through_the_model_once(case, tiny_llama_dir):
+    sequences, unique_tokens = FORESTS[case]
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir).eval()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.scale_head.weight)
+    with torch.no_grad():
+        expected = [model.reward_distribution(input_ids=torch.tensor([ids])) for ids in sequences]
+    score(model, sequences)  # from the first time on it is known that the model can share
+    shapes = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:2]))
+
+    rewards = score(model, sequences)
+
+    assert shapes == [(1, -(-unique_tokens // 64) * 64)]  # one row, filled up to a multiple of 64
+    torch.testing.assert_close(rewards.location, torch.cat([reward.location for reward in expected]))
+    torch.testing.assert_close(rewards.scale, torch.cat([reward.scale for reward in expected]))
+
+
 def test_scoring_without_a_pad_token_is_an_error(tiny_llama_dir):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
     model.config.pad_token_id = None
@@ -99,14 +127,15 @@ def test_scoring_without_a_pad_token_is_an_error(tiny_llama_dir):
 
 def test_batches_keep_to_their_budget():
     # Longest first; 5 + one of 7 would pad to 14 of 12 allowed. The text of 20 exceeds it and is alone.
-    assert list(batches_by_tokens([2, 7, 20, 5, 4, 3], 12)) == [[2], [1], [3, 4], [5, 0]]
+    assert list(batches_by_tokens([[0] * length for length in (2, 7, 20, 5, 4, 3)], 12)) == [[2], [1], [3, 4], [5, 0]]
     assert list(batches_by_tokens([], 12)) == []
 
 
 def test_large_batches_are_of_similar_length():
     # Four of 300 are 1,200 tokens, enough to keep a device busy. 240 is 0.8 of 300 and still joins them, 239 does not,
     # and neither does it hold up those below it, which are too few to keep anything busy.
-    assert list(batches_by_tokens([300, 300, 300, 300, 240, 239, 10], 8192)) == [[0, 1, 2, 3, 4], [5, 6]]
+    sequences = [[0] * length for length in (300, 300, 300, 300, 240, 239, 10)]
+    assert list(batches_by_tokens(sequences, 8192)) == [[0, 1, 2, 3, 4], [5, 6]]
 
 
 def test_an_empty_sequence_is_an_error(tiny_llama_dir):

@@ -1,0 +1,425 @@
+"""Token sequences through a decoder with every shared prefix computed once, and without padding.
+
+Two answers to one prompt share the prompt, K answers share it K times over, and a conversation that is scored at each
+turn shares all that went before. Here a batch of sequences becomes a forest: each node is a run of tokens, and a
+sequence is the path from a root to the node where it ends. The nodes stand one after another in a single row, so that
+every layer but attention sees as many tokens as there are different ones; a token's position is its place in its own
+sequence. In attention a node's tokens see the nodes on their path, which is what they see in a row of their own:
+
+    sequences       forest           row
+    a b c d         a b ── c d       a b c d e f
+    a b e f             └─ e f       position 0 1 2 3 2 3
+
+A causal decoder cannot tell the difference, so the rewards and their gradients are those of the sequences by
+themselves, to rounding. :func:`prepare` finds out whether a model is one, by trying it.
+
+The forest reaches the attention layers in the place of the attention mask. Whatever lies between (adapters, quantized
+layers, gradient checkpointing, FSDP, DeepSpeed) only ever hands it on.
+"""
+
+import functools
+import itertools
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+# Attention implementations that a node's tokens can be handed to. (flex_attention compiles, and would do so anew for
+# every shape of a node.)
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+PREFIX = "shared_prefix_"
+# Rows are filled up to a multiple of this. On CPUs a bfloat16 matrix product is compiled for each number of rows that
+# it meets, which takes as long as half a step of training a small model; tensor cores like such numbers as well.
+ROW_MULTIPLE = 64
+# What `prepare` cannot try (a model whose weights are in pieces on several devices) and the tests have tried.
+KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "opt")
+# The sliding window of each layer that has attended, while `prepare` tries a model.
+_TRIAL = threading.local()
+
+
+# From sequences to a row
+
+
+class Forest(NamedTuple):
+    """Sequences as a forest, in the order in which its nodes stand in a row.
+
+    Attributes:
+        tokens: the ids of the nodes' tokens, `T` in all.
+        positions: of each token in its sequence.
+        lengths: of the nodes.
+        parents: of the nodes, -1 for a root. A parent stands before its children.
+        read_at: for each sequence, the place in the row of its last token that is not padding.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    lengths: list[int]
+    parents: list[int]
+    read_at: list[int]
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences share from the front."""
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    # The first difference lies in [low, high): halving compares slices, which is Python's fast way.
+    low, high = 0, length
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def grow_forest(sequences: Sequence[list[int]], pad_token_id: int | None) -> Forest:
+    """
+    The forest of some token sequences. Whatever they share from the front is shared, whichever sequences they are.
+
+    Args:
+        sequences: lists of token ids, none of them empty.
+        pad_token_id: the reward is read at the last token that is not this one, as Hugging Face's classifiers do,
+            also where it is the end-of-text token too.
+    """
+    # In the order of a dictionary those that share a prefix are neighbours, and one that is a prefix of another comes
+    # before it.
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    ordered = [sequences[index] for index in order]
+    shared = [0, *(common_prefix(*pair) for pair in itertools.pairwise(ordered))]
+
+    forest = Forest([], [], [], [], [0] * len(sequences))
+    begins: list[tuple[int, int]] = []  # of the nodes: place in the row, and position in the sequence
+    # Sequences first..last (in `ordered`) share what the nodes up to `parent` hold, `depth` tokens.
+    waiting = [(0, len(ordered), 0, -1)]
+    while waiting:
+        first, last, depth, node = waiting.pop()
+        end = min(shared[first + 1 : last], default=len(ordered[first]))
+        if end > depth:
+            begins.append((len(forest.tokens), depth))
+            forest.tokens.extend(ordered[first][depth:end])
+            forest.positions.extend(range(depth, end))
+            forest.lengths.append(end - depth)
+            forest.parents.append(node)
+            node = len(forest.lengths) - 1
+        while first < last and len(ordered[first]) == end:
+            at = end - 1
+            while at > 0 and ordered[first][at] == pad_token_id:
+                at -= 1
+            holder = node
+            while begins[holder][1] > at:
+                holder = forest.parents[holder]
+            place, position = begins[holder]
+            forest.read_at[order[first]] = place + at - position
+            first += 1
+        if first < last:
+            cuts = [first, *(index for index in range(first + 1, last) if shared[index] == end), last]
+            waiting += [(*span, end, node) for span in itertools.pairwise(cuts)][::-1]
+    return forest
+
+
+def pack(
+    sequences: Sequence[list[int]], pad_token_id: int | None, pad_to_multiple_of: int = ROW_MULTIPLE
+) -> dict[str, Tensor]:
+    """
+    What a disco model's `forward` takes to run token sequences as one row.
+
+    Args:
+        sequences: lists of token ids, none of them empty.
+        pad_token_id: see :func:`grow_forest`.
+        pad_to_multiple_of: fill the row up to a multiple of this, with tokens that nobody sees.
+
+    Returns:
+        `read_at` `[N]`, where in the row each sequence's reward is read; `input_ids`, `attention_mask` and
+        `position_ids`, each `[1, T]` (this mask tells tokens from filling; attention goes by the nodes); and `nodes`
+        `[2, nodes]`, the length and the parent of each node.
+    """
+    forest = grow_forest(sequences, pad_token_id)
+    # Before the tensors are made: as a root of its own, what fills the row up disturbs nobody.
+    filling = -len(forest.tokens) % pad_to_multiple_of
+    if filling:
+        forest.tokens.extend([pad_token_id or 0] * filling)
+        forest.positions.extend(range(filling))
+        forest.lengths.append(filling)
+        forest.parents.append(-1)
+    input_ids = torch.tensor([forest.tokens])
+    attention_mask = torch.ones_like(input_ids)
+    if filling:
+        attention_mask[:, -filling:] = 0
+    return {
+        "read_at": torch.tensor(forest.read_at),
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": torch.tensor([forest.positions]),
+        "nodes": torch.tensor([forest.lengths, forest.parents]),
+    }
+
+
+def batches_by_unique_tokens(sequences: Sequence[list[int]], tokens_per_batch: int) -> Iterator[list[int]]:
+    """
+    Indices of sequences in batches that hold at most so many different tokens; one above the budget is alone.
+
+    Those that share the most stand together.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(sequences)), key=sequences.__getitem__):
+        sequence = sequences[index]
+        added = len(sequence) - (common_prefix(sequences[batch[-1]], sequence) if batch else 0)
+        if batch and tokens + added > tokens_per_batch:
+            yield batch
+            batch, tokens, added = [], 0, len(sequence)
+        batch.append(index)
+        tokens += added
+    if batch:
+        yield batch
+
+
+# Attention
+
+
+class _Layout:
+    """The nodes of a row, as attention needs them."""
+
+    def __init__(self, nodes: Tensor):
+        self.lengths, parents = nodes.tolist()
+        self.paths: list[list[int]] = []
+        for node, parent in enumerate(parents):
+            self.paths.append([*(self.paths[parent] if parent >= 0 else ()), node])
+        self.path_lengths = [sum(self.lengths[node] for node in path) for path in self.paths]
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._varlen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def mask(self, node: int, window: int | None, device: torch.device) -> Tensor:
+        """Which keys of its path each query of a node sees, boolean `[queries, keys]`."""
+        if (node, window) not in self._masks:
+            queries, keys = self.lengths[node], self.path_lengths[node]
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            self._masks[node, window] = mask if window is None else mask.triu(keys - queries - window + 1)
+        return self._masks[node, window].to(device)
+
+    def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Places in the row of the keys of all paths, one path after another, and where queries and keys begin."""
+        if self._varlen is None:
+            starts = torch.tensor([0, *self.lengths]).cumsum(0)
+            places = torch.cat([torch.arange(starts[node], starts[node + 1]) for path in self.paths for node in path])
+            key_starts = torch.tensor([0, *self.path_lengths]).cumsum(0)
+            self._varlen = (places.to(device), starts.to(device, torch.int32), key_starts.to(device, torch.int32))
+        places, starts, key_starts = (tensor.to(device) for tensor in self._varlen)
+        return places, starts, key_starts
+
+
+def as_attention_mask(nodes: Tensor) -> Tensor:
+    """The nodes `[2, nodes]` in a shape that models take for a finished mask and hand on as it is, `[1, 1, 2, nodes]`.
+
+    It is of integers, which no mask is.
+    """
+    mask: Any = nodes[None, None]
+    mask.forest_layout = _Layout(
+        nodes
+    )  # worked out once for all layers, unless something on the way copies the tensor
+    return mask
+
+
+def _attend(
+    implementation: str, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """An attention function of transformers': `[1, heads, T, D]` to `[1, T, heads, D]`, along the paths of a forest.
+
+    With any other mask it is the implementation that it stands for.
+    """
+    attend: Any = (
+        sys.modules[type(module).__module__].eager_attention_forward
+        if implementation == "eager"
+        else ALL_ATTENTION_FUNCTIONS[implementation]
+    )
+    if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    layout = getattr(attention_mask, "forest_layout", None) or _Layout(attention_mask[0, 0])
+    window = kwargs.get("sliding_window")
+    if getattr(_TRIAL, "windows", None) is not None:
+        _TRIAL.windows.append(window)
+    if implementation != "eager" and _has_varlen_kernel(query, value, kwargs):
+        return _attend_varlen(layout, module, query, key, value, **kwargs), None
+
+    outputs = []
+    queries, keys, values = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
+    for node, path in enumerate(layout.paths):
+        masked: Tensor | None = None
+        is_causal = len(path) == 1 and (window is None or layout.lengths[node] <= window)
+        # Flash attention takes the last query for that of the last key. Others do so only without a path before it.
+        if implementation == "eager" or not (is_causal or "flash" in implementation):
+            masked = layout.mask(node, window, query.device)[None, None]
+            if implementation == "eager":
+                masked = torch.zeros_like(masked, dtype=query.dtype).masked_fill(~masked, torch.finfo(query.dtype).min)
+        output, _ = attend(
+            module,
+            queries[node],
+            torch.cat([keys[part] for part in path], dim=2),
+            torch.cat([values[part] for part in path], dim=2),
+            masked,
+            **kwargs,
+        )
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
+
+
+def _has_varlen_kernel(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether torch's flash attention for sequences of various lengths can do this (CUDA, half precision)."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and not kwargs.get("dropout")
+        and kwargs.get("softcap") is None
+        and kwargs.get("s_aux") is None
+        and _varlen_attn() is not None
+    )
+
+
+@functools.cache
+def _varlen_attn() -> Any:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return None
+    return varlen_attn
+
+
+def _attend_varlen(
+    layout: _Layout, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor:
+    """All nodes in one kernel: a node's queries against the keys of its path, copied together."""
+    places, query_starts, key_starts = layout.varlen(query.device)
+    window = kwargs.get("sliding_window")
+    output = _varlen_attn()(
+        query[0].transpose(0, 1).contiguous(),
+        *(tensor[0].transpose(0, 1).index_select(0, places) for tensor in (key, value)),
+        query_starts,
+        key_starts,
+        max(layout.lengths),
+        max(layout.path_lengths),
+        scale=kwargs.get("scaling"),
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None]
+
+
+# Which models
+
+
+def prepare(model: Any) -> str | None:
+    """
+    Make a model ready to run forests, if it can.
+
+    Its attention layers are given functions that understand a forest and leave everything else to the implementation
+    it was loaded with. Then a few random tokens go through it, as a forest and as sequences: all attention must have
+    seen the forest, with the sliding windows that the model's config tells of, and the hidden states must agree. That
+    tells a causal decoder from an encoder, a recurrent model, and one whose positions or windows go other ways.
+
+    Args:
+        model: a disco model, or a `PeftModel` around one.
+
+    Returns:
+        `None` if it is ready, else the reason why it cannot run forests, as a clause.
+    """
+    if is_peft_model(model):
+        if model.active_peft_config.is_prompt_learning:
+            return "its adapter puts tokens of its own before each sequence"
+        model = model.get_base_model()
+    if not hasattr(model, "_prefix_sharing_refusal"):
+        model._prefix_sharing_refusal = _prepare(model)
+    return model._prefix_sharing_refusal
+
+
+def _prepare(model: Any) -> str | None:
+    config = model.config.get_text_config()
+    backbone = getattr(model, model.base_model_prefix, None)
+    if getattr(model, "head_name", None) != "score" or not isinstance(backbone, PreTrainedModel):
+        return "it is not a disco model on a decoder, whose reward is read at the last token"
+    implementation = model.config._attn_implementation.removeprefix(PREFIX)
+    if implementation not in IMPLEMENTATIONS:
+        return f"its attention implementation is {implementation!r}, not one of {', '.join(IMPLEMENTATIONS)}"
+    if not {"full_attention", "sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ()):
+        return f"its layers ({', '.join(sorted(set(config.layer_types)))}) are not all of attention"
+    name = PREFIX + implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(_attend, implementation))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for part in configs.values():
+        part._attn_implementation = name
+    # ZeRO-3 and FSDP leave a process a part of each parameter, or none.
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        known = config.model_type in KNOWN_MODEL_TYPES
+        refusal = None if known else f"its weights are in pieces, and nobody has tried a {config.model_type!r} whole"
+    else:
+        refusal = _try_forest(model, config)
+    if refusal is not None:
+        for part in configs.values():
+            part._attn_implementation = implementation
+    return refusal
+
+
+@torch.no_grad()
+def _try_forest(model: Any, config: Any) -> str | None:
+    windows = _TRIAL.windows = []
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        ids = [token for token in range(min(config.vocab_size, 24)) if token != config.pad_token_id]
+        tokens = torch.tensor(ids)[torch.arange(40) * 7 % len(ids)].tolist()
+        sequences = [tokens[:20], tokens[:12] + tokens[30:35], tokens[25:30]]
+        batch = {name: tensor.to(model.device) for name, tensor in pack(sequences, config.pad_token_id).items()}
+        rows = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=-1)
+        mask = rows.ge(0).to(model.device)
+        rows = rows.clamp_min(0).to(model.device)
+        # Of rows of their own, what the backbone gives where it is no padding.
+        backbone = getattr(model, model.base_model_prefix)
+        # Under autocast other kernels are at work.
+        for dtype in (None, torch.bfloat16) if rows.is_cuda else (None,):
+            windows.clear()
+            with torch.autocast(rows.device.type, dtype=dtype, enabled=dtype is not None):
+                shared = backbone(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    attention_mask=as_attention_mask(batch["nodes"]),
+                    use_cache=False,
+                ).last_hidden_state[0, batch["read_at"]]
+                alone = backbone(input_ids=rows, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            alone = alone[torch.arange(len(rows), device=rows.device), mask.sum(dim=1) - 1]
+            if windows != _windows_of_layers(config):
+                return "its layers do not all attend by transformers' common interface"
+            # Rounding alone is far below, and another token seen or another position far above.
+            exact = dtype is None and alone.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+            difference = ((shared - alone).float().norm() / alone.float().norm()).item()
+            if not difference < (1e-4 if exact else 0.1):
+                return (
+                    f"it does not give a prefix the same hidden states in both ways (they differ by {difference:.2g})"
+                )
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        return f"it does not take a forest for an attention mask ({type(error).__name__}: {str(error)[:200]})"
+    finally:
+        _TRIAL.windows = None
+        for module in training:
+            module.training = True
+    return None
+
+
+def _windows_of_layers(config: Any) -> list[int | None]:
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return [window if kind == "sliding_attention" else None for kind in layer_types]
+    uses_it = getattr(config, "use_sliding_window", True)
+    return [window if uses_it else None] * config.num_hidden_layers
