@@ -1,6 +1,7 @@
 """What a user can set: TRL's `RewardConfig` and the few fields that a reward distribution adds to it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import RewardConfig
 
@@ -24,6 +25,25 @@ class DiscoRewardConfig(RewardConfig):
             `fixed_scale=2**-0.5` is Bradley–Terry, TRL's own loss. If `None`, a disco checkpoint keeps its own
             setting, and any other model learns a scale for each answer.
 
+        > Parameters that control the training
+
+        prefix_sharing (`bool`, *optional*, defaults to `True`):
+            Compute what the sequences of a batch have in common from the front (the prompt of a pair, a system prompt
+            of all) once, and without padding. The losses and gradients of each pair are the same to rounding. It works
+            with causal decoders with attention in every layer; any other model falls back to TRL's padded batches and
+            says so. With dropout (that of a LoRA adapter, say) both sides of a pair get the same noise on what they
+            share. The logged `num_tokens` counts the tokens that were computed.
+        max_tokens_per_batch (`int`, *optional*):
+            If set, a training batch of each process holds as many pairs of similar length as fit into this many tokens
+            (what both sides of a pair begin with counts once), in place of `per_device_train_batch_size`; a longer
+            pair is alone. Each pair weighs the same in the loss, whatever the size of its batch. A model without
+            prefix sharing computes up to twice as many tokens. Not for streaming datasets.
+
+        `train_sampling_strategy="group_by_length"` puts pairs of similar length into a batch, also those of a
+        streaming dataset (within a buffer of 50 optimizer steps; transformers' log, which says that it ignores the
+        option there, does not know). A model with prefix sharing has no padding to save by it, and gains nothing but
+        steps of more even length.
+
     The unit of reward needs no parameter. A likelihood of preferences leaves it free, and it would drift; here the
     geometric mean of the scales over the training rows is the family's unit by construction, at which one unit of
     reward is about one logit, as in Bradley–Terry (see `disco_trl.modeling.ScaleHead`). To fix the shift of the
@@ -45,6 +65,22 @@ class DiscoRewardConfig(RewardConfig):
             "its own setting, and any other model learns a scale for each answer."
         },
     )
+    prefix_sharing: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute what the sequences of a batch have in common from the front (the prompt of a pair, a "
+            "system prompt of all) once, and without padding. The losses and gradients of each pair are the same to "
+            "rounding. Models that cannot do it fall back to padded batches and say so."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "If set, a training batch of each process holds as many pairs of similar length as fit into this "
+            "many tokens (what both sides of a pair begin with counts once), in place of "
+            "`per_device_train_batch_size`; a longer pair is alone. Not for streaming datasets."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,3 +90,39 @@ class DiscoRewardConfig(RewardConfig):
             get_family(self.reward_family)
         if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
             raise ValueError(f"fixed_scale={self.fixed_scale!r} must be a positive, finite number")
+
+        # What makes up a batch
+        strategy = getattr(self, "train_sampling_strategy", None)
+        if strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy='batch_rebalance' needs one sequence per row, and would let a pair weigh "
+                "more in a small batch than in a large one; set max_tokens_per_batch instead"
+            )
+        if self.max_tokens_per_batch is not None:
+            budget: Any = self.max_tokens_per_batch
+            if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+                raise ValueError(f"max_tokens_per_batch={budget!r} must be a positive whole number, or None")
+            if strategy == "sequential":
+                raise ValueError(
+                    "max_tokens_per_batch groups pairs by length, which train_sampling_strategy='sequential' forbids; "
+                    "leave one of them out"
+                )
+            accelerator_config: Any = self.accelerator_config
+            for option in ("split_batches", "dispatch_batches"):
+                if getattr(accelerator_config, option):
+                    raise ValueError(
+                        f"accelerator_config: {option} cuts batches of one size into pieces, and those of "
+                        "max_tokens_per_batch have none; leave one of them out"
+                    )
+            if self.auto_find_batch_size:
+                raise ValueError(
+                    "auto_find_batch_size lowers per_device_train_batch_size, which max_tokens_per_batch does not "
+                    "look at; leave one of them out"
+                )
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether batches of `per_device_train_batch_size` are to hold pairs of similar length."""
+        strategy = getattr(self, "train_sampling_strategy", None)
+        # In transformers 5.0 it is a field of its own.
+        return strategy == "group_by_length" or bool(getattr(self, "group_by_length", False))
