@@ -1,10 +1,9 @@
 """
-The road from the user's columns to a batch, around TRL's own tokenization.
+What a preference dataset must look like: its columns, and every row of it, before TRL touches them.
 
-`check_preferences` runs before TRL touches a dataset: it numbers the rows and turns whatever would crash, or worse
-not crash, inside a chat template or a loss into an error that names the row, the column and the mend.
-`drop_uninformative_pairs` runs after TRL's tokenization and length filter. `DataCollatorForDiscoPreference` carries
-the row numbers into the batch, so that the trainer can name the rows of a batch that goes wrong.
+`check_preferences` numbers the rows and turns whatever would crash, or worse not crash, inside a chat template or a
+loss into an error that names the row, the column and the mend. The row numbers go on into the batch, so that the
+trainer can name the rows of a batch that goes wrong.
 """
 
 import difflib
@@ -17,15 +16,11 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.reward_trainer import DataCollatorForPreference
 
 
-# Not accelerate's logger: it raises in a spawned dataloader worker, where no accelerate state exists, and streaming
-# datasets are filtered there.
 logger = logging.getLogger(__name__)
 
 ROW_COLUMN = "row_index"
@@ -152,64 +147,6 @@ def check_preferences(
     )
 
 
-def drop_uninformative_pairs(
-    dataset: Dataset | IterableDataset, dataset_name: str, max_length: int | None = None
-) -> Dataset | IterableDataset:
-    """
-    Drop the pairs whose two sides are the same tokens: no reward can tell them apart.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Tokenized dataset with `chosen_ids` and `rejected_ids`, as TRL's `_prepare_dataset` returns it.
-        dataset_name (`str`):
-            Name used in errors and in the warning.
-        max_length (`int`, *optional*):
-            Length by which the dataset has been filtered, for the error when nothing is left.
-
-    Returns:
-        The dataset without those pairs. One warning gives their number and the first ten row numbers (for a stream:
-        the first row, when it is met).
-
-    Raises:
-        `ValueError`: nothing is left of a `Dataset`.
-    """
-    on_main_process = PartialState().is_main_process
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(_DifferingSides(dataset_name, warn=on_main_process))
-
-    dropped = list(_identical_pairs(dataset))
-    if len(dropped) == len(dataset):
-        raise ValueError(_nothing_left(dataset, dataset_name, max_length))
-    if not dropped:
-        return dataset
-    if on_main_process:
-        positions = dropped[:10]
-        rows = dataset.with_format(None)[positions][ROW_COLUMN] if ROW_COLUMN in dataset.column_names else positions
-        logger.warning(
-            f"{dataset_name} dataset: dropped {len(dropped)} of {len(dataset)} pairs, whose 'chosen' and 'rejected' "
-            f"are identical after tokenization and teach nothing (row {', '.join(map(str, rows))}"
-            f"{', ...' if len(dropped) > len(positions) else ''})"
-        )
-    return dataset.select(np.delete(np.arange(len(dataset)), dropped))
-
-
-@dataclass
-class DataCollatorForDiscoPreference(DataCollatorForPreference):
-    """
-    TRL's preference collator, with the row numbers.
-
-    To the batch of [`~trl.trainer.reward_trainer.DataCollatorForPreference`] (`input_ids` and `attention_mask` of
-    shape `[2 * B, L]`, chosen sides first, and `margin` of shape `[B]`) it adds `row_index`, a `LongTensor` of shape
-    `[B]`, when the examples have it.
-    """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        if ROW_COLUMN in examples[0]:
-            batch[ROW_COLUMN] = torch.tensor([int(example[ROW_COLUMN]) for example in examples])
-        return batch
-
-
 # The columns
 
 
@@ -318,7 +255,7 @@ def find_problem(row: dict[str, Any], layout: Layout) -> Problem | None:
 
 
 def _token_problem(column: str, ids: Any) -> Problem | None:
-    ids = _as_list(ids)
+    ids = as_list(ids)
     if not isinstance(ids, list):
         return Problem(column, f"{_format_of(ids)} where token ids should be", "give a list of integers")
     if not ids:
@@ -445,55 +382,6 @@ def _format_of(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _as_list(ids: Any) -> Any:
-    # Streams may carry arrays or tensors, whose == is elementwise.
+def as_list(ids: Any) -> Any:
+    """Token ids as a list: streams may carry arrays or tensors, whose == is elementwise."""
     return ids.tolist() if hasattr(ids, "tolist") else ids
-
-
-# Pairs that teach nothing
-
-
-class _DifferingSides:
-    """Filter of a stream: keeps the pairs whose sides differ, and warns at the first one that it drops."""
-
-    def __init__(self, dataset_name: str, warn: bool):
-        self.dataset_name = dataset_name
-        self.warn = warn
-
-    def __call__(self, example: dict[str, Any]) -> bool:
-        if _as_list(example["chosen_ids"]) != _as_list(example["rejected_ids"]):
-            return True
-        if self.warn:
-            self.warn = False
-            row = f"row {int(example[ROW_COLUMN])}: " if ROW_COLUMN in example else ""
-            logger.warning(
-                f"{self.dataset_name} dataset, {row}'chosen' and 'rejected' are identical after tokenization and "
-                "teach nothing; dropped, as all further ones will be without a word"
-            )
-        return False
-
-
-def _identical_pairs(dataset: Dataset) -> Iterator[int]:
-    """Positions of the pairs whose sides are the same tokens, read in Arrow batches."""
-    start = 0
-    for batch in dataset.select_columns(list(TOKENIZED_PAIR)).with_format("arrow").iter(batch_size=1000):
-        chosen, rejected = (batch[name].combine_chunks() for name in TOKENIZED_PAIR)
-        # Python looks only at pairs of equal length, a few in a hundred.
-        lengths = [side.value_lengths().to_numpy(zero_copy_only=False) for side in (chosen, rejected)]
-        for position in np.flatnonzero(np.equal(*lengths)).tolist():
-            if chosen[position].as_py() == rejected[position].as_py():
-                yield start + position
-        start += len(batch)
-
-
-def _nothing_left(dataset: Dataset, dataset_name: str, max_length: int | None) -> str:
-    # `filter` leaves the table as it is and points to the rows that remain.
-    rows, identical = dataset.data.num_rows, len(dataset)
-    reasons, mends = [], []
-    if rows > identical:
-        reasons.append(f"{rows - identical} have a side of more than max_length={max_length} tokens")
-        mends.append("raise max_length (None keeps all)")
-    if identical:
-        reasons.append(f"{identical} have identical sides after tokenization")
-        mends.append("check that the chat template renders the last turn and that the sides differ")
-    return f"{dataset_name} dataset: no pair is left of {rows}: {' and '.join(reasons)}; {', and '.join(mends)}"

@@ -373,16 +373,17 @@ def _reload(folder: Path, to: str, dtype: torch.dtype) -> Any:
 
 
 _Scores = tuple[Tensor, Tensor | None]
-"""Locations and log scales, `[2N]` each, of texts that went through a model alone and then in a padded batch."""
+"""Locations and log scales, `[2N]` each, of texts that went through a model alone and then in one batch."""
 _Differences = tuple[float, float | None]
 """The largest of locations, and of log scales where both sides have them."""
 
 
 def _score(model: Any, sequences: list[list[int]]) -> _Scores:
-    locations, log_scales = [], []
-    for tokens_per_batch in (1, sum(map(len, sequences)) * len(sequences)):
-        for _, output in run_in_batches(model, sequences, tokens_per_batch):
-            # Batches come in an order of their own, which depends on the lengths alone and so is always the same.
+    places, locations, log_scales = [], [], []
+    for start, tokens_per_batch in ((0, 1), (len(sequences), sum(map(len, sequences)) * len(sequences))):
+        for indices, output in run_in_batches(model, sequences, tokens_per_batch):
+            # Batches come in an order of their own, another one where the model shares prefixes.
+            places += [start + index for index in indices]
             location, scale = output.logits[:, 0], getattr(output, "scale", None)
             if output.logits.shape[-1] == 2:
                 reward = from_two_logits(output.logits, getattr(model.config, TWO_LOGIT_ENTRY))
@@ -390,7 +391,8 @@ def _score(model: Any, sequences: list[list[int]]) -> _Scores:
             locations.append(location.float())
             if scale is not None:
                 log_scales.append(scale.reshape(-1).float().log())
-    return torch.cat(locations), torch.cat(log_scales) if log_scales else None
+    order = torch.tensor(places).argsort()
+    return torch.cat(locations)[order], torch.cat(log_scales)[order] if log_scales else None
 
 
 def _differences(scores: _Scores, expected: _Scores, relative: bool = True) -> _Differences:

@@ -352,9 +352,10 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
                 output = stock.forward(self, *args, return_dict=True, **kwargs)
             pooled = output.logits
         else:
-            kwargs["attention_mask"] = as_attention_mask(nodes)
+            # Nothing goes on from a forest, so no cache either.
+            kwargs |= {"attention_mask": as_attention_mask(nodes), "use_cache": False}
             output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
-            pooled = output.last_hidden_state[0, read_at]
+            pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]
         # By way of the module and not of its weights: FSDP and ZeRO gather those when it is called.
         head = functools.reduce(getattr, self.head_name.split("."), self)
         location, scale = head(pooled, with_scale=True).split(1, dim=-1)

@@ -213,7 +213,8 @@ class _Layout:
         """Places in the row of the keys of all paths, one path after another, and where queries and keys begin."""
         if self._varlen is None:
             starts = torch.tensor([0, *self.lengths]).cumsum(0)
-            places = torch.cat([torch.arange(starts[node], starts[node + 1]) for path in self.paths for node in path])
+            nodes = torch.arange(int(starts[-1])).split(self.lengths)
+            places = torch.cat([nodes[node] for path in self.paths for node in path])
             key_starts = torch.tensor([0, *self.path_lengths]).cumsum(0)
             self._varlen = (places.to(device), starts.to(device, torch.int32), key_starts.to(device, torch.int32))
         places, starts, key_starts = (tensor.to(device) for tensor in self._varlen)
@@ -248,6 +249,8 @@ def _attend(
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
         return attend(module, query, key, value, attention_mask, **kwargs)
     layout = getattr(attention_mask, "forest_layout", None) or _Layout(attention_mask[0, 0])
+    # They are the whole row's: flash attention would look in them for the bounds of packed sequences.
+    kwargs.pop("position_ids", None)
     window = kwargs.get("sliding_window")
     if getattr(_TRIAL, "windows", None) is not None:
         _TRIAL.windows.append(window)
@@ -344,7 +347,8 @@ def prepare(model: Any) -> str | None:
         if model.active_peft_config.is_prompt_learning:
             return "its adapter puts tokens of its own before each sequence"
         model = model.get_base_model()
-    if not hasattr(model, "_prefix_sharing_refusal"):
+    is_ready = str(model.config._attn_implementation).startswith(PREFIX)  # no longer, if it was set anew
+    if not hasattr(model, "_prefix_sharing_refusal") or (model._prefix_sharing_refusal is None and not is_ready):
         model._prefix_sharing_refusal = _prepare(model)
     return model._prefix_sharing_refusal
 
@@ -380,30 +384,26 @@ def _prepare(model: Any) -> str | None:
 @torch.no_grad()
 def _try_forest(model: Any, config: Any) -> str | None:
     windows = _TRIAL.windows = []
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        # In evaluation bitsandbytes packs 4-bit weights anew on a CPU, and rounds them for good.
+        module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
         ids = [token for token in range(min(config.vocab_size, 24)) if token != config.pad_token_id]
         tokens = torch.tensor(ids)[torch.arange(40) * 7 % len(ids)].tolist()
         sequences = [tokens[:20], tokens[:12] + tokens[30:35], tokens[25:30]]
         batch = {name: tensor.to(model.device) for name, tensor in pack(sequences, config.pad_token_id).items()}
-        rows = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=-1)
-        mask = rows.ge(0).to(model.device)
-        rows = rows.clamp_min(0).to(model.device)
-        # Of rows of their own, what the backbone gives where it is no padding.
-        backbone = getattr(model, model.base_model_prefix)
+        rows = torch.nn.utils.rnn.pad_sequence(
+            list(map(torch.tensor, sequences)), batch_first=True, padding_value=config.pad_token_id
+        ).to(model.device)
+        mask = rows.ne(config.pad_token_id).long()
         # Under autocast other kernels are at work.
         for dtype in (None, torch.bfloat16) if rows.is_cuda else (None,):
             windows.clear()
+            # The whole model, as FSDP puts a model together that it has taken apart only when that is called.
             with torch.autocast(rows.device.type, dtype=dtype, enabled=dtype is not None):
-                shared = backbone(
-                    input_ids=batch["input_ids"],
-                    position_ids=batch["position_ids"],
-                    attention_mask=as_attention_mask(batch["nodes"]),
-                    use_cache=False,
-                ).last_hidden_state[0, batch["read_at"]]
-                alone = backbone(input_ids=rows, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            alone = alone[torch.arange(len(rows), device=rows.device), mask.sum(dim=1) - 1]
+                shared = model(**batch).pooled_hidden_state
+                alone = model(input_ids=rows, attention_mask=mask, use_cache=False).pooled_hidden_state
             if windows != _windows_of_layers(config):
                 return "its layers do not all attend by transformers' common interface"
             # Rounding alone is far below, and another token seen or another position far above.
@@ -417,8 +417,8 @@ def _try_forest(model: Any, config: Any) -> str | None:
         return f"it does not take a forest for an attention mask ({type(error).__name__}: {str(error)[:200]})"
     finally:
         _TRIAL.windows = None
-        for module in training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode
     return None
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -29,11 +31,18 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
+from .collation import DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
-from .data import ROW_COLUMN, DataCollatorForDiscoPreference, check_preferences, drop_uninformative_pairs
+from .data import ROW_COLUMN, check_preferences
 from .distributions import get_family
 from .loading import keep_to_one_family
 from .modeling import DiscoRewardModel, upgrade
+from .prefix_sharing import prepare
+from .preparation import filter_pairs, tokenize_pairs
+from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
+
+
+logger = get_logger(__name__)
 
 
 class DiscoRewardTrainer(RewardTrainer):
@@ -114,6 +123,11 @@ class DiscoRewardTrainer(RewardTrainer):
             args = DiscoRewardConfig(f"{name.split('/')[-1]}-Reward")
         elif not isinstance(args, DiscoRewardConfig):
             raise TypeError(f"args must be a DiscoRewardConfig, got {type(args).__name__}; change the class name")
+        if args.max_tokens_per_batch is not None and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "max_tokens_per_batch needs the length of every pair before the first batch, and train_dataset is a "
+                "stream; set per_device_train_batch_size instead, or load the dataset without streaming=True"
+            )
 
         # Model and PEFT. TRL builds a string model between seeding and wrapping it, with its own rules for dtype,
         # devices and revision, so that is where ours has to come in.
@@ -168,15 +182,42 @@ class DiscoRewardTrainer(RewardTrainer):
                     "optimizer_cls_and_kwargs instead"
                 )
 
-        # Data collator: TRL's, which also carries the row numbers that an error message needs
+        # Data collator: TRL's, which also carries the row numbers that an error message needs, or one that puts what
+        # the sequences of a batch share there once
         if data_collator is None:
+            refusal = self._why_no_prefix_sharing() if args.prefix_sharing else None
+            if refusal is not None:
+                logger.warning(
+                    f"prefix_sharing is off for this {type(self._reward_model).__name__}: {refusal}. Batches are "
+                    "padded as TRL's are, which costs time and changes nothing else."
+                )
             self.data_collator = DataCollatorForDiscoPreference(
-                pad_token_id=self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of
+                pad_token_id=self.data_collator.pad_token_id,
+                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+                share_prefixes=args.prefix_sharing and refusal is None,
             )
+
+        # Which pairs go into a batch
+        self._pairs_per_batch: float | None = None  # the mean, where batches of max_tokens_per_batch differ in it
+        if args.groups_by_length and isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset = group_stream(self.train_dataset, self._pairs_per_step, self._data_seed)
+        self.add_callback(SamplerEpoch())
 
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
         self.add_callback(_FiniteGradientGuard(self))
+
+    def _why_no_prefix_sharing(self) -> str | None:
+        if self.args.torch_compile:
+            return "with torch_compile each shape of a batch would be compiled anew"
+        if self.args.n_gpu > 1:
+            return "a batch of one row cannot be split among the devices of one process (use accelerate launch)"
+        if self.accelerator.dispatch_batches:
+            return "dispatch_batches=True cuts batches apart between the sequences"
+        parallelism: Any = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            return "context and sequence parallelism split a row among devices"
+        return prepare(self.model)
 
     def _prepare_dataset(
         self,
@@ -185,15 +226,68 @@ class DiscoRewardTrainer(RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        return drop_uninformative_pairs(dataset, dataset_name, max_length=args.max_length)
+        num_proc = args.dataset_num_proc
+        dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=num_proc)
+        dataset = tokenize_pairs(dataset, processing_class, dataset_name, num_proc=num_proc)
+        # TRL tokenizes what is not tokenized yet; its filter reads the dataset row by row once more, and ours does not
+        unfiltered = copy.copy(args)
+        unfiltered.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, unfiltered, dataset_name)
+        return filter_pairs(dataset, dataset_name, max_length=args.max_length)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         if ROW_COLUMN not in columns:
             columns.append(ROW_COLUMN)
+
+    @property
+    def _pairs_per_step(self) -> int:
+        return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.groups_by_length and isinstance(dataset, Dataset):
+            return LengthGroupedSampler(pair_lengths(dataset), self._pairs_per_step, self._data_seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # transformers' own groups evaluation by length too: it needs `input_ids`, and takes predictions out of order.
+        if self.args.groups_by_length and isinstance(eval_dataset, Dataset):
+            return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return super()._get_eval_sampler(eval_dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self.args.max_tokens_per_batch is None:
+            return loader
+        sampler = TokenBudgetBatchSampler(
+            pair_lengths(loader.dataset),
+            self.args.max_tokens_per_batch,
+            num_processes=self.args.world_size,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            seed=self._data_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        self._pairs_per_batch = sampler.pairs_per_batch
+        # The same loader with other batches: the Trainer (to transformers 5.23) takes no batch sampler but its own.
+        options = [
+            *("collate_fn", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor"),
+            *("worker_init_fn", "multiprocessing_context", "in_order"),
+        ]
+        batches: DataLoader = DataLoader(
+            loader.dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in options}
+        )
+        # accelerate 1.10 refuses to even out batches of various sizes, and there is nothing to even out.
+        even_batches, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return self.accelerator.prepare_data_loader(batches)
+        finally:
+            self.accelerator.even_batches = even_batches
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -215,6 +309,9 @@ class DiscoRewardTrainer(RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             center = torch.mean((location_chosen + location_rejected) ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
+        if mode == "train" and self._pairs_per_batch is not None:
+            # The losses of batches are averaged, whatever their size; a pair is to weigh the same in each.
+            loss = loss * (len(log_prob) / self._pairs_per_batch)
 
         with torch.no_grad():
             log_prob = self.accelerator.gather_for_metrics(log_prob)

@@ -17,7 +17,12 @@ def test_it_is_trls_config_with_fields_added(tmp_path):
     assert isinstance(config(tmp_path), RewardConfig)
     theirs = {field.name for field in fields(RewardConfig)}
     own = {field.name: field for field in fields(DiscoRewardConfig) if field.name not in theirs}
-    assert {name: field.default for name, field in own.items()} == {"reward_family": None, "fixed_scale": None}
+    assert {name: field.default for name, field in own.items()} == {
+        "reward_family": None,
+        "fixed_scale": None,
+        "prefix_sharing": True,
+        "max_tokens_per_batch": None,
+    }
     for name, field in own.items():
         assert len(field.metadata["help"]) > 40
         assert f"{name} (`" in DiscoRewardConfig.__doc__

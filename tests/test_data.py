@@ -1,77 +1,28 @@
-"""What `disco_trl.data` refuses, by row and column; what it lets through, as TRL reads it; and what it drops."""
+"""What `disco_trl.data` refuses, by row and column, and that it changes nothing in what it lets through."""
 
 import json
 import math
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, IterableDataset, Json, load_dataset
-from trl import RewardConfig, RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
-
-from disco_trl.data import (
-    ROW_COLUMN,
-    DataCollatorForDiscoPreference,
-    check_preferences,
-    drop_uninformative_pairs,
+from datasets import Dataset, load_dataset
+from preference_rows import (
+    CALL,
+    EXPLICIT,
+    IMPLICIT,
+    LEGACY,
+    STANDARD,
+    TOKENIZED,
+    TOOL,
+    TOOLS,
+    assistant,
+    map_style,
+    streamed,
+    system,
+    user,
 )
 
-
-def user(content="What is two and two?"):
-    return {"role": "user", "content": content}
-
-
-def assistant(content="Four."):
-    return {"role": "assistant", "content": content}
-
-
-def system(content="Be brief."):
-    return {"role": "system", "content": content}
-
-
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}],
-}
-TOOL = {"role": "tool", "content": "4"}
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-
-STANDARD = {"prompt": "Two and two? ", "chosen": "Four.", "rejected": "Five."}
-EXPLICIT = {"prompt": [user()], "chosen": [assistant()], "rejected": [assistant("Five.")]}
-IMPLICIT = {"chosen": [user(), assistant()], "rejected": [user(), assistant("Five.")]}
-TOKENIZED = {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 2]}
-LEGACY = {"chosen_input_ids": [1, 2, 3], "rejected_input_ids": [1, 2]}
-
-
-def streamed(rows):
-    """Rows handed over as they are; Arrow would refuse mixed ones."""
-    return IterableDataset.from_generator(lambda: iter(rows))
-
-
-def map_style(rows):
-    """A `Dataset` of these rows: typed, or, where they mix types, as JSON, like `load_dataset("json")` makes it."""
-    try:
-        return Dataset.from_list(rows)
-    except pa.ArrowException:
-        return Dataset.from_list(rows, features=Features({name: Json() for name in rows[0]}))
-
-
-@pytest.fixture
-def prepare(tiny_tokenizer, tmp_path):
-    """The trainer's preparation around TRL's own, which reads nothing of the trainer itself."""
-
-    def prepare(dataset, dataset_name="train", max_length=None, num_proc=None):
-        args = RewardConfig(
-            output_dir=str(tmp_path), max_length=max_length, dataset_num_proc=num_proc, bf16=False, report_to="none"
-        )
-        dataset = check_preferences(dataset, tiny_tokenizer, dataset_name, num_proc=num_proc)
-        dataset = RewardTrainer._prepare_dataset(None, dataset, tiny_tokenizer, args, dataset_name)
-        return drop_uninformative_pairs(dataset, dataset_name, max_length=max_length)
-
-    return prepare
+from disco_trl.data import ROW_COLUMN, check_preferences
 
 
 # Errors at a row: a good row, the columns that make it bad, and the error's column, complaint and mend.
@@ -387,48 +338,6 @@ def test_prompt_under_another_name_is_warned_of_once(tiny_tokenizer, caplog):
     assert caplog.messages == []
 
 
-# What TRL takes, we take: the rows of one dataset, all legal.
-LEGAL = {
-    "standard, explicit prompt": [STANDARD, {**STANDARD, "prompt": ""}],
-    "standard, implicit prompt": [{"chosen": "Two and two? Four.", "rejected": "Two and two? Five."}],
-    "explicit prompt": [EXPLICIT, {**EXPLICIT, "prompt": [system(), user()]}],
-    "implicit prompt": [IMPLICIT],
-    "several turns": [{**EXPLICIT, "prompt": [system(), user(), assistant(), user("And three?")]}],
-    "consecutive users and assistants": [{**EXPLICIT, "prompt": [user(), user(), assistant(), assistant(), user()]}],
-    "developer and unknown roles": [
-        {**EXPLICIT, "prompt": [{"role": "developer", "content": "x"}, {"role": "critic", "content": "y"}]}
-    ],
-    "empty user turn": [{**EXPLICIT, "prompt": [user("")]}],
-    "tools": [
-        {
-            "prompt": [system(), user(), CALL, {"role": "tool", "content": None}, TOOL],
-            "chosen": [assistant()],
-            "rejected": [CALL],
-            "tools": TOOLS,
-        },
-        {**EXPLICIT, "tools": None},
-    ],
-    "tools as JSON": [{**EXPLICIT, "tools": json.dumps(TOOLS)}],
-    "template arguments": [{**EXPLICIT, "chat_template_kwargs": {"add_generation_prompt": True}}],
-    "margin": [{**STANDARD, "margin": 1}, {**STANDARD, "margin": -0.5}],
-    "other columns": [{**EXPLICIT, "subset": "maths", "score": 1.5, "messages": [user(), assistant()]}],
-    "tokenized": [TOKENIZED, {"chosen_ids": [0], "rejected_ids": [1]}],
-    "tokenized, old names": [LEGACY],
-}
-
-
-@pytest.mark.filterwarnings("ignore:Detected legacy dataset columns")
-@pytest.mark.parametrize("make", [map_style, streamed])
-@pytest.mark.parametrize("case", LEGAL)
-def test_legal_rows_reach_the_model_as_trl_would_send_them(case, make, prepare, tiny_tokenizer, tmp_path, caplog):
-    rows = LEGAL[case]
-    args = RewardConfig(output_dir=str(tmp_path), bf16=False, report_to="none")
-    expected = list(RewardTrainer._prepare_dataset(None, make(rows), tiny_tokenizer, args, "train"))
-    prepared = list(prepare(make(rows), max_length=args.max_length))
-    assert prepared == [{**row, ROW_COLUMN: index} for index, row in enumerate(expected)]
-    assert caplog.messages == []
-
-
 def test_columns_stay_as_they_are(tiny_tokenizer):
     rows = [{**EXPLICIT, "margin": 0.5, "tools": TOOLS, "subset": str(i), "extra": {"deep": [i]}} for i in range(3)]
     dataset = Dataset.from_list(rows)
@@ -453,134 +362,11 @@ def test_a_format_set_by_the_user_stays(tiny_tokenizer):
     assert checked[0].keys() == {"chosen_ids", ROW_COLUMN}
     # Tensors in a stream are token ids and margins as well.
     stream = Dataset.from_list([{**TOKENIZED, "margin": 0.5}]).to_iterable_dataset().with_format("torch")
-    (row,) = drop_uninformative_pairs(check_preferences(stream, tiny_tokenizer, "train"), "train")
+    (row,) = check_preferences(stream, tiny_tokenizer, "train")
     assert torch.equal(row["chosen_ids"], torch.tensor([1, 2, 3]))
 
 
-def test_the_fingerprint_is_stable_so_that_trls_tokenization_is_cached(tiny_tokenizer):
+def test_the_fingerprint_is_stable_so_that_the_tokenization_is_cached(tiny_tokenizer):
     dataset = Dataset.from_list([STANDARD, STANDARD]).shuffle(seed=0)
     fingerprints = {check_preferences(dataset, tiny_tokenizer, "train")._fingerprint for _ in range(2)}
     assert len(fingerprints) == 1
-
-
-@pytest.mark.parametrize("make", [map_style, streamed])
-def test_a_prepared_dataset_passes_again_unchanged(make, prepare, tiny_tokenizer, caplog):
-    same = {**EXPLICIT, "rejected": EXPLICIT["chosen"]}
-    prepared = prepare(make([EXPLICIT, same, IMPLICIT | {"prompt": [user()]}]), "eval", max_length=1024)
-    rows = list(prepared)
-    assert [row[ROW_COLUMN] for row in rows] == [0, 2]
-    assert len(caplog.messages) == 1
-    # As `trainer.evaluate(trainer.eval_dataset)` does.
-    assert check_preferences(prepared, tiny_tokenizer, "eval") is prepared
-    assert list(prepare(prepared, "eval", max_length=1024)) == rows
-    assert len(caplog.messages) == 1
-
-
-# Pairs that teach nothing
-
-
-def numbered(pairs):
-    return [
-        {ROW_COLUMN: 100 + i, "chosen_ids": chosen, "rejected_ids": rejected}
-        for i, (chosen, rejected) in enumerate(pairs)
-    ]
-
-
-def test_identical_pairs_are_dropped_with_one_warning(caplog):
-    pairs = [([1, 2], [1, 2]), ([1, 2], [2, 1]), ([1, 2], [1, 2, 3]), ([5], [5])]
-    dropped = drop_uninformative_pairs(Dataset.from_list(numbered(pairs)), "train")
-    assert dropped[ROW_COLUMN][:] == [101, 102]
-    assert caplog.messages == [
-        "train dataset: dropped 2 of 4 pairs, whose 'chosen' and 'rejected' are identical after tokenization and "
-        "teach nothing (row 100, 103)"
-    ]
-
-
-def test_the_warning_names_ten_rows_at_most(caplog):
-    dataset = Dataset.from_list(numbered([([1], [1])] * 2500 + [([1], [2])]))
-    assert drop_uninformative_pairs(dataset, "eval")[ROW_COLUMN][:] == [2600]
-    (message,) = caplog.messages
-    assert message.startswith("eval dataset: dropped 2500 of 2501 pairs")
-    assert message.endswith("(row 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, ...)")
-
-
-def test_nothing_to_drop_costs_no_copy(caplog):
-    dataset = Dataset.from_list(numbered([([1, 2], [2, 1]), ([3], [4])]))
-    assert drop_uninformative_pairs(dataset, "train") is dataset
-    assert caplog.messages == []
-
-
-def test_sides_of_different_integer_types_and_many_batches():
-    rng = np.random.default_rng(0)
-    chosen = [rng.integers(0, 3, rng.integers(1, 4)).tolist() for _ in range(3000)]
-    rejected = [rng.integers(0, 3, rng.integers(1, 4)).tolist() for _ in range(3000)]
-    table = pa.table(
-        {
-            "chosen_ids": pa.array(chosen, pa.list_(pa.int32())),
-            "rejected_ids": pa.array(rejected, pa.large_list(pa.int64())),
-        }
-    )
-    kept = drop_uninformative_pairs(Dataset(table), "train")
-    expected = [(a, b) for a, b in zip(chosen, rejected, strict=True) if a != b]
-    assert 0 < len(expected) < 3000
-    assert list(zip(kept["chosen_ids"], kept["rejected_ids"], strict=True)) == expected
-
-
-def test_stream_drops_as_it_is_read_and_warns_once(caplog):
-    pairs = [([1], [2]), ([3], [3]), ([4], [4]), ([5], [6])]
-    stream = drop_uninformative_pairs(streamed(numbered(pairs)), "train")
-    assert caplog.messages == []
-    for _ in range(2):
-        assert [row[ROW_COLUMN] for row in stream] == [100, 103]
-    assert caplog.messages == [
-        "train dataset, row 101: 'chosen' and 'rejected' are identical after tokenization and teach nothing; dropped, "
-        "as all further ones will be without a word"
-    ]
-
-
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_length_filter_that_leaves_nothing(num_proc, prepare):
-    with pytest.raises(ValueError) as error:
-        prepare(Dataset.from_list([EXPLICIT] * 4), max_length=3, num_proc=num_proc)
-    assert str(error.value) == (
-        "train dataset: no pair is left of 4: 4 have a side of more than max_length=3 tokens; raise max_length (None "
-        "keeps all)"
-    )
-
-
-def test_identical_pairs_alone_leave_nothing(prepare):
-    same = {"chosen": "Four.", "rejected": "Four."}
-    long = {"chosen": "Four. " * 50, "rejected": "Five."}
-    with pytest.raises(ValueError) as error:
-        prepare(Dataset.from_list([same, same]))
-    assert str(error.value) == (
-        "train dataset: no pair is left of 2: 2 have identical sides after tokenization; check that the chat template "
-        "renders the last turn and that the sides differ"
-    )
-    with pytest.raises(ValueError) as error:
-        prepare(Dataset.from_list([same, long, same]).shuffle(seed=0), max_length=20)
-    assert str(error.value) == (
-        "train dataset: no pair is left of 3: 1 have a side of more than max_length=20 tokens and 2 have identical "
-        "sides after tokenization; raise max_length (None keeps all), and check that the chat template renders the "
-        "last turn and that the sides differ"
-    )
-
-
-# The batch
-
-
-def test_collator_adds_the_row_numbers_and_nothing_else():
-    examples = [
-        {"chosen_ids": [1, 2, 3], "rejected_ids": [4, 5], "margin": 0.5},
-        {"chosen_ids": [6, 7], "rejected_ids": [8], "margin": 0.0},
-    ]
-    trl_batch = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=4)(examples)
-    collator = DataCollatorForDiscoPreference(pad_token_id=0, pad_to_multiple_of=4)
-    numbered_batch = collator([{**example, ROW_COLUMN: row} for example, row in zip(examples, [7, 3], strict=True)])
-    row_index = numbered_batch.pop(ROW_COLUMN)
-    assert row_index.dtype == torch.int64
-    assert row_index.tolist() == [7, 3]
-    for batch in (numbered_batch, collator(examples)):
-        assert batch.keys() == trl_batch.keys() == {"input_ids", "attention_mask", "margin"}
-        for name, tensor in trl_batch.items():
-            assert torch.equal(batch[name], tensor)

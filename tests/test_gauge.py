@@ -191,7 +191,8 @@ def train_and_report(output: Path, batch_size: int, tokenizer) -> dict:
     trainer.train()
     report = {
         "processes": trainer.accelerator.num_processes,
-        "logs": logged(trainer),
+        # Without the number of tokens: what is shared, and counted once, is shared within a process.
+        "logs": [{name: log[name] for name in log if name != "num_tokens"} for log in logged(trainer)],
         "mean_hidden": trainer.model.scale_head.mean_hidden.tolist(),
         "log_scales": log_scales(trainer.model).tolist(),
     }

@@ -35,6 +35,10 @@ def spread_out(trainer) -> None:
         parameter.data = torch.randn(parameter.shape, generator=generator) / 2
 
 
+def inputs_of_the_model(batch) -> dict:
+    return {name: tensor for name, tensor in batch.items() if name != ROW_COLUMN}
+
+
 # The loss and its metrics
 
 # Two pairs. μ ± σ of the chosen sides, then of the rejected ones:
@@ -113,7 +117,7 @@ def test_the_models_own_output_goes_into_the_loss(build):
     spread_out(trainer)
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
-        output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        output = trainer.model(**inputs_of_the_model(batch))
     (chosen, rejected), (scale_c, scale_r) = (tensor.double().chunk(2) for tensor in (output.logits, output.scale))
     z = (chosen - rejected) / torch.sqrt(scale_c**2 + scale_r**2)
     assert z.std() > 0.05
@@ -144,7 +148,7 @@ def test_an_incomplete_batch_counts_whole(build):
     found = trainer.evaluate()
     (batch,) = trainer.get_eval_dataloader()
     with torch.no_grad():
-        scale = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).scale
+        scale = trainer.model(**inputs_of_the_model(batch)).scale
     assert found["eval_scale_mean"] == pytest.approx(scale.mean().item(), rel=1e-5)
     assert found["eval_scale_min"] == pytest.approx(scale.min().item(), rel=1e-5)
     assert found["eval_scale_max"] == pytest.approx(scale.max().item(), rel=1e-5)
@@ -153,8 +157,9 @@ def test_an_incomplete_batch_counts_whole(build):
 # The batch
 
 
-def test_row_numbers_stay_out_of_the_model(build):
-    trainer = build()
+@pytest.mark.parametrize("prefix_sharing", [False, True])
+def test_row_numbers_stay_out_of_the_model(build, prefix_sharing):
+    trainer = build(prefix_sharing=prefix_sharing)
     batch = next(iter(trainer.get_train_dataloader()))
     assert ROW_COLUMN in batch
     seen = {}
@@ -165,7 +170,8 @@ def test_row_numbers_stay_out_of_the_model(build):
 
     trainer.model.train()
     trainer.compute_loss(model, batch)
-    assert seen.keys() == {"input_ids", "attention_mask", "use_cache"}
+    own = {"read_at", "position_ids", "nodes"} if prefix_sharing else set()
+    assert seen.keys() == {"input_ids", "attention_mask", "use_cache"} | own
 
 
 def test_a_collator_of_the_users(build):

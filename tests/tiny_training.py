@@ -25,7 +25,8 @@ SMALL_RUN: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-BRADLEY_TERRY: dict[str, Any] = {"reward_family": "logistic", "fixed_scale": 2**-0.5}
+# What makes `DiscoRewardTrainer` do what TRL's does, to the last bit but the pairwise term's rounding
+BRADLEY_TERRY: dict[str, Any] = {"reward_family": "logistic", "fixed_scale": 2**-0.5, "prefix_sharing": False}
 
 WORDS = "the answer film people like a short careful question piano day best help learn not at all".split()
 TOOL = {"type": "function", "function": {"name": "search", "description": "Look it up.", "parameters": {}}}
