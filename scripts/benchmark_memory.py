@@ -1,0 +1,73 @@
+"""Peak memory, for `benchmark.py`: measured in a process of its own, as memory once used is seldom given back."""
+
+import re
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+SECONDS_BETWEEN_LOOKS = 0.005
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns when it is called in a new process."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+class PeakMemory:
+    """
+    The most memory that this process holds while it is open, above what it held before: `peak_bytes`.
+
+    On Linux that is the memory that is no file's (`RssAnon`): pages of a memory-mapped dataset or checkpoint are the
+    kernel's to drop. Elsewhere it is the resident set, files and all.
+
+    Args:
+        on_gpu: look at what torch has allocated there instead.
+    """
+
+    peak_bytes = 0
+
+    def __init__(self, on_gpu: bool = False):
+        self.on_gpu = on_gpu
+
+    def __enter__(self) -> "PeakMemory":
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
+        self._before = self._at_most = _held()
+        self._is_over = threading.Event()
+        self._looker = threading.Thread(target=self._look, daemon=True)
+        self._looker.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.on_gpu:
+            self.peak_bytes = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._is_over.set()
+        self._looker.join()
+        self.peak_bytes = max(self._at_most, _held()) - self._before
+
+    def _look(self) -> None:
+        while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
+            self._at_most = max(self._at_most, _held())
+
+
+def _held() -> int:
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
