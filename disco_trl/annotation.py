@@ -44,7 +44,8 @@ from .rows import (
     parquet_features,
     refuse_clash,
 )
-from .scoring import chat_template_arguments, score, tokenize
+from .scoring import score
+from .tokenization import chat_template_arguments, tokenize
 from .transforms import Sample, Transform, get_transform
 
 

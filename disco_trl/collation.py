@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from .data import ROW_COLUMN
-from .prefix_sharing import ROW_MULTIPLE, pack
+from .data import ROW_COLUMN, as_list
+from .forest import ROW_MULTIPLE, pack
 
 
 @dataclass
@@ -17,7 +17,7 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
 
     The batch is that of [`~trl.trainer.reward_trainer.DataCollatorForPreference`] (`input_ids` and `attention_mask` of
     shape `[2 * B, L]`, chosen sides first, and `margin` of shape `[B]`), or with `share_prefixes` what
-    `disco_trl.prefix_sharing.pack` makes of the same `2 * B` sequences in that order, for which the model returns the
+    `disco_trl.forest.pack` makes of the same `2 * B` sequences in that order, for which the model returns the
     same outputs. To either it adds `row_index`, a `LongTensor` of shape `[B]`, when the examples have it.
 
     Args:
@@ -30,7 +30,7 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if self.share_prefixes:
-            sides = [[_as_list(example[side]) for example in examples] for side in ("chosen_ids", "rejected_ids")]
+            sides = [[as_list(example[side]) for example in examples] for side in ("chosen_ids", "rejected_ids")]
             batch = pack([*sides[0], *sides[1]], self.pad_token_id, self.pad_to_multiple_of or ROW_MULTIPLE)
             if "margin" in examples[0]:
                 batch["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
@@ -39,7 +39,3 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
         if ROW_COLUMN in examples[0]:
             batch[ROW_COLUMN] = torch.tensor([int(example[ROW_COLUMN]) for example in examples])
         return batch
-
-
-def _as_list(ids: Any) -> list[int]:
-    return ids.tolist() if hasattr(ids, "tolist") else ids  # streams may carry arrays or tensors

@@ -65,7 +65,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from .distributions import RewardDistribution
 from .loading import load_trained
 from .modeling import MAX_LOG_SCALE, DiscoHead, DiscoRewardModel
-from .scoring import run_in_batches, tokenize
+from .scoring import run_in_batches
+from .tokenization import tokenize
 
 
 TARGETS = ("scalar", "two-logit", "disco")

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from . import __version__
 from .data import LEGACY_TOKENIZED_PAIR, ROW_COLUMN, TEXT_PAIR, TOKENIZED_PAIR, as_list
-from .scoring import chat_template_arguments, tokenize
+from .tokenization import chat_template_arguments, tokenize
 
 
 # Not accelerate's logger: it raises in a spawned dataloader worker, where no accelerate state exists, and streaming

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .distributions import RewardDistribution, get_family
 from .loading import load_trained
 from .modeling import DiscoRewardModel, ScaleHead
-from .scoring import TOKENS_PER_BATCH, chat_template_arguments, run_in_batches, tokenize
+from .scoring import TOKENS_PER_BATCH, run_in_batches
+from .tokenization import chat_template_arguments, tokenize
 from .transforms import Transform, get_transform, group_members
 
 

@@ -1,71 +1,29 @@
-"""From texts to rewards: tokens as training made them, through the model in batches of a bounded number of tokens.
+"""From tokens to rewards: through the model in batches of a bounded number of tokens.
 
 Everything that scores (reward functions, files, servers, evaluation) comes through here.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .distributions import RewardDistribution
-from .prefix_sharing import batches_by_unique_tokens, pack, prepare
+from .forest import batches_by_unique_tokens, pack
+from .prefix_sharing import prepare
 
+
+logger = logging.get_logger(__name__)
 
 TOKENS_PER_BATCH = 8192
-"""Tokens in a batch, padding counted, if nobody says otherwise; a longer text is a batch of its own."""
+"""Tokens in a batch, as many as are computed, if nobody says otherwise; a longer text is a batch of its own."""
 
 BUSY_TOKENS = 1024
 """Tokens that keep a device about as busy as more do. From there on a text joins a batch only if it is nearly as long
 as the longest: on two CPU cores that scores texts of mixed length 1.8 times as fast as filling the budget."""
 NEARLY_AS_LONG = 0.8
-
-
-def tokenize(
-    processing_class: PreTrainedTokenizerBase, content: str | list[dict[str, Any]], **chat_template_kwargs: Any
-) -> list[int]:
-    """
-    Token ids of a text, or of a conversation, as TRL's `RewardTrainer` makes them.
-
-    A text gets the end-of-text token unless it ends with it; a conversation goes through the chat template. Nothing is
-    ever truncated: a reward is read at the last token, and a text without its end is another text.
-    """
-    encoded: Any
-    if isinstance(content, str):
-        eos_token = processing_class.eos_token
-        encoded = processing_class(text=content if content.endswith(eos_token) else content + eos_token)
-    else:
-        encoded = processing_class.apply_chat_template(
-            content, tokenize=True, return_dict=True, **chat_template_kwargs
-        )
-    return encoded["input_ids"]
-
-
-def chat_template_arguments(example: dict[str, Any]) -> dict[str, Any]:
-    """What a row says to the chat template: its `tools` (a list, or JSON of one) and `chat_template_kwargs`."""
-    tools = example.get("tools")
-    return {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(example.get("chat_template_kwargs") or {}),
-    }
-
-
-def tokenize_pair(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """
-    Token ids of the chosen and of the rejected side of a row of a preference dataset, of any type that TRL documents:
-    plain text or messages, with or without a `prompt`, `tools` or `chat_template_kwargs`, or tokenized already.
-    """
-    if "chosen_ids" in example:
-        return example["chosen_ids"], example["rejected_ids"]
-    sides = []
-    for side in ("chosen", "rejected"):
-        content = example["prompt"] + example[side] if "prompt" in example else example[side]
-        sides.append(tokenize(processing_class, content, **chat_template_arguments(example)))
-    return sides[0], sides[1]
 
 
 def batches_by_tokens(sequences: Sequence[list[int]], tokens_per_batch: int) -> Iterator[list[int]]:
@@ -112,7 +70,8 @@ def run_in_batches(
     Args:
         model: a disco model, or any sequence classifier with one label; with or without a PEFT adapter.
         sequences: lists of token ids, none of them empty.
-        tokens_per_batch: tokens in a batch, padding counted.
+        tokens_per_batch: tokens in a batch: different ones where the model can share prefixes (see
+            `disco_trl.prefix_sharing`), else with padding.
         description: what a progress bar says; there is none without.
 
     Yields:
@@ -130,7 +89,10 @@ def run_in_batches(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        shares_prefixes = prepare(model) is None
+        refusal = prepare(model)
+        shares_prefixes = refusal is None
+        if not shares_prefixes and hasattr(model.config, "disco"):  # no news of a plain classifier
+            logger.warning_once(f"{model.config.name_or_path}: prefixes are not shared in scoring: {refusal}")
         divide = batches_by_unique_tokens if shares_prefixes else batches_by_tokens
         collate: Any = pack if shares_prefixes else _pad
         with logging.tqdm(total=len(sequences), desc=description, unit="text", disable=description is None) as bar:

@@ -29,7 +29,8 @@ from .arguments import add_loading_arguments, add_transform_arguments, transform
 from .batching import Batcher, QueueFullError, TooLargeError
 from .distributions import RewardDistribution
 from .reward import DiscoReward, prompt_key
-from .scoring import TOKENS_PER_BATCH, tokenize
+from .scoring import TOKENS_PER_BATCH
+from .tokenization import tokenize
 from .transforms import Transform, get_transform
 
 

@@ -10,8 +10,8 @@ from accelerate.utils import is_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from disco_trl.prefix_sharing import common_prefix
-from disco_trl.scoring import tokenize_pair
+from disco_trl.forest import common_prefix
+from disco_trl.tokenization import tokenize_pair
 from disco_trl.train import choose_split, load_preferences
 
 

@@ -28,7 +28,8 @@ from transformers import AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
-from disco_trl.scoring import score, tokenize, tokenize_pair
+from disco_trl.scoring import score
+from disco_trl.tokenization import tokenize, tokenize_pair
 from disco_trl.train import choose_split, load_preferences
 
 

@@ -41,7 +41,8 @@ from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
 from disco_trl.evaluation import centrality, pair_metrics, reliability_curve, spearman
-from disco_trl.scoring import score, tokenize, tokenize_pair
+from disco_trl.scoring import score
+from disco_trl.tokenization import tokenize, tokenize_pair
 from disco_trl.train import choose_split, load_preferences
 
 

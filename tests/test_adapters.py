@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from disco_trl import DiscoRewardModel
 from disco_trl.loading import ADAPTER_SETTINGS_FILE
-from disco_trl.scoring import score, tokenize
+from disco_trl.scoring import score
+from disco_trl.tokenization import tokenize
 
 
 CONVERSATION = [

@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import disco_trl.verl
 from disco_trl.client import RemoteReward, ScoreClient, ServerError
-from disco_trl.scoring import tokenize
+from disco_trl.tokenization import tokenize
 from disco_trl.transforms import get_transform
 
 

@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from disco_trl import DiscoRewardModel
 from disco_trl import export as export_module
 from disco_trl.export import ProofError, export, from_two_logits, main
-from disco_trl.scoring import run_in_batches, score, tokenize
+from disco_trl.scoring import run_in_batches, score
+from disco_trl.tokenization import tokenize
 
 
 # What heads differ in: a bias, a block around them, pooling by the first token, by the last, or as an average.

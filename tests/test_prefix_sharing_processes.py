@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from disco_trl import RewardDistribution
-from disco_trl.prefix_sharing import pack, prepare
+from disco_trl.forest import pack
+from disco_trl.prefix_sharing import prepare
 
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]

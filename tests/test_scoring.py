@@ -1,58 +1,11 @@
-"""`disco_trl.scoring`: tokenization against TRL's, scoring in batches against scoring one by one."""
+"""`disco_trl.scoring`: scoring in batches against scoring one by one."""
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
-from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardModel
-from disco_trl.scoring import batches_by_tokens, score, tokenize, tokenize_pair
-
-
-TOOL = {
-    "type": "function",
-    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
-}
-LAYOUTS = {
-    "text": {"chosen": "The film is good.", "rejected": "The film is bad."},
-    "text that ends already": {"chosen": "Good.<|im_end|>", "rejected": "Bad."},
-    "text with a prompt": {"prompt": "How is the film? ", "chosen": "Good.", "rejected": "Bad."},
-    "messages": {
-        "chosen": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Good."}],
-        "rejected": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Bad."}],
-    },
-    "messages with a prompt": {
-        "prompt": [{"role": "user", "content": "How?"}],
-        "chosen": [{"role": "assistant", "content": "Good."}],
-        "rejected": [{"role": "assistant", "content": "Bad."}],
-    },
-    "messages with tools": {
-        "prompt": [{"role": "user", "content": "How?"}],
-        "chosen": [{"role": "assistant", "content": "Good."}],
-        "rejected": [{"role": "assistant", "content": "Bad."}],
-        "tools": [TOOL],
-    },
-    "tokens": {"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pairs_are_tokenized_as_trl_does(layout, tiny_llama_dir, tiny_tokenizer, tmp_path):
-    row = LAYOUTS[layout]
-    trainer = RewardTrainer(
-        model=tiny_llama_dir,
-        args=RewardConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
-        train_dataset=Dataset.from_list([row]),
-        processing_class=tiny_tokenizer,
-    )
-    (expected,) = trainer.train_dataset
-    assert tokenize_pair(row, tiny_tokenizer) == (expected["chosen_ids"], expected["rejected_ids"])
-
-
-def test_long_texts_are_not_truncated(tiny_tokenizer):
-    tiny_tokenizer.model_max_length = 8
-    assert len(tokenize(tiny_tokenizer, "The film is good. " * 20)) > 100
+from disco_trl.scoring import batches_by_tokens, score
 
 
 SEQUENCES = [[7, 8, 9, 10, 2], [5, 2], [11, 12, 13, 2], [6, 2], [30, 31, 32, 33, 34, 35, 2]]
@@ -92,11 +45,15 @@ def test_a_disco_model_is_scored_with_its_scale_and_family(tiny_llama_dir):
 
 PROMPT = [7, 8, 9, 10, 11]
 FORESTS = {
-    # A system prompt of two tokens, two prompts, four and two answers: 2 + (3 + 4 * 2) + (4 + 2 * 2) different tokens.
-    "answers": ([[5, 6, *PROMPT[:3], n, 2] for n in (20, 21, 22, 23)] + [[5, 6, 30, 31, 32, 33, n, 2] for n in (20, 21)], 21),
+    # A system prompt of two tokens; under it a prompt of three with four answers of two, and one of four with two.
+    "answers": (
+        [[5, 6, *PROMPT[:3], last, 2] for last in (20, 21, 22, 23)]
+        + [[5, 6, 30, 31, 32, 33, last, 2] for last in (20, 21)],
+        2 + (3 + 4 * 2) + (4 + 2 * 2),
+    ),
     "a conversation at each turn": ([PROMPT, [*PROMPT, 12, 13], [*PROMPT, 12, 13, 14, 15, 16]], 10),
     "the same twice": ([PROMPT, [20, 21], PROMPT], 7),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORESTS)
@@ -116,6 +73,20 @@ def test_what_sequences_share_goes_through_the_model_once(case, tiny_llama_dir):
     assert shapes == [(1, -(-unique_tokens // 64) * 64)]  # one row, filled up to a multiple of 64
     torch.testing.assert_close(rewards.location, torch.cat([reward.location for reward in expected]))
     torch.testing.assert_close(rewards.scale, torch.cat([reward.scale for reward in expected]))
+
+
+def test_a_model_that_cannot_share_prefixes_is_padded_and_told_of_once(disco_dir, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    logging.warning_once.cache_clear()
+    model = DiscoRewardModel.from_pretrained(disco_dir("bert"))
+    for _ in range(2):
+        rewards = score(model, SEQUENCES)
+    with torch.no_grad():
+        expected = torch.cat([model.eval()(torch.tensor([ids])).logits[:, 0] for ids in SEQUENCES])
+    torch.testing.assert_close(rewards.location, expected)
+    assert caplog.text.count("not a disco model on a decoder") == 1
 
 
 def test_scoring_without_a_pad_token_is_an_error(tiny_llama_dir):

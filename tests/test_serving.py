@@ -18,8 +18,8 @@ from reward_server import held_up, serve, tiny_reward
 from tiny_training import TOOL
 from tokenizers.processors import TemplateProcessing
 
-from disco_trl.scoring import tokenize
 from disco_trl.serving import RenderedTexts, main
+from disco_trl.tokenization import tokenize
 from disco_trl.transforms import get_transform
 
 

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from disco_trl import prefix_sharing
+from disco_trl.forest import pack
 from disco_trl.modeling import upgrade
-from disco_trl.prefix_sharing import pack, prepare
+from disco_trl.prefix_sharing import prepare
 
 
 def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
