@@ -100,7 +100,8 @@ assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
 }
 
 contract_tests=()
-for path in tests/contracts tests/handoff tests/test_trainer.py tests/test_reward.py; do
+for path in tests/contracts tests/handoff tests/test_trainer.py tests/test_reward.py \
+    tests/test_preparation.py tests/test_sampling.py tests/test_prefix_sharing_training.py; do
     [[ -e $path ]] && contract_tests+=("$path")
 done
 mark=()
