@@ -115,10 +115,13 @@ class CertaintyEquivalent(Transform):
     def check_family(self, family: str) -> None:
         # No scale is small enough where even this one is too large.
         tiny = torch.tensor(self.beta * 1e-9, dtype=torch.float64)
-        get_family(family).certainty_equivalent(torch.zeros_like(tiny), tiny, self.beta)
+        kind = get_family(family)
+        start = kind.shape_from_raw(torch.zeros(len(kind.shape_names), dtype=torch.float64))
+        kind.certainty_equivalent(torch.zeros_like(tiny), tiny, self.beta, start)
 
     def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
-        return get_family(reward.family).certainty_equivalent(reward.location, reward.scale, self.beta)
+        family = get_family(reward.family)
+        return family.certainty_equivalent(reward.location, reward.scale, self.beta, reward.shape)
 
 
 @dataclass(frozen=True)

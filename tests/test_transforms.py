@@ -11,8 +11,13 @@ from disco_trl import RewardDistribution
 from disco_trl.transforms import TRANSFORMS, get_transform, group_members
 
 
+ALL_FAMILIES = ["normal", "cauchy", "logistic", "laplace", "mixture"]
+CAMPS = [0.2, 0.8]  # of every mixture here: a fifth likes the answer, and 0.64 of the variance lies between the camps
+
+
 def rewards(location, scale, family="normal", dtype=torch.float32):
-    return RewardDistribution(torch.tensor(location, dtype=dtype), torch.tensor(scale, dtype=dtype), family)
+    shape = torch.tensor([CAMPS] * len(location), dtype=dtype) if family == "mixture" else None
+    return RewardDistribution(torch.tensor(location, dtype=dtype), torch.tensor(scale, dtype=dtype), family, shape)
 
 
 TWO = rewards([1.5, -0.5], [0.5, 2.0])
@@ -42,6 +47,11 @@ def test_lower_bound():
         ("cauchy", 0.25, -1.0),
         # sigmoid(-log 3) = 1 / (1 + 3) = ¼.
         ("logistic", 0.25, -math.log(3)),
+        # ½ e^(-log 2) = ¼.
+        ("laplace", 0.25, -math.log(2)),
+        # Camps: 1/5 at 0.8 · √(0.8/0.2) = 1.6, 4/5 at -0.8 · √(0.2/0.8) = -0.4, both of standard deviation √(1 - 0.64)
+        # = 0.6. At z = -0.4:  1/5 · Φ(-2 / 0.6) + 4/5 · Φ(0) = 0.2 · 0.000429060 + 0.4 = 0.400085812.
+        ("mixture", 0.400085812, -0.4),
     ],
 )
 def test_quantile(family, q, standard):
@@ -65,6 +75,19 @@ def test_certainty_equivalent_of_the_logistic():
     assert got.item() == pytest.approx(2.0968346, abs=1e-6)
 
 
+def test_certainty_equivalent_of_the_laplace():
+    # μ - β log 1 / (1 - t²) with t = σ/β = ½: 3 + 2 log ¾ = 3 - 0.5753641 = 2.4246359.
+    got = get_transform("certainty_equivalent", beta=2.0)(rewards([3.0], [1.0], "laplace"))
+    assert got.item() == pytest.approx(2.4246359, abs=1e-6)
+
+
+def test_certainty_equivalent_of_the_mixture():
+    # With t = -σ/β = -½: E[e^(tε)] = (1/5 e^(-0.8) + 4/5 e^(0.2)) e^(0.36 · ¼ / 2) = 1.0669880 · 1.0460279
+    # = 1.1160992, so 3 - 2 · 0.1098397 = 2.7803206.
+    got = get_transform("certainty_equivalent", beta=2.0)(rewards([3.0], [1.0], "mixture"))
+    assert got.item() == pytest.approx(2.7803206, abs=1e-6)
+
+
 def certainty_equivalent_by_quadrature(family: str, location: float, scale: float, beta: float) -> float:
     """-β log ∫ e^(-r/β) f(r) dr, with 30 digits; the exponents are put together, since each alone overflows."""
     with mpmath.workdps(30):
@@ -72,6 +95,11 @@ def certainty_equivalent_by_quadrature(family: str, location: float, scale: floa
         if family == "normal":
             integral = mpmath.quad(
                 lambda z: mpmath.exp(t * z - z * z / 2) / mpmath.sqrt(2 * mpmath.pi), [-mpmath.inf, t, mpmath.inf]
+            )
+        elif family == "mixture":
+            integral = mpmath.quad(
+                lambda z: mpmath.exp(t * z) * (0.2 * mpmath.npdf(z, 1.6, 0.6) + 0.8 * mpmath.npdf(z, -0.4, 0.6)),
+                [-mpmath.inf, -0.4, 1.6, mpmath.inf],
             )
         else:
             # e^(tz) e^(-z) / (1 + e^(-z))² by u = F(z), z = log(u / (1-u)): ∫ u^t (1-u)^(-t) du over the unit
@@ -82,7 +110,7 @@ def certainty_equivalent_by_quadrature(family: str, location: float, scale: floa
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 1.0, 1.9, 1.999, 1.99999])
-@pytest.mark.parametrize("family", ["normal", "logistic"])
+@pytest.mark.parametrize("family", ["normal", "logistic", "mixture"])
 def test_certainty_equivalent_against_quadrature(family, scale):
     reward = rewards([0.7], [scale], family, torch.float64)
     expected = certainty_equivalent_by_quadrature(family, 0.7, scale, 2.0)
@@ -90,7 +118,7 @@ def test_certainty_equivalent_against_quadrature(family, scale):
 
 
 def test_certainty_equivalent_is_below_the_mean_and_tends_to_it():
-    for family in ("normal", "logistic"):
+    for family in ("normal", "logistic", "laplace", "mixture"):
         values = [
             get_transform("certainty_equivalent", beta=beta)(rewards([1.0], [0.5], family)).item()
             for beta in (0.6, 1.0, 10.0, 1e6)
@@ -110,16 +138,17 @@ def test_cauchy_has_no_certainty_equivalent_whatever_beta(beta):
         get_transform("certainty_equivalent", beta=beta).check_family("cauchy")
 
 
+@pytest.mark.parametrize("family", ["logistic", "laplace"])
 @pytest.mark.parametrize("scale", [2.0, 2.5])
-def test_logistic_has_none_from_scale_beta_on(scale):
+def test_logistic_and_laplace_have_none_from_scale_beta_on(family, scale):
     transform = get_transform("certainty_equivalent", beta=2.0)
-    transform.check_family("logistic")  # most scales are below
+    transform.check_family(family)  # most scales are below
     with pytest.raises(ValueError, match=rf"scales below beta=2\.0 \(the largest scale is {scale:.4g}\)"):
-        transform(rewards([0.0, 0.0], [0.1, scale], "logistic"))
+        transform(rewards([0.0, 0.0], [0.1, scale], family))
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "certainty_equivalent"])
-@pytest.mark.parametrize("family", ["normal", "cauchy", "logistic"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_others_exist_for_every_family(name, family):
     get_transform(name).check_family(family)
 
@@ -169,15 +198,16 @@ def test_win_rate_by_hand():
     assert got.tolist() == pytest.approx([0.9092973, 0.8413447, 0.5, 0.5, 0.1586553, 0.0907027], abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["normal", "cauchy", "logistic"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_win_rate_is_free_of_the_unit(family):
     generator = torch.Generator().manual_seed(0)
     location = torch.randn(12, generator=generator, dtype=torch.float64)
     scale = torch.rand(12, generator=generator, dtype=torch.float64) + 0.1
     group = torch.tensor([0, 1, 2] * 4)
     transform = get_transform("win_rate")
-    one = transform(RewardDistribution(location, scale, family), group)
-    other = transform(RewardDistribution(7.3 * location - 41.0, 7.3 * scale, family), group)
+    shape = torch.rand(12, 2, generator=generator, dtype=torch.float64) if family == "mixture" else None
+    one = transform(RewardDistribution(location, scale, family, shape), group)
+    other = transform(RewardDistribution(7.3 * location - 41.0, 7.3 * scale, family, shape), group)
     torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
     assert one.min() < 0.4 < 0.6 < one.max()
     # Wins of one are losses of another: each group's mean is ½.
@@ -214,11 +244,11 @@ def test_sample_does_not_touch_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("family", ["normal", "cauchy", "logistic"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_sample_has_the_quantiles_of_the_family(family):
     n = 20_000
     reward = rewards([1.5], [0.5], family, torch.float64)
-    many = RewardDistribution(reward.location.expand(n), reward.scale.expand(n), family)
+    many = reward.map(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
     draws = get_transform("sample", seed=1)(many).sort().values
     # Kolmogorov and Smirnov: sup |F_n - F| exceeds 1.95/√n = 0.0138 once in a thousand seeds; this one is fixed.
     empirical = torch.arange(n, dtype=torch.float64) / n
