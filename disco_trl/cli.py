@@ -14,6 +14,7 @@ COMMANDS = {
     "score": ("annotation", "add location, scale and reward to each row of a dataset"),
     "filter": ("filtering", "keep, drop or flip preference pairs by predicted probability and uncertainty"),
     "best-of-n": ("candidates", "pick the best of several answers to each prompt"),
+    "data": ("data_tools", "check a preference dataset, or convert another format to one"),
     "export": ("export", "merge an adapter; write a plain scalar, a two-logit or a disco checkpoint"),
     "serve": ("serving", "answer requests for rewards over HTTP"),
 }

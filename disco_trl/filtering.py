@@ -33,6 +33,7 @@ from transformers.utils import logging
 from .annotation import Annotator, Answers
 from .arguments import add_data_arguments, add_model_arguments, load_reward
 from .data import LEGACY_TOKENIZED_PAIR, TEXT_PAIR, TOKENIZED_PAIR
+from .judgements import VOTES
 from .rows import Row, RowWriter, check_output, chunks, open_rows, parquet_features, refuse_clash
 
 
@@ -132,10 +133,11 @@ class PairFilter:
         self.swaps = {one: other for one, other in others.items() if other in columns}
         if rules.flip_below is not None:
             refuse_clash(columns, ["flipped"], "rename it in the data")
-            if "margin" in columns:
+            sided = {"margin", *VOTES, "preference_probability", "tie"} & {*columns}
+            if sided:
                 raise ValueError(
-                    "column 'margin': says by how much the chosen answer is better, which is wrong for a pair that is "
-                    "flipped; remove it, or leave out flip_below"
+                    f"column {min(sided)!r}: says how the chosen answer compares with the rejected one, which is "
+                    "wrong for a pair that is flipped; remove it, or leave out flip_below"
                 )
 
     def __call__(self, rows: list[Row], first: int = 0) -> list[Row]:

@@ -134,8 +134,9 @@ def test_pairs_that_cannot_be_filtered():
         ValueError, match=r"column 'prob_chosen' and 'scale_chosen': missing, the pairs are not scored"
     ):
         PairFilter(Rules(min_prob=0.1), ["chosen", "rejected", "scale_rejected"])
-    with pytest.raises(ValueError, match=r"column 'margin': .* remove it, or leave out flip_below"):
-        PairFilter(Rules(flip_below=0.1), [*columns, "margin"])
+    for sided in ("margin", "chosen_votes", "preference_probability", "tie"):
+        with pytest.raises(ValueError, match=f"column '{sided}': .* remove it, or leave out flip_below"):
+            PairFilter(Rules(flip_below=0.1), [*columns, sided])
     PairFilter(Rules(min_prob=0.1), [*columns, "margin"])
     with pytest.raises(ValueError, match=r"column 'flipped': the data has one of this name already"):
         PairFilter(Rules(flip_below=0.1), [*columns, "flipped"])
