@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from .distributions import RewardDistribution
 from .scoring import TOKENS_PER_BATCH, score
 
@@ -178,9 +176,7 @@ class Batcher:
             job.scored.append(rewards[first : first + len(part)])
             first += len(part)
             if sum(map(len, job.scored)) == len(job.sequences):
-                location = torch.cat([scored.location for scored in job.scored])
-                scale = torch.cat([scored.scale for scored in job.scored])
-                self._deliver(job, RewardDistribution(location, scale, rewards.family))
+                self._deliver(job, RewardDistribution.cat(job.scored))
 
     def _deliver(self, job: _Job, result: RewardDistribution | Exception) -> None:
         def settle() -> None:

@@ -125,12 +125,15 @@ class RemoteReward(RewardFunction):
     ) -> tuple[RewardDistribution, Tensor]:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; they go together row by row")
-        location, scale = [], []
+        found: dict[str, list[Any]] = {name: [] for name in ("location", "scale", "shape", "location_error")}
         for items in self._requests(prompts, completions, columns):
             for result in self.client.score(items=items, transform="mean")["results"]:
-                location.append(result["location"])
-                scale.append(result["scale"])
-        rewards = RewardDistribution(torch.tensor(location), torch.tensor(scale), self.family.name)
+                for name, values in found.items():
+                    values.append(result.get(name))
+        location, scale = (torch.tensor(found.pop(name)) for name in ("location", "scale"))
+        # What this family or model has no number for
+        known = {name: torch.tensor(values) for name, values in found.items() if values and None not in values}
+        rewards = RewardDistribution(location, scale, self.family.name, **known)
         return rewards, torch.empty(len(rewards), 0)
 
     def _requests(

@@ -25,8 +25,24 @@ class DiscoRewardConfig(RewardConfig):
             `fixed_scale=2**-0.5` is Bradley–Terry, TRL's own loss. If `None`, a disco checkpoint keeps its own
             setting, and any other model learns a scale for each answer.
 
+        location_error (`bool`, *optional*):
+            Whether to learn how far the model's locations are off, apart from how much people disagree: an error that
+            all judgements about an answer share. Several votes on a pair, or several ratings of an answer, tell the
+            two apart; one does not. If `None`, it is learned where the training data have such repetitions.
+        tie_width (`float`, *optional*):
+            Half-width of the band within which two rewards are called equal, in units of reward, for datasets with
+            `tie` or with equal `ranks`. If `None`, it is learned where there are ties.
+        label_noise (`float`, *optional*, defaults to `0.0`):
+            Probability that a vote says the opposite of what was meant, below ½. If `None`, it is learned.
+        rating_values (`list[float]`, *optional*):
+            The ratings that `chosen_rating` and `rejected_rating` may hold, ascending. If `None`, those that the
+            training data have (of a stream, its first 1,000 rows).
+
         > Parameters that control the training
 
+        weigh_by (`str`, *optional*, defaults to `"pair"`):
+            What has weight 1 in the loss: `"pair"`, all that is said in a row of the dataset together; or `"vote"`,
+            each vote, rating and ranked pair. The column `weight` multiplies either.
         prefix_sharing (`bool`, *optional*, defaults to `True`):
             Compute what the sequences of a batch have in common from the front (the prompt of a pair, a system prompt
             of all) once, and without padding. The losses and gradients of each pair are the same to rounding. It works
@@ -65,6 +81,42 @@ class DiscoRewardConfig(RewardConfig):
             "its own setting, and any other model learns a scale for each answer."
         },
     )
+    location_error: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to learn how far the model's locations are off, apart from how much people disagree. "
+            "Several votes on a pair, or several ratings of an answer, tell the two apart; one does not. If `None`, "
+            "it is learned where the training data have such repetitions."
+        },
+    )
+    tie_width: float | None = field(
+        default=None,
+        metadata={
+            "help": "Half-width of the band within which two rewards are called equal, in units of reward. If `None`, "
+            "it is learned where there are ties."
+        },
+    )
+    label_noise: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a vote says the opposite of what was meant, below 0.5. If `None`, it is learned."
+        },
+    )
+    rating_values: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "The ratings that `chosen_rating` and `rejected_rating` may hold, ascending. If `None`, those "
+            "that the training data have."
+        },
+    )
+    weigh_by: str = field(
+        default="pair",
+        metadata={
+            "help": "What has weight 1 in the loss: 'pair', all that is said in a row of the dataset together; or "
+            "'vote', each vote, rating and ranked pair. The column `weight` multiplies either.",
+            "choices": ["pair", "vote"],
+        },
+    )
     prefix_sharing: bool = field(
         default=True,
         metadata={
@@ -90,6 +142,18 @@ class DiscoRewardConfig(RewardConfig):
             get_family(self.reward_family)
         if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
             raise ValueError(f"fixed_scale={self.fixed_scale!r} must be a positive, finite number")
+
+        # What is learned beside the rewards
+        if self.tie_width is not None and not 0 < self.tie_width < float("inf"):
+            raise ValueError(f"tie_width={self.tie_width!r} must be a positive, finite number, or None to learn it")
+        if self.label_noise is not None and not 0 <= self.label_noise < 0.5:
+            raise ValueError(f"label_noise={self.label_noise!r} must be at least 0 and below 0.5, or None to learn it")
+        if self.rating_values is not None and (
+            len(self.rating_values) < 2 or sorted({*self.rating_values}) != list(self.rating_values)
+        ):
+            raise ValueError(f"rating_values={self.rating_values!r} must be two or more numbers, ascending")
+        if self.weigh_by not in ("pair", "vote"):
+            raise ValueError(f"weigh_by={self.weigh_by!r} must be 'pair' or 'vote'")
 
         # What makes up a batch
         strategy = getattr(self, "train_sampling_strategy", None)

@@ -9,16 +9,18 @@ trainer can name the rows of a batch that goes wrong.
 import difflib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
+
+from .judgements import JUDGEMENT_COLUMNS, RANKING, Problem, is_missing
+from .judgements import find_problem as find_judgement_problem
 
 
 logger = logging.getLogger(__name__)
@@ -28,11 +30,13 @@ ROW_COLUMN = "row_index"
 TOKENIZED_PAIR = ("chosen_ids", "rejected_ids")
 LEGACY_TOKENIZED_PAIR = ("chosen_input_ids", "rejected_input_ids")
 TEXT_PAIR = ("chosen", "rejected")
+RANKED_IDS = "completion_ids"
+"""Token ids of all answers of a ranking, each after the prompt."""
 
 # Columns that TRL reads: never taken for a misspelling of another one.
 KNOWN_COLUMNS = {
     *(*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR),
-    *(*TEXT_PAIR, "prompt", "completion", "messages", "margin", "tools", "chat_template_kwargs"),
+    *(*TEXT_PAIR, "prompt", "completion", "messages", "tools", "chat_template_kwargs", *JUDGEMENT_COLUMNS, *RANKING),
 }
 
 # What other tools and well-known datasets call TRL's columns, most telling first.
@@ -49,14 +53,6 @@ SYNONYMS = {
 }
 
 ROLES_AT_THE_FRONT = ("system", "developer")
-
-
-class Problem(NamedTuple):
-    """What is wrong with a row: where, what, and how to mend it."""
-
-    column: str
-    wrong: str
-    mend: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def check_preferences(
 
     # Row 0 by itself and first: the format of all other rows is compared with it.
     _number_checked_row(first_row, 0, **arguments)
-    columns_read = {"prompt", *layout.pair, "margin", "tools", "chat_template_kwargs"}
+    columns_read = {"prompt", *layout.pair, "tools", "chat_template_kwargs", *JUDGEMENT_COLUMNS}
     dataset.with_format(None).select_columns([name for name in dataset.column_names if name in columns_read]).map(
         _check_batch,
         with_indices=True,
@@ -249,9 +245,24 @@ def find_problem(row: dict[str, Any], layout: Layout) -> Problem | None:
         problems = chain(_text_problems(row), _rendering_problems(row))
     else:
         problems = chain(_conversation_problems(row), _rendering_problems(row))
-    if "margin" in row:
-        problems = chain(problems, [_margin_problem(row["margin"])])
-    return next(filter(None, problems), None)
+    return next(filter(None, problems), None) or find_judgement_problem(row)
+
+
+def find_ranking_problem(row: dict[str, Any], layout: Layout) -> Problem | None:
+    """The first thing wrong with a row of ranked `completions`, if there is any."""
+    if (problem := find_judgement_problem(row)) is not None:
+        return problem
+    if (side := next((side for side in TEXT_PAIR if not is_missing(row.get(side))), None)) is not None:
+        return Problem(side, "given beside ranked completions", "put pairs and rankings into different rows")
+    # What makes a pair sound makes each of its answers sound, so an answer is checked as both sides of one.
+    names = ("prompt", "tools", "chat_template_kwargs")
+    read = {name: row[name] for name in names if not is_missing(row.get(name))}
+    for index, answer in enumerate(row["completions"]):
+        problem = find_problem(read | dict.fromkeys(TEXT_PAIR, answer), layout)
+        if problem is not None:
+            column = "completions" if problem.column in TEXT_PAIR else problem.column
+            return problem._replace(column=column, wrong=f"answer {index}: {problem.wrong}")
+    return None
 
 
 def _token_problem(column: str, ids: Any) -> Problem | None:
@@ -363,13 +374,6 @@ def _rendering_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
     if "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], dict):
         wrong = f"{_format_of(row['chat_template_kwargs'])} where a dict should be"
         yield Problem("chat_template_kwargs", wrong, "give every row a dict ({} for none)")
-
-
-def _margin_problem(margin: Any) -> Problem | None:
-    number = margin.item() if hasattr(margin, "item") else margin
-    if type(number) in (int, float) and math.isfinite(number):
-        return None
-    return Problem("margin", f"{number!r} is not a finite number", "give every row a number (0.0 for no margin)")
 
 
 def _format_of(value: Any) -> str:

@@ -90,6 +90,33 @@ def pair_metrics(log_prob: ArrayLike, margin: ArrayLike) -> dict[str, float]:
     }
 
 
+def paired_bootstrap(
+    ours: ArrayLike, theirs: ArrayLike, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """
+    The mean difference of two models on the same pairs, and an interval for it.
+
+    Args:
+        ours, theirs: a figure of each pair, such as its negative log-likelihood, of one model and of the other: `[N]`,
+            or `[seeds, N]` for runs that were made in pairs.
+        draws: of the bootstrap. Each resamples the pairs, and the seeds if there are several.
+        level: of the interval (percentile method; B. Efron, 1979).
+        seed: of the draws.
+
+    Returns:
+        The mean of ours − theirs, and the lower and upper end of its interval.
+    """
+    difference = np.atleast_2d(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))
+    runs, count = difference.shape
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for draw in range(draws):
+        weight = rng.multinomial(count, np.full(count, 1 / count))
+        means[draw] = (difference[rng.integers(runs, size=runs)] @ weight).mean() / count
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(difference.mean()), float(low), float(high)
+
+
 # Texts to figures, where people's own ratings of each text are known
 
 

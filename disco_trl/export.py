@@ -31,6 +31,9 @@ under `reward_distribution`. Without disco-trl, and for a location and scale in 
     raw = (logits[1] - constants["raw_scale_offset"]) / constants["max_log_scale"]
     location, scale = logits[0], constants["unit_scale"] * exp(constants["max_log_scale"] * tanh(raw))
 
+A learned location error (`score.likelihood`) is not among them: probabilities from a two-logit model are those of σ
+alone, and by that too sure.
+
 The logits must come as they are. `problem_type` is `"regression"`, which tells Transformers' pipelines and vLLM's
 `classify` to apply neither softmax nor sigmoid (to any other endpoint of vLLM pass `use_activation=False`); of SGLang
 use `/classify`, because `/v1/classify` applies a softmax. Texts must be tokenized as in training, end-of-text token
@@ -62,9 +65,10 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .distributions import RewardDistribution
+from .distributions import RewardDistribution, get_family
+from .heads import MAX_LOG_SCALE, DiscoHead
 from .loading import load_trained
-from .modeling import MAX_LOG_SCALE, DiscoHead, DiscoRewardModel
+from .modeling import OWN_OUTPUTS, DiscoRewardModel
 from .scoring import run_in_batches
 from .tokenization import tokenize
 
@@ -246,6 +250,11 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
             f"{path}: its scale is fixed at {scale.fixed_scale:g} and no function of the hidden state, so a second "
             "logit would say nothing; use --to scalar"
         )
+    if to == "two-logit" and get_family(inner.config.disco["reward_family"]).shape_names:
+        raise ValueError(
+            f"{path}: a {inner.config.disco['reward_family']!r} reward has shape parameters beside location and "
+            "scale, which two logits cannot hold; use --to scalar or --to disco"
+        )
     if to != "scalar" and scale.fixed_scale is None and not bool(scale.weight.any()):
         raise ValueError(f"{path}: no scale was learned, all answers would get the same one; use --to scalar")
 
@@ -338,7 +347,7 @@ def _write(source: Any, folder: Path, to: str, dtype: torch.dtype) -> None:
 def _make_plain(config: Any) -> None:
     """Take our own entries out of a config, and say that logits are numbers and not scores of classes."""
     del config.disco
-    ignored = [key for key in config.keys_to_ignore_at_inference if key not in ("scale", "pooled_hidden_state")]
+    ignored = [key for key in config.keys_to_ignore_at_inference if key not in OWN_OUTPUTS]
     del config.keys_to_ignore_at_inference
     if ignored != getattr(config, "keys_to_ignore_at_inference", []):
         config.keys_to_ignore_at_inference = ignored

@@ -30,7 +30,8 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from .modeling import DiscoHead, disco_class, resolve_settings
+from .heads import DiscoHead
+from .modeling import disco_class, merge_likelihood, resolve_settings
 
 
 logger = logging.get_logger(__name__)
@@ -83,7 +84,12 @@ def load_trained(path: str, **kwargs: Any) -> Any:
 
 
 def _load_full(
-    path: str, hub_kwargs: dict[str, Any], reward_family: str | None, fixed_scale: float | None, kwargs: dict[str, Any]
+    path: str,
+    hub_kwargs: dict[str, Any],
+    reward_family: str | None,
+    fixed_scale: float | None,
+    kwargs: dict[str, Any],
+    likelihood: dict[str, Any] | None = None,
 ) -> Any:
     # Config: what is this checkpoint, and can it be a reward model at all?
     # These say how to load and not what: the config must not absorb them.
@@ -100,6 +106,8 @@ def _load_full(
     is_reward_model = _is_reward_model(config, path)
     stored = getattr(config, "disco", None)
     settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
+    if likelihood:
+        settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), likelihood, path)
     stock = _stock_class(config, path, trust_remote_code, hub_kwargs)
     config.num_labels = 1
     config.disco = settings
@@ -163,7 +171,8 @@ def _load_adapter(
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if peft_config.revision is not None:
         base_kwargs["revision"] = peft_config.revision
-    base = _load_full(peft_config.base_model_name_or_path, base_kwargs, reward_family, fixed_scale, kwargs)
+    likelihood = None if stored is None else stored.get("likelihood")
+    base = _load_full(peft_config.base_model_name_or_path, base_kwargs, reward_family, fixed_scale, kwargs, likelihood)
 
     # The adapter has to bring whatever its base has not, and the whole head if it was trained with it
     head, scale = base.head_name, f"{base.head_name}.scale"
@@ -249,7 +258,7 @@ def keep_to_one_family(model: Any) -> None:
 
 def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
-    own = {name: base.config.disco[name] for name in ("reward_family", "fixed_scale")}
+    own = base.config.disco
     settings_file = _find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
     weights_file = _find_file(path, "adapter_model.safetensors", hub_kwargs)
     if settings_file is not None:
@@ -366,7 +375,8 @@ def _check_complete(
             f"{path}: the reward head {model.head_name!r} came out as {type(head).__name__} in {head.weight.dtype}; "
             "leave it out of quantization"
         )
-    scale_keys = {f"{model.head_name}.scale.{name}" for name in head.scale.state_dict()}
+    # All that the head has beside the location row
+    scale_keys = {f"{model.head_name}.{name}" for name in head.state_dict() if "." in name}
     # Of a language model's own weights only an encoder's pooler may be fresh.
     backbone = f"{model.base_model_prefix}."
     if lost := sorted(key for key in missing if key.startswith(backbone) and ".pooler." not in key):

@@ -1,9 +1,9 @@
 """The model: a Hugging Face sequence classifier whose one-number head also says how wide the reward is.
 
-What changes in a stock classifier is its last `nn.Linear` alone. That layer becomes a :class:`DiscoHead`: the same
-layer with the same weight under the same name (the location row), plus a small submodule `scale`. Hence a saved
-checkpoint is a plain scalar reward model to any other tool, which ignores the keys under `scale`, and a live one
-answers `model(**inputs).logits` and `model.score(hidden_states)` with the location.
+What changes in a stock classifier is its last `nn.Linear` alone. That layer becomes a `DiscoHead` (`heads.py`): the
+same layer with the same weight under the same name (the location row), plus a few small submodules. Hence a saved
+checkpoint is a plain scalar reward model to any other tool, which ignores the keys of these, and a live one answers
+`model(**inputs).logits` and `model.score(hidden_states)` with the location.
 
 Hugging Face pools differently in each architecture, and its own pooling is the only right one for a checkpoint that
 it must also load. So while the stock `forward` runs, the head lets its input through: whether the stock code picks a
@@ -18,8 +18,7 @@ import functools
 import math
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,169 +27,29 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .distributions import RewardDistribution, get_family
+from .heads import THREAD, DiscoHead, LikelihoodHead, ScaleHead, ShapeHead
+from .likelihood import Responses
 from .prefix_sharing import as_attention_mask
 
 
 # The last layer of the classifiers in transformers that end in a plain linear map. One that goes on after it (an
 # activation, a second projection) has another name and is refused, because hidden states would not pass it.
 HEAD_LAYER_NAMES = ("score", "classifier", "out_proj")
-# log σ stays within this distance of the family's unit: σ never leaves the range in which log P is tested.
-MAX_LOG_SCALE = math.log(1e3)
-# `is_pooling` is true while a model's `forward` runs the stock one. By thread: a server may call a model from several.
-_THREAD = threading.local()
-
-
-class ScaleHead(nn.Module):
-    """The scale of a reward from its hidden state h: σ = u · exp(L tanh(raw / L)), raw = weight · (h - mean_hidden).
-
-    u is the family's unit (`Family.unit_scale`) and L is :data:`MAX_LOG_SCALE`; near the unit log(σ / u) = raw. The
-    weight starts at zero, so that a new model gives every answer the scale u and takes no random numbers. With
-    `fixed_scale` there is no parameter and σ is that number.
-
-    The likelihood of a preference does not change when all locations and scales are multiplied by one number: left
-    alone, both drift along that direction (it is the model's gauge). Here it is gone by construction. `mean_hidden` is
-    the mean hidden state of the training rows, so that log(σ / u) has mean zero over them whatever the weight is: the
-    geometric mean of the scales is the family's unit, and one unit of reward stays about one logit. Nothing pulls on
-    any row's own scale, nothing depends on the batch size or on the number of processes, and nothing needs tuning.
-
-    It is not an `nn.Linear`, which quantizers and `all-linear` adapters would take for one of the backbone's.
-
-    Beside the mean it keeps what the training rows looked like, so that whoever optimizes a policy against the reward
-    can be told when the policy's answers look otherwise (:meth:`traits`). Buffers, all of them running moments:
-
-    Attributes:
-        weight: parameter `[1, H]`.
-        mean_hidden, var_hidden: `[H]`, of the pooled hidden states of the training rows.
-        mean_traits, var_traits: `[3]`, of the rows' :meth:`traits`.
-        rows_seen: scalar, how many rows these are moments of.
-    """
-
-    mean_hidden: Tensor
-    var_hidden: Tensor
-    mean_traits: Tensor
-    var_traits: Tensor
-    rows_seen: Tensor
-
-    def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
-        super().__init__()
-        self.unit_scale = unit_scale
-        self.fixed_scale = fixed_scale
-        if fixed_scale is None:
-            shapes = {"mean_hidden": hidden_size, "var_hidden": hidden_size, "mean_traits": 3, "var_traits": 3}
-            self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
-            for name, size in shapes.items():
-                self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
-            self.register_buffer("rows_seen", torch.zeros((), dtype=torch.float32, device=device))
-
-    def init_weights(self) -> None:
-        """Zero everything that a checkpoint did not bring (Hugging Face's `init` skips what it did)."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            init.zeros_(tensor)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """σ `[..., 1]`, positive, of hidden states `[..., H]`."""
-        if self.fixed_scale is not None:
-            return hidden_states.new_full((*hidden_states.shape[:-1], 1), self.fixed_scale)
-        dtype = hidden_states.dtype
-        raw = F.linear(hidden_states - self.mean_hidden.to(dtype), self.weight.to(dtype))
-        return self.unit_scale * torch.exp(MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE))
-
-    @torch.no_grad()
-    def traits(self, hidden_states: Tensor, location: Tensor, scale: Tensor) -> Tensor:
-        """What is compared between training rows and others, `[B, 3]`.
-
-        Location; log(σ / u); and the log of how far the pooled hidden state lies from those of the training rows, as
-        the mean over dimensions of its squared distance from their mean, each in units of their variance.
-
-        Args:
-            hidden_states: pooled, `[B, H]`.
-            location, scale: `[B, 1]`.
-        """
-        deviation = hidden_states.float() - self.mean_hidden
-        distance = (deviation.square() / self.var_hidden.clamp_min(1e-12)).mean(dim=-1, keepdim=True)
-        return torch.cat([location, (scale / self.unit_scale).log(), distance.clamp_min(1e-12).log()], dim=-1).float()
-
-    @torch.no_grad()
-    def track(
-        self,
-        hidden_states: Tensor,
-        location: Tensor,
-        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        memory: float = 512,
-    ) -> None:
-        """Bring the running moments up to date with one step's rows.
-
-        The weight of a row decays with the number of rows since (e-fold in `memory` rows), and not of steps, so that
-        it does not depend on the batch size.
-
-        Args:
-            hidden_states: pooled, `[B, H]`, of this process.
-            location: `[B, 1]`.
-            gather: puts the `[1, ...]` of each process together to `[processes, ...]`.
-            memory: rows.
-        """
-
-        def update(mean: Tensor, var: Tensor, values: Tensor, share: Tensor) -> None:
-            # Each about its own mean (the processes', the step's, the running one), and the means' differences added:
-            # moments about one point would cancel where the means are large, as those of hidden states are.
-            own_var, own_mean = torch.var_mean(values, dim=0, correction=0)
-            means, variances = gather(torch.stack([own_mean, own_var])[None]).unbind(dim=1)
-            step_mean = means.mean(dim=0)
-            step_var = variances.mean(dim=0) + means.var(dim=0, correction=0)
-            shift = step_mean - mean
-            mean += share * shift
-            var.lerp_(step_var + (1 - share) * shift.square(), share)
-
-        hidden_states = hidden_states.float()
-        rows = gather(self.rows_seen.new_tensor([len(hidden_states)])).sum()
-        self.rows_seen += rows
-        # The new rows' part of all weights so far: of a long run 1 - exp(-rows / memory), of the first step 1.
-        share = torch.expm1(-rows / memory) / torch.expm1(-self.rows_seen / memory)
-        update(self.mean_hidden, self.var_hidden, hidden_states, share)
-        update(self.mean_traits, self.var_traits, self.traits(hidden_states, location, self(hidden_states)), share)
-
-
-class DiscoHead(nn.Linear):
-    """A classifier's last layer, which is the location row, with a :class:`ScaleHead` beside it.
-
-    It works in float32 whatever the backbone's dtype: rewards are compared by their differences, and bfloat16 keeps
-    three digits.
-    """
-
-    scale: ScaleHead
-
-    @classmethod
-    def convert(cls, layer: nn.Linear, unit_scale: float, fixed_scale: float | None) -> DiscoHead:
-        """Make a head of this very layer: its parameters stay the same objects."""
-        layer.__class__ = cls
-        head = cast(DiscoHead, layer.to(torch.float32))
-        head.scale = ScaleHead(head.in_features, unit_scale, fixed_scale, head.weight.device)
-        head.scale.requires_grad_(head.weight.requires_grad)
-        return head
-
-    def forward(self, hidden_states: Tensor, with_scale: bool = False) -> Tensor:
-        """`[..., H]` to the location `[..., 1]`, or to location and scale `[..., 2]`; unchanged during `_pooling`."""
-        if getattr(_THREAD, "is_pooling", False):
-            return hidden_states
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.to(torch.promote_types(self.weight.dtype, torch.float32))
-            bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
-            location = F.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
-            return torch.cat([location, self.scale(hidden_states)], dim=-1) if with_scale else location
+# Fields of the output that a stock classifier does not have; `compute_metrics` gets the others.
+OWN_OUTPUTS = ("scale", "raw_shape", "likelihood", "pooled_hidden_state")
 
 
 @contextlib.contextmanager
 def _pooling() -> Iterator[None]:
     """While it lasts, heads let their input through, for stock code to pool."""
-    _THREAD.is_pooling = True
+    THREAD.is_pooling = True
     try:
         yield
     finally:
-        _THREAD.is_pooling = False
+        THREAD.is_pooling = False
 
 
 @dataclass
@@ -201,6 +60,8 @@ class RewardModelOutput(ModelOutput):
         loss: mean squared error of the location, if `labels` were passed (as a stock one-label classifier does).
         logits: Tensor `[B, 1]`, the location.
         scale: Tensor `[B, 1]`, positive.
+        raw_shape: Tensor `[B, S]`, of a family with S shape parameters.
+        likelihood: Tensor `[B, J]`, what the model has learned of how people answer, the same in each row.
         pooled_hidden_state: Tensor `[B, H]`, what the head saw of each row, without gradient.
     """
 
@@ -210,6 +71,8 @@ class RewardModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     scale: Tensor | None = None
+    raw_shape: Tensor | None = None
+    likelihood: Tensor | None = None
     pooled_hidden_state: Tensor | None = None
 
 
@@ -286,10 +149,39 @@ class DiscoRewardModel(_Stock):
         Returns:
             :class:`RewardDistribution` with location and scale of shape `[B]`, in float32.
         """
-        output = self(**inputs)
+        return self.rewards_of(self(**inputs))
+
+    def split_columns(self, columns: Tensor) -> dict[str, Any]:
+        """What a :class:`DiscoHead` gives `with_scale`, `[..., 2 + S + J]`, as fields of the output."""
+        shape_size = len(get_family(self.config.disco["reward_family"]).shape_names)
+        sizes = [1, 1, shape_size, columns.shape[-1] - 2 - shape_size]
+        names = ("logits", "scale", "raw_shape", "likelihood")
+        parts = zip(names, columns.split(sizes, dim=-1), sizes, strict=True)
+        return {name: part for name, part, size in parts if size}
+
+    def rewards_of(self, output: RewardModelOutput) -> RewardDistribution:
+        """The distributions `[B]` that a `forward` of this model has come to."""
+        family = get_family(self.config.disco["reward_family"])
+        shape = output.raw_shape
+        error = self._learned(output).get("location_error")
         return RewardDistribution(
-            output.logits.squeeze(-1), output.scale.squeeze(-1), self.config.disco["reward_family"]
+            cast(Tensor, output.logits).squeeze(-1),
+            cast(Tensor, output.scale).squeeze(-1),
+            family.name,
+            shape=None if shape is None else family.shape_from_raw(shape),
+            location_error=None if error is None else error.squeeze(-1),
         )
+
+    def responses_of(self, output: RewardModelOutput) -> Responses:
+        """How people answer, as far as this model has learned it."""
+        learned = {name: value[0] for name, value in self._learned(output).items() if name != "location_error"}
+        return Responses(**learned)
+
+    def _learned(self, output: RewardModelOutput) -> dict[str, Tensor]:
+        if output.likelihood is None:
+            return {}
+        head = cast(LikelihoodHead, self._head.likelihood)
+        return dict(zip(head.names, output.likelihood.split(head.sizes, dim=-1), strict=True))
 
     def as_scalar(self, transform: str = "mean", **options: Any) -> nn.Module:
         """This model with a plain number for a reward, for PPO's `reward_model=`: see `disco_trl.scalar.ScalarReward`.
@@ -307,10 +199,14 @@ class DiscoRewardModel(_Stock):
         return ScalarReward(self, transform, **options)
 
     @property
+    def _head(self) -> DiscoHead:
+        # PEFT's wrapper of a trained module hands attributes on to the active copy.
+        return functools.reduce(getattr, self.head_name.split("."), cast(Any, self))
+
+    @property
     def scale_head(self) -> ScaleHead:
         """The scale head in use: that of the active adapter, if there is one."""
-        # PEFT's wrapper of a trained module hands attributes on to the active copy.
-        return functools.reduce(getattr, [*self.head_name.split("."), "scale"], cast(Any, self))
+        return self._head.scale
 
     def named_reward_heads(self) -> Iterator[tuple[str, DiscoHead]]:
         """Name and module of the head and of the copies that PEFT keeps of it."""
@@ -320,20 +216,35 @@ class DiscoRewardModel(_Stock):
             if stock_name == self.head_name and isinstance(module, nn.Linear):
                 yield name, cast(DiscoHead, module)
 
+    def start_thresholds(self, ratings: Mapping[float, int]) -> None:
+        """Begin with the thresholds at which rewards that are all alike would get these ratings so often.
+
+        What a checkpoint has learned already is left as it is.
+        """
+        family = get_family(self.config.disco["reward_family"])
+        shape = family.shape_from_raw(torch.zeros(len(family.shape_names), dtype=torch.float64))
+        for _, head in self.named_reward_heads():
+            likelihood = cast(LikelihoodHead, head.likelihood)
+            if not likelihood.get_parameter("thresholds").any():
+                counts = [ratings.get(value, 0) for value in likelihood.settings["rating_values"]]
+                likelihood.start_thresholds(counts, lambda levels: family.standard_quantile(levels, shape))
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ScaleHead):
+        if isinstance(module, ScaleHead | ShapeHead | LikelihoodHead):
             module.init_weights()
         else:
             super()._init_weights(module)
 
     def _convert_heads(self, settings: dict[str, Any]) -> None:
-        unit_scale = get_family(settings["reward_family"]).unit_scale
+        family = get_family(settings["reward_family"])
         for _, layer in self.named_reward_heads():
-            DiscoHead.convert(layer, unit_scale, settings["fixed_scale"])
+            head = DiscoHead.convert(layer, family.unit_scale, settings["fixed_scale"], len(family.shape_names))
+            if "likelihood" in settings:
+                head.learn_likelihood(settings["likelihood"])
         self.config.disco = settings
-        own = ["scale", "pooled_hidden_state"]
         ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
-        self.config.keys_to_ignore_at_inference = [*(key for key in ignored if key not in own), *own]
+        stock = [key for key in ignored if key not in OWN_OUTPUTS]
+        self.config.keys_to_ignore_at_inference = [*stock, *OWN_OUTPUTS]
 
 
 def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
@@ -357,17 +268,16 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
             output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
             pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]
         # By way of the module and not of its weights: FSDP and ZeRO gather those when it is called.
-        head = functools.reduce(getattr, self.head_name.split("."), self)
-        location, scale = head(pooled, with_scale=True).split(1, dim=-1)
+        parts = self.split_columns(self._head(pooled, with_scale=True))
+        location = parts["logits"]
         loss = None if labels is None else F.mse_loss(location.squeeze(-1), labels.to(location).reshape(-1))
         result = RewardModelOutput(
             loss=loss,
-            logits=location,
             past_key_values=output.get("past_key_values"),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
-            scale=scale,
             pooled_hidden_state=pooled.detach(),
+            **parts,
         )
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -379,7 +289,7 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
 def resolve_settings(
     stored: dict[str, Any] | None, reward_family: str | None = None, fixed_scale: float | None = None, where: str = ""
 ) -> dict[str, Any]:
-    """Family and fixed scale, from what a checkpoint says and what was asked for.
+    """Family, fixed scale and what else is learned, from what a checkpoint says and what was asked for.
 
     Args:
         stored: `config.disco` of a disco checkpoint, or `None` for any other model.
@@ -393,7 +303,7 @@ def resolve_settings(
     if stored is None:
         settings: dict[str, Any] = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
     else:
-        settings = {name: stored[name] for name in asked}
+        settings = {name: stored[name] for name in (*asked, "likelihood") if name in stored}
         for name, value in asked.items():
             if value is not None and value != settings[name]:
                 raise ValueError(
@@ -455,13 +365,37 @@ def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[
     return heads[0], (*following, r".*\.pooler")
 
 
-def upgrade(model: Any, reward_family: str | None = None, fixed_scale: float | None = None) -> DiscoRewardModel:
+def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a :class:`LikelihoodHead`: what a checkpoint has learned, and what training is to learn.
+
+    Raises:
+        ValueError: if there are ratings that the checkpoint does not know.
+    """
+    merged = stored | asked
+    known = stored.get("rating_values")
+    if known is not None:
+        merged["rating_values"] = known
+        if strange := sorted({*asked.get("rating_values", ())} - {*known}):
+            raise ValueError(
+                f"{where}: the data have the rating {strange[0]:g}, but the checkpoint knows only "
+                f"{', '.join(f'{value:g}' for value in known)}; convert the ratings to these"
+            )
+    return merged
+
+
+def upgrade(
+    model: Any,
+    reward_family: str | None = None,
+    fixed_scale: float | None = None,
+    likelihood: dict[str, Any] | None = None,
+) -> DiscoRewardModel:
     """Turn a stock sequence classifier into a disco model, in place.
 
     Args:
         model: a stock classifier with one label, a `PeftModel` around one (whose head is trained), or either with a
             disco model inside, whose settings are then checked.
         reward_family, fixed_scale: as for :meth:`DiscoRewardModel.from_pretrained`.
+        likelihood: what is to be learned of how people answer, as the settings of a :class:`LikelihoodHead`.
 
     Returns:
         The disco model itself, which for a `PeftModel` is the one inside.
@@ -474,7 +408,10 @@ def upgrade(model: Any, reward_family: str | None = None, fixed_scale: float | N
     name = type(inner).__name__
     is_disco = isinstance(inner, DiscoRewardModel)
     stored = inner.config.disco if is_disco else None
-    settings = resolve_settings(stored, reward_family, fixed_scale, where=inner.config._name_or_path or name)
+    where = inner.config._name_or_path or name
+    settings = resolve_settings(stored, reward_family, fixed_scale, where=where)
+    if likelihood:
+        settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), likelihood, where)
     if not is_disco:
         if inner.config.num_labels != 1:
             raise ValueError(
@@ -511,4 +448,8 @@ def upgrade(model: Any, reward_family: str | None = None, fixed_scale: float | N
         raise ValueError(fault)
     if not is_disco:
         inner._convert_heads(settings)
+    elif likelihood:
+        for head in heads:
+            cast(DiscoHead, head).learn_likelihood(settings["likelihood"])
+        inner.config.disco = settings
     return inner

@@ -16,11 +16,21 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from . import __version__
-from .data import LEGACY_TOKENIZED_PAIR, ROW_COLUMN, TEXT_PAIR, TOKENIZED_PAIR, as_list
+from .data import (
+    LEGACY_TOKENIZED_PAIR,
+    RANKED_IDS,
+    ROW_COLUMN,
+    TEXT_PAIR,
+    TOKENIZED_PAIR,
+    Layout,
+    as_list,
+    find_ranking_problem,
+)
+from .judgements import RANKING, is_missing
 from .tokenization import chat_template_arguments, tokenize
 
 
@@ -35,6 +45,96 @@ memory, so the texts of a whole batch of `map` would be too many."""
 # Of apply_chat_template's parameters, those that make the text. Any other acts on the tokens or on their container.
 TEXT_PARAMETERS = {"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "kwargs"}
 TOKEN_PARAMETERS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - TEXT_PARAMETERS
+
+
+def expand_rankings(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
+    """
+    Make pairs of rankings, for whatever knows of pairs alone.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset that may have the columns `completions` and `ranks`.
+        dataset_name (`str`):
+            Name used in errors.
+
+    Returns:
+        The dataset, in which `chosen` and `rejected` of a ranking are its best and its worst answer.
+
+    Raises:
+        `ValueError`: something is wrong with a ranking; it names dataset, row, column and mend. (Of a stream, when the
+        row is read.)
+    """
+    first_row: dict[str, Any] = next(iter(dataset.with_format(None)), {})
+    if "ranks" not in first_row or RANKED_IDS in first_row:
+        return dataset
+    features = dataset.features
+    if features is not None:
+        answer = features["completions"].feature
+        features = Features({**features, **{side: features.get(side) or answer for side in TEXT_PAIR}})
+    return dataset.map(_best_and_worst, with_indices=True, features=features, fn_kwargs={"dataset_name": dataset_name})
+
+
+def _best_and_worst(row: dict[str, Any], index: int, dataset_name: str) -> dict[str, Any]:
+    if all(is_missing(row.get(name)) for name in RANKING):
+        return {side: row.get(side) for side in TEXT_PAIR}
+    answers = row.get("completions")
+    is_conversational = isinstance(answers, list) and bool(answers) and isinstance(answers[0], list)
+    kind = "conversational" if is_conversational else "standard"
+    problem = find_ranking_problem(row, Layout(TEXT_PAIR, kind))
+    if problem is not None:
+        raise ValueError(
+            f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.mend}"
+        )
+    order = sorted(range(len(row["ranks"])), key=row["ranks"].__getitem__)
+    return {"chosen": row["completions"][order[0]], "rejected": row["completions"][order[-1]]}
+
+
+def tokenize_rankings(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    dataset_name: str,
+    max_length: int | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Put the tokens of all the answers of each ranking in the place of the answers.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset that has been through `expand_rankings` and `disco_trl.data.check_preferences`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, which also renders the conversations.
+        dataset_name (`str`):
+            Name used in the progress bar.
+        max_length (`int`, *optional*):
+            Most tokens that an answer may have; rankings with a longer one are dropped.
+
+    Returns:
+        The dataset with `completion_ids`, a list of lists, in the place of `completions`; None in rows that are pairs.
+    """
+    first_row = next(iter(dataset.with_format(None)))
+    if "completions" not in first_row or "ranks" not in first_row:
+        return dataset
+
+    def token_ids(row: dict[str, Any]) -> dict[str, Any]:
+        if is_missing(row.get("ranks")):
+            return {RANKED_IDS: None}
+        arguments = chat_template_arguments(row)
+        answers = row["completions"]
+        if not is_missing(row.get("prompt")):
+            answers = [row["prompt"] + answer for answer in answers]
+        return {RANKED_IDS: [tokenize(processing_class, answer, **arguments) for answer in answers]}
+
+    features = dataset.features
+    if features is not None:
+        kept = {name: feature for name, feature in features.items() if name != "completions"}
+        features = Features({**kept, RANKED_IDS: List(List(Value("int64")))})
+    options: dict[str, Any] = {"features": features, "remove_columns": ["completions"]}
+    if isinstance(dataset, Dataset):
+        options["desc"] = f"Tokenizing rankings of {dataset_name} dataset"
+    dataset = dataset.map(token_ids, **options)
+    if max_length is None:
+        return dataset
+    return dataset.filter(lambda row: max(map(len, row[RANKED_IDS] or [[]])) <= max_length)
 
 
 def tokenize_pairs(

@@ -27,8 +27,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .distributions import RewardDistribution, get_family
+from .heads import ScaleHead
 from .loading import load_trained
-from .modeling import DiscoRewardModel, ScaleHead
+from .modeling import DiscoRewardModel
 from .scoring import TOKENS_PER_BATCH, run_in_batches
 from .tokenization import chat_template_arguments, tokenize
 from .transforms import Transform, get_transform, group_members
@@ -96,8 +97,7 @@ class RewardFunction(ABC):
         state = process_state()
         counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
         keys = torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long)
-        location, scale = _gather_rows(own.location, counts), _gather_rows(own.scale, counts)
-        rewards = RewardDistribution(location, scale, own.family)
+        rewards = own.map(lambda rows: _gather_rows(rows, counts))
         group = torch.unique(_gather_rows(keys, counts), return_inverse=True)[1]
         self._report(rewards, _gather_rows(own_traits, counts), group, **columns)
         if columns.get("log_extra") is not None:
@@ -277,22 +277,29 @@ class DiscoReward(RewardFunction):
     ) -> tuple[RewardDistribution, Tensor]:
         """Distributions `[B]` and `ScaleHead.traits` `[B, 3]`."""
         sequences = self.tokenize(prompts, completions, **columns)
-        location, scale = torch.empty(len(sequences)), torch.empty(len(sequences))
+        order: list[int] = []
+        parts = []
         traits = torch.full((len(sequences), 3), math.nan)
         head, knows_training_rows = self._scale_head, self._knows_training_rows()
         for indices, output in run_in_batches(self.model, sequences, self.tokens_per_batch):
-            location[indices] = output.logits.squeeze(-1).float().cpu()
-            scale[indices] = output.scale.squeeze(-1).float().cpu()
+            order += indices
+            parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
             if knows_training_rows:
                 traits[indices] = head.traits(output.pooled_hidden_state, output.logits, output.scale).cpu()
-        bad = torch.nonzero(~(location.isfinite() & scale.isfinite())).flatten().tolist()
+        if not parts:
+            none = torch.empty(0)
+            shape = torch.empty(0, len(self.family.shape_names)) if self.family.shape_names else None
+            return RewardDistribution(none, none, self.family.name, shape), traits
+        rewards = RewardDistribution.cat(parts)[torch.tensor(order).argsort()]
+        bad = torch.nonzero(~(rewards.location.isfinite() & rewards.scale.isfinite())).flatten().tolist()
         if bad:
+            worst = rewards[bad[0]]
             raise FloatingPointError(
-                f"row {bad[0]}: the reward is {location[bad[0]].item()} ± {scale[bad[0]].item()} ({len(bad)} such "
+                f"row {bad[0]}: the reward is {worst.location.item()} ± {worst.scale.item()} ({len(bad)} such "
                 "rows), and TRL would take nan for no reward at all; load the reward model in bfloat16 or float32 "
                 "instead of float16"
             )
-        return RewardDistribution(location, scale, self.family.name), traits
+        return rewards, traits
 
     def _report_shift(self, traits: Tensor) -> dict[str, Tensor]:
         if not self._knows_training_rows():
@@ -313,9 +320,13 @@ class DiscoReward(RewardFunction):
         return metrics
 
     @property
+    def _inner(self) -> DiscoRewardModel:
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    @property
     def _scale_head(self) -> ScaleHead:
         # Looked up each time: of a PeftModel another adapter may have become the active one.
-        return (self.model.get_base_model() if is_peft_model(self.model) else self.model).scale_head
+        return self._inner.scale_head
 
     def _knows_training_rows(self) -> bool:
         return self._scale_head.fixed_scale is None and self._scale_head.rows_seen.item() > 0

@@ -18,7 +18,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from .data import TOKENIZED_PAIR
+from .data import RANKED_IDS, TOKENIZED_PAIR
+from .forest import grow_forest
 
 
 # Pairs are sorted by length within so many blocks at a time. More would save little padding, and shuffle less.
@@ -31,13 +32,18 @@ LEAST_CHOICE = 4
 
 
 def pair_lengths(dataset: Dataset) -> np.ndarray:
-    """Different tokens in each pair of a tokenized dataset, `[N]`: what both sides begin with counts once."""
+    """Different tokens in each row of a tokenized dataset, `[N]`: what its answers begin with counts once."""
     pairs = dataset.select_columns(list(TOKENIZED_PAIR)).with_format("arrow")
     parts = [
         _unique_tokens(*(batch[name].combine_chunks() for name in TOKENIZED_PAIR))
         for batch in pairs.iter(batch_size=1000)
     ]
-    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+    lengths = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+    if RANKED_IDS in dataset.column_names:
+        for index, row in enumerate(dataset.with_format(None).select_columns([RANKED_IDS])):
+            if row[RANKED_IDS] is not None:
+                lengths[index] = len(grow_forest(row[RANKED_IDS], None).tokens)
+    return lengths
 
 
 def _unique_tokens(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:

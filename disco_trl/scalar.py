@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from .distributions import RewardDistribution, get_family
-from .modeling import MAX_LOG_SCALE, DiscoRewardModel
+from .heads import MAX_LOG_SCALE
+from .modeling import DiscoRewardModel, RewardModelOutput
 from .reward import process_state
 from .transforms import Sample, get_transform
 
@@ -51,7 +52,8 @@ class ScalarReward(nn.Module):
         fixed_scale = model.config.disco["fixed_scale"]
         widest = torch.tensor(fixed_scale or get_family(self.family).unit_scale * math.exp(MAX_LOG_SCALE))
         # (By a transform of its own, for it may count how often it was called.)
-        get_transform(transform, **options)(RewardDistribution(torch.zeros(()), widest, self.family))
+        shape = get_family(self.family).shape_from_raw(torch.zeros(len(get_family(self.family).shape_names)))
+        get_transform(transform, **options)(RewardDistribution(torch.zeros(()), widest, self.family, shape))
         self.config = model.config
         self.base_model_prefix = model.base_model_prefix
         self.model_ = model  # under a name of its own: `model` is the backbone's in most architectures
@@ -65,11 +67,10 @@ class ScalarReward(nn.Module):
     def score(self, hidden_states: Tensor) -> Tensor:
         """`[..., H]` to the transformed reward `[..., 1]`."""
         head: Any = self.model_.score
-        location, scale = head(hidden_states, with_scale=True).split(1, dim=-1)
-        return self.transform(RewardDistribution(location, scale, self.family))
+        output = RewardModelOutput(**self.model_.split_columns(head(hidden_states, with_scale=True)))
+        return self.transform(self.model_.rewards_of(output))[..., None]
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutputWithPast:
         """What a sequence classifier takes; `logits` `[B, 1]` are the transformed rewards."""
-        output = self.model_(**inputs)
-        reward = RewardDistribution(output.logits, output.scale, self.family)
-        return SequenceClassifierOutputWithPast(logits=self.transform(reward))
+        reward = self.model_.reward_distribution(**inputs)
+        return SequenceClassifierOutputWithPast(logits=self.transform(reward)[:, None])

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers.utils import logging
 
 from .distributions import RewardDistribution
@@ -118,12 +119,15 @@ def score(
         `RewardDistribution` with location and scale of shape `[N]`, float32 on the CPU, in the order of `sequences`.
         Of a model without a scale: the logistic family with every scale at 1/√2, which is Bradley–Terry.
     """
-    location = torch.empty(len(sequences))
-    scale = torch.full_like(location, 1 / math.sqrt(2))
-    family = "logistic"
+    inner = model.get_base_model() if is_peft_model(model) else model
+    order: list[int] = []
+    parts = [] if sequences else [RewardDistribution(torch.empty(0), torch.empty(0), "logistic")]
     for indices, output in run_in_batches(model, sequences, tokens_per_batch, description):
-        location[indices] = output.logits.squeeze(-1).float().cpu()
-        if getattr(output, "scale", None) is not None:
-            scale[indices] = output.scale.squeeze(-1).float().cpu()
-            family = model.config.disco["reward_family"]
-    return RewardDistribution(location, scale, family)
+        if getattr(output, "scale", None) is None:
+            location = output.logits.squeeze(-1)
+            rewards = RewardDistribution(location, torch.full_like(location, 1 / math.sqrt(2)), "logistic")
+        else:
+            rewards = inner.rewards_of(output)
+        parts.append(rewards.map(lambda tensor: tensor.float().cpu()))
+        order += indices
+    return RewardDistribution.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]

@@ -277,11 +277,13 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
         found = await scorer.distribution("items", request.items, scorer.encode_item)
         rewards = scorer.rewards("items", transform, found, [_group_key(item) for item in request.items])
         first, second = torch.tensor(request.pairs, dtype=torch.long).reshape(-1, 2).T
-        rows = zip(found.location.tolist(), found.scale.tolist(), rewards, strict=True)
+        fields = ("location", "scale", "shape", "location_error")
+        columns = {name: getattr(found, name).tolist() for name in fields if getattr(found, name) is not None}
+        rows = zip(*columns.values(), rewards, strict=True)
         return ScoreResponse(
             family=found.family,
             transform=transform.name,
-            results=[Result(location=mu, scale=sigma, reward=value) for mu, sigma, value in rows],
+            results=[Result(**dict(zip([*columns, "reward"], row, strict=True))) for row in rows],
             prob_greater=found[first].prob_greater(found[second]).tolist(),
         )
 

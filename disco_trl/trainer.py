@@ -7,6 +7,7 @@ that fixes the unit of reward, and checks what goes in.
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -33,16 +34,20 @@ from trl.trainer.utils import get_config_model_id
 
 from .collation import DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
-from .data import ROW_COLUMN, check_preferences
+from .data import RANKED_IDS, ROW_COLUMN, check_preferences
 from .distributions import get_family
+from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, survey
+from .likelihood import log_likelihood
 from .loading import keep_to_one_family
 from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
-from .preparation import filter_pairs, tokenize_pairs
+from .preparation import expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
 
 
 logger = get_logger(__name__)
+
+LIKELIHOOD_LEARNING_RATE = 0.02
 
 
 class DiscoRewardTrainer(RewardTrainer):
@@ -129,13 +134,19 @@ class DiscoRewardTrainer(RewardTrainer):
                 "stream; set per_device_train_batch_size instead, or load the dataset without streaming=True"
             )
 
+        # What there is to learn beside the rewards
+        surveyed = survey(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else Survey()
+        likelihood = _likelihood_settings(args, surveyed)
+
         # Model and PEFT. TRL builds a string model between seeding and wrapping it, with its own rules for dtype,
         # devices and revision, so that is where ours has to come in.
         peft_config = copy.deepcopy(peft_config)
         head_weights: dict[str, dict[str, torch.Tensor]] = {}
 
         def adopt(model: Any) -> None:
-            reward_model = upgrade(model, args.reward_family, args.fixed_scale)
+            reward_model = upgrade(model, args.reward_family, args.fixed_scale, likelihood)
+            if "rating_values" in likelihood:
+                reward_model.start_thresholds(surveyed.ratings)
             if isinstance(peft_config, PeftConfig):  # TRL refuses any other type
                 _save_reward_head(peft_config, reward_model)
             for name, head in reward_model.named_reward_heads():
@@ -182,6 +193,11 @@ class DiscoRewardTrainer(RewardTrainer):
                     "optimizer_cls_and_kwargs instead"
                 )
 
+        # How many pairs a row stands for, which rankings multiply
+        pairs_of_rows = {math.comb(size, 2) for size in surveyed.ranking_sizes} | {
+            1 for _ in range(surveyed.has_pairs)
+        }
+
         # Data collator: TRL's, which also carries the row numbers that an error message needs, or one that puts what
         # the sequences of a batch share there once
         if data_collator is None:
@@ -195,6 +211,10 @@ class DiscoRewardTrainer(RewardTrainer):
                 pad_token_id=self.data_collator.pad_token_id,
                 pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
                 share_prefixes=args.prefix_sharing and refusal is None,
+                weigh_by=args.weigh_by,
+                rating_values=self._reward_model.config.disco.get("likelihood", {}).get("rating_values"),
+                # Processes put their batches together for the metrics, and have to have as many pairs.
+                pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
             )
 
         # Which pairs go into a batch
@@ -227,8 +247,10 @@ class DiscoRewardTrainer(RewardTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         num_proc = args.dataset_num_proc
+        dataset = expand_rankings(dataset, dataset_name)
         dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=num_proc)
         dataset = tokenize_pairs(dataset, processing_class, dataset_name, num_proc=num_proc)
+        dataset = tokenize_rankings(dataset, processing_class, dataset_name, max_length=args.max_length)
         # TRL tokenizes what is not tokenized yet; its filter reads the dataset row by row once more, and ours does not
         unfiltered = copy.copy(args)
         unfiltered.max_length = None
@@ -238,8 +260,7 @@ class DiscoRewardTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if ROW_COLUMN not in columns:
-            columns.append(ROW_COLUMN)
+        columns += [name for name in (ROW_COLUMN, RANKED_IDS, "ranks", *JUDGEMENT_COLUMNS) if name not in columns]
 
     @property
     def _pairs_per_step(self) -> int:
@@ -289,41 +310,67 @@ class DiscoRewardTrainer(RewardTrainer):
         finally:
             self.accelerator.even_batches = even_batches
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is not None:  # the caller's own
+            return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # The few numbers that the likelihood learns beside the rewards have a learning rate of their own: they are in
+        # units of reward, or logarithms, whatever suits the language model.
+        names = {
+            id(parameter): name for name, parameter in self.model.named_parameters() if ".likelihood." in f".{name}"
+        }
+        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+        if own:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in names]
+            optimizer.add_param_group({"params": own, "lr": LIKELIHOOD_LEARNING_RATE, "weight_decay": 0.0})
+        return optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         rows = inputs.pop(ROW_COLUMN, None)
+        judgements = Judgements.of_batch(inputs)
 
         # TRL's method runs the model and logs its metrics of the rewards, which are the locations here. Its loss is
         # of no use: it is a sum whose Bradley–Terry term cannot be taken out again.
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        location_chosen, location_rejected = outputs.logits.squeeze(-1).chunk(2)
-        scale_chosen, scale_rejected = outputs.scale.squeeze(-1).chunk(2)
+        rewards = self._reward_model.rewards_of(outputs)
+        count = len(rewards) // 2
+        chosen, rejected = rewards[:count], rewards[count:]
+        if judgements is None:
+            judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
 
-        log_prob = self._family.log_prob_greater(location_chosen, scale_chosen, location_rejected, scale_rejected)
-        if "margin" in inputs:
-            loss = -self._family.log_prob_greater(
-                location_chosen - inputs["margin"], scale_chosen, location_rejected, scale_rejected
-            ).mean()
-        else:
-            loss = -log_prob.mean()
+        responses = self._reward_model.responses_of(outputs)
+        log_likelihoods = log_likelihood(self._family, chosen, rejected, judgements, responses)
+        loss = -(judgements.weight * log_likelihoods).mean().to(rewards.location.dtype)
         if self.args.center_rewards_coefficient is not None:
-            center = torch.mean((location_chosen + location_rejected) ** 2)
+            center = torch.mean((chosen.location + rejected.location) ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
         if mode == "train" and self._pairs_per_batch is not None:
             # The losses of batches are averaged, whatever their size; a pair is to weigh the same in each.
-            loss = loss * (len(log_prob) / self._pairs_per_batch)
+            loss = loss * (len(log_likelihoods) / self._pairs_per_batch)
 
         with torch.no_grad():
-            log_prob = self.accelerator.gather_for_metrics(log_prob)
-            # In pairs, [B, 2]: accelerate cuts an incomplete last batch down to as many rows as it has examples
-            scale = self.accelerator.gather_for_metrics(torch.stack([scale_chosen, scale_rejected], dim=-1))
-            for name, value in (
-                ("nll", -log_prob.mean()),
-                ("prob_chosen", log_prob.exp().mean()),
-                ("scale_mean", scale.mean()),
-                ("scale_min", scale.min()),
-                ("scale_max", scale.max()),
-            ):
+            # In pairs, [B, ...]: accelerate cuts an incomplete last batch down to as many rows as it has examples
+            log_prob = chosen.log_prob_greater(rejected)
+            votes = judgements.wins + judgements.losses
+            log_votes = judgements.wins * log_prob + judgements.losses * rejected.log_prob_greater(chosen)
+            columns = [log_votes, votes, log_prob.exp(), chosen.scale, rejected.scale]
+            log_votes, votes, prob, *scales = self.accelerator.gather_for_metrics(torch.stack(columns, dim=-1)).T
+            metrics = {
+                "nll": -log_votes.sum() / votes.sum(),
+                "prob_chosen": prob.mean(),
+                "scale_mean": torch.cat(scales).mean(),
+                "scale_min": torch.cat(scales).min(),
+                "scale_max": torch.cat(scales).max(),
+            }
+            learned = {"location_error": rewards.location_error, **vars(responses)}
+            metrics |= {
+                name: value.flatten()[0]
+                for name, value in learned.items()
+                if value is not None and name != "thresholds"
+            }
+            for name, value in metrics.items():
                 self._metrics[mode][name].append(value.item())
 
         if mode == "train":
@@ -432,6 +479,30 @@ def _lend_model_class(args: DiscoRewardConfig, adopt: Callable[[Any], None]) -> 
         yield
     finally:
         setattr(trl_reward_trainer, name, original)
+
+
+def _likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
+    """What is learned, or given, of how people answer: the settings of a `disco_trl.heads.LikelihoodHead`."""
+    settings: dict[str, Any] = {}
+    if args.location_error or (args.location_error is None and found.has_repetitions):
+        settings["location_error"] = True
+    if found.has_ties:
+        settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
+    if args.label_noise is None:
+        settings["label_noise"] = "learned"
+    elif args.label_noise > 0:
+        settings["label_noise"] = float(args.label_noise)
+    if args.rating_values is not None:
+        settings["rating_values"] = [float(value) for value in args.rating_values]
+    elif found.ratings:
+        settings["rating_values"] = sorted(found.ratings)
+    if not 2 <= len(settings.get("rating_values", (0, 1))) <= MOST_RATING_VALUES:
+        raise ValueError(
+            f"train dataset, columns 'chosen_rating' and 'rejected_rating': {len(settings['rating_values'])} "
+            f"different ratings, where 2 to {MOST_RATING_VALUES} can be told apart; round them, or give all there can "
+            "be in rating_values"
+        )
+    return settings
 
 
 def _save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:

@@ -167,6 +167,8 @@ class Result(BaseModel):
     location: float
     scale: float
     reward: float = Field(description="the transformed reward")
+    shape: list[float] | None = Field(None, description="the family's shape parameters, if it has any")
+    location_error: float | None = Field(None, description="the model's own error of the location, if it learned one")
 
 
 class ScoreResponse(BaseModel):

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, extract_pr
 
 from disco_trl import DiscoReward, DiscoRewardConfig, get_family
 from disco_trl.forest import grow_forest
-from disco_trl.modeling import DiscoHead
+from disco_trl.heads import DiscoHead
 from disco_trl.reward import Content
 from disco_trl.tokenization import tokenize
 from disco_trl.train import choose_split, load_preferences

@@ -1,15 +1,19 @@
 """Bradley–Terry (TRL's own trainer) against the reward families, at one budget, over seeds.
 
-On votes drawn from real people's ratings, where the truth can be looked up:
+On what was drawn from real people's ratings, where the truth can be looked up: single votes, ten votes on each pair,
+or ten ratings of each text:
 
-    python scripts/compare_families.py --votes 2000 --seeds 0 1 2 --output runs/compare-tweets
+    python scripts/compare_families.py --pairs 2400 --seeds 0 1 2 --output runs/compare-tweets
+    python scripts/compare_families.py --said votes --variants bradley-terry normal --output runs/compare-votes
 
 On any preference dataset with the splits `train` and `test` (a Hub id, or a folder with train.jsonl and test.jsonl):
 
     python scripts/compare_families.py --dataset path/to/folder --max_length 256 --output runs/compare-pairs
 
-Every run of one seed sees the same pairs in the same order with the same LoRA initialisation. A finished run is kept
-in `results.jsonl` and not repeated. The settings are fixed in advance; nothing is chosen by the test split.
+Every run of one seed sees the same pairs in the same order with the same LoRA initialisation. TRL's trainer reads
+forced choices alone; where more was said, Bradley–Terry is its likelihood with the same columns (the logistic family
+with every scale at 1/√2). A finished run is kept in `results.jsonl` and not repeated. The settings are fixed in
+advance; nothing is chosen by the test split.
 """
 
 import argparse
@@ -20,29 +24,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
-from human_ratings import as_preferences, draw_votes, load_ratings, small_chat_lm, split_by_text
+from human_ratings import (
+    SOURCES,
+    as_preferences,
+    draw_judged_pairs,
+    draw_votes,
+    load_ratings,
+    small_chat_lm,
+    split_by_text,
+)
 from peft import LoraConfig
 from quickstart import HeldOut, evaluate, training_settings
 from transformers import AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
+from disco_trl.distributions import FAMILIES
+from disco_trl.evaluation import paired_bootstrap
 from disco_trl.scoring import score
 from disco_trl.tokenization import tokenize, tokenize_pair
 from disco_trl.train import choose_split, load_preferences
 
 
 BRADLEY_TERRY = "bradley-terry"
-VARIANTS = (BRADLEY_TERRY, "normal", "cauchy", "logistic")
+VARIANTS = (BRADLEY_TERRY, *FAMILIES)
 
 
 def train(variant: str, rows: list[dict[str, Any]], seed: int, model: str, args: argparse.Namespace) -> Any:
     """A trainer that has trained `variant` for one epoch of `rows`."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [{**row, "length": max(map(len, tokenize_pair(row, tokenizer)))} for row in rows]
+    is_trls = variant == BRADLEY_TERRY and (args.dataset or args.said == "choices")
+    if is_trls:
+        rows = [{**row, "length": max(map(len, tokenize_pair(row, tokenizer)))} for row in rows]
     settings = {
-        **training_settings(seed, batch_size=args.batch_size),
+        **training_settings(seed, batch_size=args.batch_size, by_length=is_trls),
         "output_dir": str(args.output / f"{variant}-{seed}"),
         "model_init_kwargs": {"dtype": "bfloat16"},
         "max_length": args.max_length,
@@ -50,8 +67,11 @@ def train(variant: str, rows: list[dict[str, Any]], seed: int, model: str, args:
     peft_config = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear")
     common = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer, "peft_config": peft_config}
     trainer: RewardTrainer
-    if variant == BRADLEY_TERRY:
+    if is_trls:
         trainer = RewardTrainer(model, RewardConfig(**settings), **common)
+    elif variant == BRADLEY_TERRY:
+        config = DiscoRewardConfig(reward_family="logistic", fixed_scale=2**-0.5, location_error=False, **settings)
+        trainer = DiscoRewardTrainer(model, config, **common)
     else:
         trainer = DiscoRewardTrainer(model, DiscoRewardConfig(reward_family=variant, **settings), **common)
     trainer.train()
@@ -71,11 +91,33 @@ def table(results: list[dict[str, Any]]) -> str:
         runs = [result for result in results if result["variant"] == variant]
         cells = []
         for name in names if runs else []:
-            values = [run[name] for run in runs]
+            values = [run[name] for run in runs if run[name] is not None]
             spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}")
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "none")
         if cells:
             lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(output: Path, results: list[dict[str, Any]]) -> str:
+    """What each variant's NLL and accuracy are beside Bradley–Terry's, by paired bootstrap over pairs and seeds."""
+    lines = []
+    for variant in VARIANTS[1:]:
+        seeds = [
+            result["seed"]
+            for result in results
+            if result["variant"] == variant
+            and any((other["variant"], other["seed"]) == (BRADLEY_TERRY, result["seed"]) for other in results)
+        ]
+        if not seeds:
+            continue
+        for name in ("nll", "accuracy"):
+            ours, theirs = (
+                np.stack([np.load(output / f"{which}-{seed}.npz")[name] for seed in seeds])
+                for which in (variant, BRADLEY_TERRY)
+            )
+            mean, low, high = paired_bootstrap(ours, theirs)
+            lines.append(f"{variant} − Bradley–Terry, {name}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), seeds {seeds}")
     return "\n".join(lines)
 
 
@@ -83,8 +125,15 @@ def main() -> None:
     """Train and evaluate as the command line says, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder (default: a small chat LM from the package index)")
-    parser.add_argument("--dataset", help="preference dataset with splits train and test (default: votes on tweets)")
-    parser.add_argument("--votes", type=int, default=2000, help="training votes, without --dataset")
+    parser.add_argument("--dataset", help="preference dataset with splits train and test (default: rated texts)")
+    parser.add_argument("--source", choices=SOURCES, default="tweets", help="rated texts, without --dataset")
+    parser.add_argument(
+        "--said",
+        choices=("choices", "votes", "ratings"),
+        default="choices",
+        help="what people say of a pair of rated texts: a forced choice, 10 votes, or 10 ratings of each text",
+    )
+    parser.add_argument("--pairs", type=int, default=2400, help="training pairs of rated texts")
     parser.add_argument("--max_pairs", type=int, help="with --dataset: train on that many pairs that fit, at random")
     parser.add_argument("--max_length", type=int, help="leave out pairs with a side of more tokens")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs in a batch")
@@ -106,13 +155,18 @@ def main() -> None:
         sides = [ids for row in test_pairs for ids in tokenize_pair(row, tokenizer)]
         held_out = HeldOut(sides, pairs=np.arange(len(sides)).reshape(-1, 2))
     else:
-        rated, test = split_by_text(load_ratings("tweets"))
+        rated, test = split_by_text(load_ratings(args.source))
         held_out = HeldOut([tokenize(tokenizer, row.text) for row in test], draw_votes(test, 30_000, seed=0), test)
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for seed in args.seeds:
-        rows = pairs if args.dataset else as_preferences(rated, draw_votes(rated, args.votes, seed + 1))
+        if args.dataset:
+            rows = pairs
+        elif args.said == "choices":
+            rows = as_preferences(rated, draw_votes(rated, args.pairs, seed + 1))
+        else:
+            rows = draw_judged_pairs(rated, args.pairs, args.said, seed + 1)
         for variant in args.variants:
             if any(result["variant"] == variant and result["seed"] == seed for result in done):
                 continue
@@ -122,13 +176,32 @@ def main() -> None:
             minutes = (time.perf_counter() - start) / 60
             # In training accelerate runs the model in bfloat16; it is measured as it will be loaded, in its own dtype.
             model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            metrics = evaluate(score(model, held_out.sequences), held_out)
+            rewards = score(model, held_out.sequences)
+            metrics = evaluate(rewards, held_out)
             del metrics["reliability"]
+            chosen, rejected = (rewards[side] for side in torch.from_numpy(held_out.pairs).T)
+            np.savez(
+                args.output / f"{variant}-{seed}.npz",
+                nll=-chosen.log_prob_greater(rejected).numpy(),
+                accuracy=((chosen.location - rejected.location).sign().numpy() + 1) / 2,
+                location=rewards.location.numpy(),
+                scale=rewards.scale.numpy(),
+            )
+            error = None if rewards.location_error is None else rewards.location_error[0].item()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            done.append({"variant": variant, "seed": seed, **metrics, "train_minutes": minutes, "peak_gib": peak})
+            done.append(
+                {
+                    "variant": variant,
+                    "seed": seed,
+                    **metrics,
+                    "location_error": error,
+                    "train_minutes": minutes,
+                    "peak_gib": peak,
+                }
+            )
             with file.open("a") as stream:
                 stream.write(json.dumps(done[-1]) + "\n")
-    print(f"\n{len(held_out.pairs)} held-out pairs\n\n{table(done)}")
+    print(f"\n{len(held_out.pairs)} held-out pairs\n\n{table(done)}\n\n{differences(args.output, done)}")
 
 
 if __name__ == "__main__":

@@ -261,6 +261,43 @@ def as_preferences(rated: list[RatedText], votes: np.ndarray) -> list[dict[str, 
     return [{"chosen": rated[winner].text, "rejected": rated[loser].text} for winner, loser in votes]
 
 
+def draw_judged_pairs(
+    rated: list[RatedText], pairs: int, kind: str, seed: int, judgements: int = 10
+) -> list[dict[str, Any]]:
+    """
+    Pairs about which several people were asked, as rows of a preference dataset with columns of judgements.
+
+    Each row draws two different texts uniformly. For `"votes"` one rating of each is drawn uniformly, again and again,
+    until so many of the `judgements` votes have a winner, as in `draw_votes`. For `"ratings"` so many ratings of each
+    text are drawn without replacement (all, if it has fewer), and nobody compares the two.
+
+    Args:
+        rated: the texts.
+        pairs: rows to draw.
+        kind: `"votes"` or `"ratings"`.
+        seed: of all draws.
+        judgements: votes on a pair, or ratings of a text.
+    """
+    generator = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < pairs:
+        first, second = (rated[index] for index in generator.choice(len(rated), 2, replace=False))
+        if kind == "ratings":
+            drawn = [generator.permutation(text.ratings)[:judgements].tolist() for text in (first, second)]
+            said: dict[str, Any] = {"chosen_votes": 0, "rejected_votes": 0}
+            said |= {"chosen_rating": drawn[0], "rejected_rating": drawn[1]}
+        else:
+            if len({*first.ratings, *second.ratings}) < 2:
+                continue  # no vote would ever have a winner
+            wins = losses = 0
+            while wins + losses < judgements:
+                a, b = (generator.choice(text.ratings) for text in (first, second))
+                wins, losses = wins + int(a > b), losses + int(a < b)
+            said = {"chosen_votes": wins, "rejected_votes": losses}
+        rows.append({"chosen": first.text, "rejected": second.text, **said})
+    return rows
+
+
 def main() -> None:
     """Write `train.jsonl` and `test.jsonl` as the command line says."""
     parser = argparse.ArgumentParser(description="Write votes drawn from real people's ratings as JSON lines.")

@@ -132,22 +132,25 @@ def bfloat16_is_fast() -> bool:
     return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
-def training_settings(seed: int, batch_size: int) -> dict[str, Any]:
+def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dict[str, Any]:
     """
     Arguments for `RewardConfig` and `DiscoRewardConfig` alike. An optimizer step is 16 pairs, `batch_size` (a divisor
-    of 16) at a time. The dataset needs a column `length`, in tokens of the longer side.
+    of 16) at a time. With `by_length` the dataset needs a column `length`, in tokens of the longer side.
     """
+    # Batches of similar length: a third less of padding. The column `length` has to survive until the sampler.
+    grouping = {
+        "train_sampling_strategy": "group_by_length",
+        "length_column_name": "length",
+        "remove_unused_columns": False,
+    }
     return {
+        **(grouping if by_length else {}),
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 16 // batch_size,
         "num_train_epochs": 1,
         "learning_rate": 4e-4,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        # Batches of similar length: a third less of padding. The column `length` has to survive until the sampler.
-        "train_sampling_strategy": "group_by_length",
-        "length_column_name": "length",
-        "remove_unused_columns": False,
         "bf16": bfloat16_is_fast(),
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it takes bf16 there
         "gradient_checkpointing": False,  # the activations are small, and it costs a second forward pass

@@ -20,6 +20,11 @@ def test_it_is_trls_config_with_fields_added(tmp_path):
     assert {name: field.default for name, field in own.items()} == {
         "reward_family": None,
         "fixed_scale": None,
+        "location_error": None,
+        "tie_width": None,
+        "label_noise": 0.0,
+        "rating_values": None,
+        "weigh_by": "pair",
         "prefix_sharing": True,
         "max_tokens_per_batch": None,
     }
@@ -31,11 +36,22 @@ def test_it_is_trls_config_with_fields_added(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("reward_family", "gaussian", "'gaussian' is unknown; choose one of 'normal', 'cauchy', 'logistic'"),
+        (
+            "reward_family",
+            "gaussian",
+            "'gaussian' is unknown; choose one of 'normal', 'cauchy', 'logistic', 'laplace', 'mixture'",
+        ),
         ("fixed_scale", 0.0, "fixed_scale=0.0 must be a positive, finite number"),
         ("fixed_scale", -1.0, "fixed_scale=-1.0"),
         ("fixed_scale", float("inf"), "fixed_scale=inf"),
         ("fixed_scale", float("nan"), "fixed_scale=nan"),
+        ("tie_width", 0.0, "tie_width=0.0 must be a positive"),
+        ("label_noise", 0.5, "label_noise=0.5 must be at least 0 and below 0.5"),
+        ("label_noise", -0.1, "label_noise=-0.1"),
+        ("rating_values", [1.0], r"rating_values=\[1.0\] must be two or more numbers, ascending"),
+        ("rating_values", [2.0, 1.0], "ascending"),
+        ("rating_values", [1.0, 1.0, 2.0], "ascending"),
+        ("weigh_by", "row", "weigh_by='row' must be 'pair' or 'vote'"),
     ],
 )
 def test_values_that_make_no_sense(tmp_path, option, value, message):
@@ -52,7 +68,9 @@ def test_values_that_do(tmp_path, family):
 def test_from_the_command_line(tmp_path):
     (made,) = HfArgumentParser(DiscoRewardConfig).parse_args_into_dataclasses(
         f"--output_dir {tmp_path} --use_cpu --bf16 False --reward_family cauchy --fixed_scale 0.5 "
-        "--center_rewards_coefficient 0.01".split()
+        "--center_rewards_coefficient 0.01 --rating_values 1 2 3 --weigh_by vote --location_error True "
+        "--tie_width 0.5".split()
     )
+    assert (made.rating_values, made.weigh_by, made.location_error, made.tie_width) == ([1, 2, 3], "vote", True, 0.5)
     assert (made.reward_family, made.fixed_scale) == ("cauchy", 0.5)
     assert made.center_rewards_coefficient == 0.01

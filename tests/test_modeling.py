@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from disco_trl import DiscoRewardModel
-from disco_trl.modeling import MAX_LOG_SCALE, DiscoHead, ScaleHead, resolve_settings
+from disco_trl.heads import MAX_LOG_SCALE, DiscoHead, ScaleHead
+from disco_trl.modeling import resolve_settings
 
 
 def scale_head(**more) -> ScaleHead:

@@ -34,7 +34,8 @@ from transformers import (
 )
 
 from disco_trl import DiscoRewardModel, get_family, modeling
-from disco_trl.modeling import DiscoHead, ScaleHead, upgrade
+from disco_trl.heads import DiscoHead, ScaleHead
+from disco_trl.modeling import upgrade
 
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

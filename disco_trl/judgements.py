@@ -1,0 +1,319 @@
+"""
+What people said about the answers: optional columns of a dataset, and the tensors of a batch that are made of them.
+
+A row of a preference dataset is one person's forced choice of `chosen`, unless columns say more:
+
+- `chosen_votes`, `rejected_votes`: how many people preferred which (0 and 0: nobody compared the two);
+- `preference_probability`: a soft label, P(chosen ≻ rejected);
+- `tie`: true, the two were called equal; false, they could have been; absent, it was a forced choice;
+- `margin`: TRL's, by how much the chosen answer has to be better;
+- `chosen_rating`, `rejected_rating`: a number, or a list of several people's numbers;
+- `completions` and `ranks`, in place of `chosen` and `rejected`: K answers and the rank of each, 1 the best;
+- `weight`: multiplies the row.
+
+Any of them may be missing (None or NaN) in any row.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, islice
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+
+VOTES = ("chosen_votes", "rejected_votes")
+RATINGS = ("chosen_rating", "rejected_rating")
+RANKING = ("completions", "ranks")
+JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", "tie", "margin", *RATINGS, "weight")
+MOST_RATING_VALUES = 101
+"""Different ratings that are told apart at most: each has a threshold to learn."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a row: where, what, and how to mend it."""
+
+    column: str
+    wrong: str
+    mend: str
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row has nothing in a column: None, NaN, or an empty list."""
+    if getattr(value, "ndim", None) == 0:  # a stream in the format of NumPy or torch
+        value = value.item()
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, list) and not value)
+
+
+def as_number(value: Any) -> float | None:
+    """The value as a finite number, or None if it is none; True and False are not numbers."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def as_ratings(value: Any) -> list[Any]:
+    """The ratings of an answer, whether the column holds one or a list."""
+    if is_missing(value):
+        return []
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value if isinstance(value, list) else [value]
+
+
+# Rows
+
+
+def find_problem(row: dict[str, Any]) -> Problem | None:
+    """The first thing wrong with the judgements of a row, if there is any."""
+    there = {name for name in JUDGEMENT_COLUMNS if not is_missing(row.get(name))}
+    votes = [as_number(row[name]) for name in VOTES if name in there]
+    for name, number in zip((name for name in VOTES if name in there), votes, strict=True):
+        if number is None or number < 0 or number != int(number):
+            return Problem(name, f"{row[name]!r} is not a number of votes", "give a whole number, 0 or more")
+    if len(votes) == 1:
+        (absent,) = set(VOTES) - there
+        return Problem(absent, f"missing where {(set(VOTES) & there).pop()!r} is given", "give both, or neither")
+    if "preference_probability" in there:
+        number = as_number(row["preference_probability"])
+        if number is None or not 0 <= number <= 1:
+            wrong = f"{row['preference_probability']!r} is not a probability"
+            return Problem("preference_probability", wrong, "give P(chosen ≻ rejected), from 0 to 1")
+        if votes:
+            wrong = "given together with votes, which say the same thing"
+            return Problem("preference_probability", wrong, "remove one of the two from this row")
+    if "tie" in there:
+        tie = row["tie"].item() if hasattr(row["tie"], "item") else row["tie"]
+        if tie not in (True, False):
+            return Problem("tie", f"{tie!r} is not true or false", "give true, false, or nothing for a forced choice")
+        if tie and any(votes):
+            wrong = "true in a row with votes for either side"
+            return Problem("tie", wrong, "give the tied votes a row of their own, with a weight")
+        if tie and "preference_probability" in there:
+            return Problem("tie", "true in a row with a soft label", "remove one of the two from this row")
+    for name, mend in (("margin", "0.0 for no margin"), ("weight", "1.0 for an ordinary row")):
+        # A margin has to be in every row, as in TRL; a weight need not.
+        if name in row and (name in there or name == "margin") and as_number(row[name]) is None:
+            return Problem(name, f"{row[name]!r} is not a finite number", f"give every row a number ({mend})")
+    if "weight" in there and row["weight"] < 0:
+        return Problem("weight", f"{row['weight']!r} is negative", "give 0 or more; 0 leaves the row out")
+    for name in RATINGS:
+        for rating in as_ratings(row.get(name)):
+            if as_number(rating) is None:
+                return Problem(name, f"{rating!r} is not a rating", "give a finite number, or a list of them")
+    is_ranking = not all(is_missing(row.get(name)) for name in RANKING)
+    return _ranking_problem(row) if is_ranking else None
+
+
+def _ranking_problem(row: dict[str, Any]) -> Problem | None:
+    for name in RANKING:
+        if is_missing(row.get(name)):
+            other = RANKING[1 - RANKING.index(name)]
+            return Problem(name, f"missing where {other!r} is given", "give both, or neither")
+        if not isinstance(row[name], list):
+            return Problem(name, f"{row[name]!r:.60} is not a list", "give a list with an entry for each answer")
+    completions, ranks = (row[name] for name in RANKING)
+    if len(completions) != len(ranks):
+        wrong = f"{len(ranks)} ranks of {len(completions)} completions"
+        return Problem("ranks", wrong, "give each completion its rank")
+    if len(completions) < 2:
+        return Problem("completions", "one answer alone cannot be ranked", "drop the row, or give two or more")
+    if (bad := next((rank for rank in ranks if as_number(rank) is None), None)) is not None:
+        return Problem("ranks", f"{bad!r} is not a rank", "give finite numbers, 1 for the best")
+    given = [name for name in (*VOTES, "preference_probability", "tie", *RATINGS) if not is_missing(row.get(name))]
+    if given:
+        wrong = "speaks of a chosen and a rejected answer in a row of ranked ones"
+        return Problem(given[0], wrong, "put pairs and rankings into different rows")
+    return None
+
+
+def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """All pairs of ranked answers, by index, the better first; of equal ones that which stands first."""
+    return [(a, b) if ranks[a] <= ranks[b] else (b, a) for a, b in combinations(range(len(ranks)), 2)]
+
+
+# Datasets
+
+
+@dataclass
+class Survey:
+    """
+    What the judgements of a dataset are like, which decides what there is to learn from them.
+
+    Attributes:
+        has_ties: some answers were called equal.
+        has_repetitions: there are several votes on a pair, or several ratings of an answer.
+        ratings: how often each rating was given.
+        ranking_sizes: how many answers are ranked in a row.
+        has_pairs: there are rows that are no rankings.
+    """
+
+    has_ties: bool = False
+    has_repetitions: bool = False
+    ratings: Counter = field(default_factory=Counter)
+    ranking_sizes: set[int] = field(default_factory=set)
+    has_pairs: bool = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row into account; what is wrong with it is for `find_problem` to say."""
+        ranks = row.get("ranks")
+        if isinstance(ranks, list) and ranks:
+            self.ranking_sizes.add(len(ranks))
+            self.has_ties |= len({*ranks}) < len(ranks)
+            return
+        self.has_pairs = True
+        self.has_ties |= not is_missing(row.get("tie")) and bool(row["tie"])
+        votes = [as_number(row.get(name)) or 0 for name in VOTES]
+        self.has_repetitions |= sum(votes) >= 2
+        for name in RATINGS:
+            ratings = [rating for rating in as_ratings(row.get(name)) if as_number(rating) is not None]
+            self.has_repetitions |= len(ratings) >= 2
+            self.ratings.update(float(rating) for rating in ratings)
+
+
+SURVEYED_OF_STREAM = 1000
+
+
+def survey(dataset: Dataset | IterableDataset) -> Survey:
+    """Go through the judgements of a dataset, of a stream through those of its first 1,000 rows."""
+    found = Survey()
+    plain = dataset.with_format(None)
+    if isinstance(plain, Dataset):
+        names = [name for name in plain.column_names if name in {*JUDGEMENT_COLUMNS, "ranks"} - {"margin", "weight"}]
+        if not names:
+            found.has_pairs = True
+            return found
+        for batch in plain.select_columns(names).iter(batch_size=1000):
+            for values in zip(*batch.values(), strict=True):
+                found.add(dict(zip(batch, values, strict=True)))
+    else:
+        for row in islice(plain, SURVEYED_OF_STREAM):
+            found.add(row)
+    return found
+
+
+# Batches
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """
+    What was said about the P comparisons of a batch; all tensors `[P]`, in float32.
+
+    Attributes:
+        wins, losses, ties: how often the chosen side won, lost and tied; a soft label is a part of a win and the rest
+            of a loss.
+        tie_allowed: 1 where a tie could have been said, 0 in forced choices.
+        margin: in units of reward.
+        weight: of all that is said in the comparison's row; its mean over rows of weight 1 is 1.
+        rating_counts: `[2 * P, L]`, how many people gave each of L ratings to the chosen sides and then to the
+            rejected ones; None where the dataset has no ratings.
+    """
+
+    wins: Tensor
+    losses: Tensor
+    ties: Tensor
+    tie_allowed: Tensor
+    margin: Tensor
+    weight: Tensor
+    rating_counts: Tensor | None = None
+
+    @classmethod
+    def forced_choices(cls, count: int, device: torch.device, margin: Tensor | None = None) -> "Judgements":
+        """One vote for each chosen side, as a dataset without any of the columns has."""
+        zeros = torch.zeros(count, device=device)
+        return cls(zeros + 1, zeros, zeros, zeros, zeros if margin is None else margin, zeros + 1)
+
+    @classmethod
+    def of_batch(cls, batch: dict[str, Any]) -> "Judgements | None":
+        """Take out of a batch what `to_tensors` put there, if it put anything."""
+        table, rating_counts = batch.pop("judgements", None), batch.pop("rating_counts", None)
+        if table is None:
+            return None
+        wins, losses, ties, tie_allowed, margin, weight = table.unbind(dim=-1)
+        return cls(wins, losses, ties, tie_allowed, margin, weight, rating_counts)
+
+
+def has_judgements(columns: Iterable[str]) -> bool:
+    """Whether a dataset says more than forced choices and margins."""
+    return bool({*columns} & ({*JUDGEMENT_COLUMNS, "ranks"} - {"margin"}))
+
+
+def to_tensors(
+    examples: Sequence[dict[str, Any]],
+    weigh_by: str,
+    rating_values: Sequence[float] | None,
+    pairs_per_row: int | None = None,
+) -> dict[str, Tensor]:
+    """
+    The judgements of a batch's rows, for `Judgements.of_batch`.
+
+    Args:
+        examples: rows that have passed `find_problem`. A row with `ranks` stands for all pairs of its answers, in the
+            order of `ranked_pairs`; any other row for one comparison.
+        weigh_by: `"pair"`, all that is said in a row weighs 1 together; `"vote"`, each thing that is said weighs 1.
+        rating_values: the L ratings there are, in order; None if none is read.
+        pairs_per_row: if set, the comparisons of a row are gone through again until there are so many, and share its
+            weight.
+
+    Raises:
+        ValueError: a rating is not among `rating_values`.
+    """
+    table: list[tuple[float, ...]] = []
+    levels = {value: level for level, value in enumerate(rating_values or ())}
+    counts: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for example in examples:
+        weight = 1.0 if is_missing(example.get("weight")) else float(example["weight"])
+        margin = 0.0 if is_missing(example.get("margin")) else float(example["margin"])
+        sides = [_count(example.get(name), levels, name) for name in RATINGS]
+        if not is_missing(example.get("ranks")):
+            ranks = example["ranks"]
+            pairs = ranked_pairs(ranks)
+            allowed = float(len(set(ranks)) < len(ranks))
+            said = [(0.0, 0.0, 1.0) if ranks[a] == ranks[b] else (1.0, 0.0, 0.0) for a, b in pairs]
+        else:
+            allowed = float(not is_missing(example.get("tie")))
+            said = [_compared(example)]
+        number = sum(map(sum, said)) + sum(map(sum, sides))
+        if weigh_by == "pair":
+            weight /= max(number, 1)
+        count = pairs_per_row or len(said)
+        for index in range(count):
+            # Of `count` comparisons in turn, this one is `times` of them.
+            times = len(range(index % len(said), count, len(said)))
+            table.append((*said[index % len(said)], allowed, margin, weight / times))
+            for side, ratings in zip(counts, sides, strict=True):
+                side.append(ratings)
+    tensor = torch.tensor(table, dtype=torch.float32)
+    # The loss is a mean over comparisons, and shall be one over rows.
+    tensor[:, -1] *= len(table) / len(examples)
+    tensors = {"judgements": tensor}
+    if rating_values is not None:
+        tensors["rating_counts"] = torch.tensor([*counts[0], *counts[1]], dtype=torch.float32)
+    return tensors
+
+
+def _compared(example: dict[str, Any]) -> tuple[float, float, float]:
+    """Wins, losses and ties of the chosen side."""
+    if not is_missing(example.get("tie")) and example["tie"]:
+        return 0.0, 0.0, 1.0
+    if not is_missing(example.get("chosen_votes")):
+        return float(example["chosen_votes"]), float(example["rejected_votes"]), 0.0
+    if not is_missing(example.get("preference_probability")):
+        probability = float(example["preference_probability"])
+        return probability, 1 - probability, 0.0
+    return 1.0, 0.0, 0.0
+
+
+def _count(value: Any, levels: dict[float, int], column: str) -> list[float]:
+    counts = [0.0] * len(levels)
+    for rating in as_ratings(value) if levels else ():
+        if rating not in levels:
+            raise ValueError(
+                f"column {column!r}: the rating {rating!r} is not one of those that the model knows "
+                f"({', '.join(f'{value:g}' for value in levels)}); pass rating_values= with all of them, or round it"
+            )
+        counts[levels[rating]] += 1
+    return counts
