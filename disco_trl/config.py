@@ -43,6 +43,12 @@ class DiscoRewardConfig(RewardConfig):
         weigh_by (`str`, *optional*, defaults to `"pair"`):
             What has weight 1 in the loss: `"pair"`, all that is said in a row of the dataset together; or `"vote"`,
             each vote, rating and ranked pair. The column `weight` multiplies either.
+        calibrate (`bool`, *optional*):
+            Whether to fit the unit of the locations, and the scale, once more when training ends: to what the model
+            predicted of pairs before it learned from them. It costs nothing but memory for the latest 8,192 pairs'
+            hidden states, which are saved with checkpoints. If `None`, it is done where training goes through its data
+            once (in later passes predictions are no longer made in advance), a scale is learned, and no location error
+            is, which has the same effect. Not with `load_best_model_at_end`, nor where the head is sharded.
         prefix_sharing (`bool`, *optional*, defaults to `True`):
             Compute what the sequences of a batch have in common from the front (the prompt of a pair, a system prompt
             of all) once, and without padding. The losses and gradients of each pair are the same to rounding. It works
@@ -115,6 +121,14 @@ class DiscoRewardConfig(RewardConfig):
             "help": "What has weight 1 in the loss: 'pair', all that is said in a row of the dataset together; or "
             "'vote', each vote, rating and ranked pair. The column `weight` multiplies either.",
             "choices": ["pair", "vote"],
+        },
+    )
+    calibrate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to fit the unit of the locations, and the scale, once more when training ends: to what "
+            "the model predicted of pairs before it learned from them. If `None`, it is done where training goes "
+            "through its data once, a scale is learned, and no location error is."
         },
     )
     prefix_sharing: bool = field(

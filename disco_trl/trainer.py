@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
@@ -32,6 +33,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
+from .calibration import HeadMemory, calibrate
 from .collation import DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
@@ -39,7 +41,7 @@ from .distributions import get_family
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
-from .modeling import DiscoRewardModel, upgrade
+from .modeling import DiscoRewardModel, RewardModelOutput, upgrade
 from .prefix_sharing import prepare
 from .preparation import expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
@@ -223,6 +225,14 @@ class DiscoRewardTrainer(RewardTrainer):
             self.train_dataset = group_stream(self.train_dataset, self._pairs_per_step, self._data_seed)
         self.add_callback(SamplerEpoch())
 
+        # Calibration by the predictions of the first pass through the data
+        is_learned = self._reward_model.scale_head.fixed_scale is None
+        has_error = "location_error" in self._reward_model.config.disco.get("likelihood", {})
+        passes_once = args.max_steps > 0 or args.num_train_epochs <= 1
+        wanted = passes_once and not has_error if args.calibrate is None else args.calibrate
+        self._memory = HeadMemory() if wanted and is_learned else None
+        self.add_callback(_Calibration(self))
+
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
         self.add_callback(_FiniteGradientGuard(self))
@@ -380,7 +390,24 @@ class DiscoRewardTrainer(RewardTrainer):
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
                 head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
+            if self._memory is not None and (self.state.epoch or 0) < 1:
+                self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements)
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._memory is not None and not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            self._memory.save(folder / self._memory_file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._memory is not None and checkpoint is not None and Path(checkpoint, self._memory_file).is_file():
+            self._memory.load(Path(checkpoint, self._memory_file))
+
+    @property
+    def _memory_file(self) -> str:
+        return f"predictions-{self.args.process_index}.safetensors"
 
     def _not_finite(self, what: str) -> FloatingPointError:
         rows = ", ".join(map(str, self._recent_rows)) or "unknown (a data collator of your own carries no row_index)"
@@ -519,6 +546,34 @@ def _save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
         if module not in ("score", "classifier", *modules):
             modules.append(module)
     peft_config.modules_to_save = modules or None
+
+
+class _Calibration(TrainerCallback):
+    """Calibrates the head when training has gone through its data once."""
+
+    def __init__(self, trainer: DiscoRewardTrainer):
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        predictions = None if trainer._memory is None else trainer._memory.predictions()
+        has_other_weights = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if predictions is None or has_other_weights or (state.epoch or 0) > 1 + 1e-6:
+            return
+        model = trainer._reward_model
+        head = model._head
+        if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
+            logger.warning("the rewards are not calibrated: the head is sharded, and calibration needs it whole")
+            return
+        with torch.no_grad():
+            columns = head(predictions.hidden_states[:1, 0].to(head.weight), with_scale=True)
+            responses = model.responses_of(RewardModelOutput(**model.split_columns(columns)))
+        # By the first process's predictions, for all to have the same head.
+        factor = calibrate(head, trainer._family, predictions, responses)
+        changed = [head.weight, head.scale.weight, *([] if head.bias is None else [head.bias])]
+        for parameter in changed:
+            broadcast(parameter.data)
+        trainer.log({"calibration_factor": factor})
 
 
 class _FiniteGradientGuard(TrainerCallback):

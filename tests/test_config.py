@@ -25,6 +25,7 @@ def test_it_is_trls_config_with_fields_added(tmp_path):
         "label_noise": 0.0,
         "rating_values": None,
         "weigh_by": "pair",
+        "calibrate": None,
         "prefix_sharing": True,
         "max_tokens_per_batch": None,
     }

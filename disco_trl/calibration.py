@@ -1,0 +1,199 @@
+"""
+The end of training: unit and scale, fitted again to what the model predicted of pairs before it learned from them.
+
+A model that has seen a text in one pair knows it better in the next, so that by the end it is too sure of texts that
+it has never seen, and one pass of small steps leaves the scale half-way. While training goes through its data for the
+first time, though, each prediction is an honest one. `HeadMemory` keeps the latest of them, with the hidden states
+that they came from (no pass of its own is needed), and `calibrate` chooses
+
+- one factor for all locations (their unit; temperature scaling, C. Guo et al., 2017, on predictions made in advance:
+  A. P. Dawid, 1984), and
+- the scale head's weight, by maximum a posteriori: a ridge on log σ whose strength predicts the last fifth of the
+  pairs best.
+
+The gauge holds: the geometric mean of the scales stays the family's unit, and the locations take the factor.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .distributions import Family, RewardDistribution
+from .heads import DiscoHead
+from .judgements import Judgements
+from .likelihood import Responses, log_likelihood
+
+
+LEAST_PAIRS = 512
+"""Fewer predictions say too little to choose by."""
+MOST_PAIRS = 8192
+"""Of the latest predictions; they are kept in memory and in checkpoints, two hidden states each."""
+STRENGTHS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 1e4)
+"""Of the ridge. At strength s the prior standard deviation of log σ is about 1/√s."""
+
+
+@dataclass
+class Predictions:
+    """
+    Pairs as they were predicted, oldest first.
+
+    Attributes:
+        hidden_states: `[P, 2, H]`, pooled, of chosen and rejected.
+        location: `[P, 2]`.
+        raw_shape: `[P, 2, S]`, S often 0.
+        said: `[P, 6]`, the fields of `Judgements` but the ratings.
+    """
+
+    hidden_states: Tensor
+    location: Tensor
+    raw_shape: Tensor
+    said: Tensor
+
+    def __len__(self) -> int:
+        return len(self.location)
+
+    def __getitem__(self, index: slice) -> Predictions:
+        return Predictions(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+class HeadMemory:
+    """The latest predictions of a training run, each made before the model has learned from its pair."""
+
+    def __init__(self) -> None:
+        self._batches: deque[Predictions] = deque()
+        self._pairs = 0
+
+    @torch.no_grad()
+    def add(self, hidden_states: Tensor, location: Tensor, raw_shape: Tensor | None, judgements: Judgements) -> None:
+        """
+        Keep a batch of P pairs, and forget the oldest beyond `MOST_PAIRS`.
+
+        Args:
+            hidden_states, location, raw_shape: `[2 * P, H]`, `[2 * P, 1]` and `[2 * P, S]`, chosen sides first.
+            judgements: of the P pairs.
+        """
+        count = len(location) // 2
+
+        def in_pairs(tensor: Tensor) -> Tensor:
+            return torch.stack([tensor[:count], tensor[count:]], dim=1).float().cpu()
+
+        said = [judgements.wins, judgements.losses, judgements.ties, judgements.tie_allowed]
+        said += [judgements.margin, judgements.weight]
+        shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
+        self._batches.append(
+            Predictions(
+                in_pairs(hidden_states), in_pairs(location)[..., 0], in_pairs(shape), torch.stack(said, dim=-1).cpu()
+            )
+        )
+        self._pairs += count
+        while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
+            self._pairs -= len(self._batches.popleft())
+
+    def predictions(self) -> Predictions | None:
+        """All that is kept, or None if it is too little to calibrate by."""
+        if self._pairs < LEAST_PAIRS:
+            return None
+        names = [field.name for field in fields(Predictions)]
+        return Predictions(**{name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names})
+
+    def save(self, path: Path) -> None:
+        """Write what is kept, for a run that is resumed."""
+        if self._batches:
+            sizes = torch.tensor([len(batch) for batch in self._batches])
+            names = [field.name for field in fields(Predictions)]
+            tensors = {name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names}
+            save_file({"sizes": sizes, **tensors}, path)
+
+    def load(self, path: Path) -> None:
+        """Read what :meth:`save` wrote."""
+        tensors = load_file(path)
+        sizes = tensors.pop("sizes").tolist()
+        parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
+        batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        self._batches = deque(Predictions(**batch) for batch in batches)
+        self._pairs = sum(sizes)
+
+
+def calibrate(head: DiscoHead, family: Family, predictions: Predictions, responses: Responses) -> float:
+    """
+    Fit unit and scale to predictions, in place.
+
+    Args:
+        head: its location row and the weight of its scale are changed.
+        family: of the rewards.
+        predictions: what it predicted, and what was said.
+        responses: how people answer; left as it is.
+
+    Returns:
+        The factor that the locations were multiplied by.
+    """
+    features = predictions.hidden_states.double() - head.scale.mean_hidden.double().cpu()
+    # In units of their own deviations, and such that the ridge means the same for every hidden size.
+    unit = features.flatten(0, 1).std(dim=0).clamp_min(1e-12) * features.shape[-1] ** 0.5
+    problem = _Problem(features / unit, predictions, family, head.scale.unit_scale, responses)
+    is_late = slice(4 * len(predictions) // 5, None)
+    is_early = slice(None, 4 * len(predictions) // 5)
+    losses = {strength: problem.loss(*problem.solve(strength, is_early), is_late) for strength in STRENGTHS}
+    weight, log_factor = problem.solve(min(losses, key=lambda strength: losses[strength].item()), slice(None))
+    factor = log_factor.exp().item()
+    with torch.no_grad():
+        head.scale.weight.copy_((weight / unit)[None])
+        head.weight.mul_(factor)
+        if head.bias is not None:
+            head.bias.mul_(factor)
+    return factor
+
+
+class _Problem:
+    """−log likelihood of predictions as a function of the scale's weight `[H]` and the log of the factor."""
+
+    def __init__(
+        self, features: Tensor, predictions: Predictions, family: Family, unit_scale: float, responses: Responses
+    ):
+        self.features = features
+        self.location = predictions.location.double()
+        self.shape = family.shape_from_raw(predictions.raw_shape.double()) if family.shape_names else None
+        self.said = predictions.said
+        self.family = family
+        self.unit_scale = unit_scale
+        self.responses = responses
+
+    def loss(self, weight: Tensor, log_factor: Tensor, rows: slice) -> Tensor:
+        """The sum over rows, each with its weight."""
+        # (Bounded as in the head, but by a clamp: a weight that gets there is out of the question.)
+        scale = self.unit_scale * torch.exp((self.features[rows] @ weight).clamp(-5, 5))
+        location = self.location[rows] * log_factor.exp()
+        chosen, rejected = (
+            RewardDistribution(
+                location[:, side],
+                scale[:, side],
+                self.family.name,
+                None if self.shape is None else self.shape[rows, side],
+            )
+            for side in (0, 1)
+        )
+        judgements = Judgements(*self.said[rows].unbind(dim=-1))
+        return -(judgements.weight * log_likelihood(self.family, chosen, rejected, judgements, self.responses)).sum()
+
+    def solve(self, strength: float, rows: slice) -> tuple[Tensor, Tensor]:
+        """The maximum a posteriori from some rows."""
+        weight = torch.zeros(self.features.shape[-1], dtype=torch.float64, requires_grad=True)
+        log_factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [weight, log_factor], max_iter=100, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        )
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            total = self.loss(weight, log_factor, rows) + strength / 2 * weight.square().sum()
+            total.backward()
+            return total
+
+        optimizer.step(step)
+        return weight.detach(), log_factor.detach()
