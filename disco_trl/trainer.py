@@ -347,6 +347,7 @@ class DiscoRewardTrainer(RewardTrainer):
         rewards = self._reward_model.rewards_of(outputs)
         count = len(rewards) // 2
         chosen, rejected = rewards[:count], rewards[count:]
+        is_judged = judgements is not None
         if judgements is None:
             judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
 
@@ -365,10 +366,16 @@ class DiscoRewardTrainer(RewardTrainer):
             log_prob = chosen.log_prob_greater(rejected)
             votes = judgements.wins + judgements.losses
             log_votes = judgements.wins * log_prob + judgements.losses * rejected.log_prob_greater(chosen)
-            columns = [log_votes, votes, log_prob.exp(), chosen.scale, rejected.scale]
-            log_votes, votes, prob, *scales = self.accelerator.gather_for_metrics(torch.stack(columns, dim=-1)).T
-            metrics = {
-                "nll": -log_votes.sum() / votes.sum(),
+            agreed = torch.where(chosen.location > rejected.location, judgements.wins, judgements.losses)
+            columns = [log_votes, votes, agreed, log_prob.exp(), chosen.scale, rejected.scale]
+            gathered = self.accelerator.gather_for_metrics(torch.stack(columns, dim=-1)).T
+            log_votes, votes, agreed, prob, *scales = gathered
+            was_compared = bool(votes.sum() > 0)
+            if is_judged and was_compared:
+                # TRL's counts rows in which the chosen side is ahead, whoever won the votes.
+                self._metrics[mode]["accuracy"][-1] = (agreed.sum() / votes.sum()).item()
+            metrics = {"nll": -log_votes.sum() / votes.sum()} if was_compared else {}
+            metrics |= {
                 "prob_chosen": prob.mean(),
                 "scale_mean": torch.cat(scales).mean(),
                 "scale_min": torch.cat(scales).min(),

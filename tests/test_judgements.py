@@ -236,6 +236,32 @@ def test_the_loss_is_the_likelihood_of_every_kind_of_row(tiny_llama_dir, tmp_pat
     assert trainer.state.log_history[0]["loss"] == pytest.approx(-expected / 8, rel=1e-5)
 
 
+def test_accuracy_is_that_of_votes(tiny_llama_dir, tmp_path):
+    """Pairs of which the rejected side won 9 to 1: as often as the model puts the chosen side first, it is wrong."""
+    rows = [{**row, "chosen_votes": 1, "rejected_votes": 9} for row in preferences("standard", 8)]
+    config = DiscoRewardConfig(
+        str(tmp_path), **{**SMALL_RUN, "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    )
+    trainer = DiscoRewardTrainer(tiny_llama_dir, config, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    ahead = 0
+    for row in rows:
+        sides = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
+        chosen, rejected = score(trainer.model, [tokenize(trainer.processing_class, text) for text in sides]).location
+        ahead += int(chosen > rejected)
+    expected = (ahead * 0.1 + (8 - ahead) * 0.9) / 8
+    assert trainer.state.log_history[0]["accuracy"] == pytest.approx(expected)
+
+
+def test_ratings_alone_log_no_likelihood_of_votes(tiny_llama_dir, tmp_path):
+    said = {"chosen_votes": 0, "rejected_votes": 0, "chosen_rating": [1, 2], "rejected_rating": [2]}
+    dataset = Dataset.from_list([{**row, **said} for row in preferences("standard", 8)])
+    trainer = DiscoRewardTrainer(tiny_llama_dir, DiscoRewardConfig(str(tmp_path), **SMALL_RUN), train_dataset=dataset)
+    trainer.train()
+    assert "nll" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["location_error"] > 0
+
+
 def test_what_was_learned_of_people_is_saved_and_goes_on(tiny_llama_dir, tmp_path):
     dataset = Dataset.from_list(mixed_rows())
     config = DiscoRewardConfig(str(tmp_path / "one"), **SMALL_RUN, label_noise=None)
