@@ -237,11 +237,14 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     # Tweets are short; other texts go through in small batches, for memory's sake.
-    settings = training_settings(args.seed, batch_size=4 if args.dataset else 16)
+    batch_size = 4 if args.dataset else 16
+    settings = training_settings(args.seed, batch_size, by_length=False)
     rewards: dict[str, RewardDistribution] = {}
     disco_config = DiscoRewardConfig(str(args.output / "disco"), reward_family=args.family, **settings)
+    # TRL's batches have padding to save by grouping pairs by length; ours have none.
+    grouped = training_settings(args.seed, batch_size, by_length=True)
     runs: dict[str, tuple[Any, RewardConfig]] = {
-        "Bradley–Terry": (RewardTrainer, RewardConfig(str(args.output / "bradley-terry"), **settings)),
+        "Bradley–Terry": (RewardTrainer, RewardConfig(str(args.output / "bradley-terry"), **grouped)),
         "disco": (DiscoRewardTrainer, disco_config),
     }
     for name, (trainer_class, config) in runs.items():

@@ -101,7 +101,8 @@ assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
 
 contract_tests=()
 for path in tests/contracts tests/handoff tests/test_trainer.py tests/test_reward.py \
-    tests/test_preparation.py tests/test_sampling.py tests/test_prefix_sharing_training.py; do
+    tests/test_preparation.py tests/test_sampling.py tests/test_prefix_sharing_training.py \
+    tests/test_judgements.py tests/test_calibration.py; do
     [[ -e $path ]] && contract_tests+=("$path")
 done
 mark=()
