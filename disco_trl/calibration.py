@@ -19,17 +19,27 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from .distributions import Family, RewardDistribution
 from .heads import DiscoHead
 from .judgements import Judgements
 from .likelihood import Responses, log_likelihood
+from .modeling import RewardModelOutput
 
 
+logger = get_logger(__name__)
+
+MEMORY_FILE = "predictions.safetensors"
+"""In a checkpoint: what `HeadMemory` holds."""
 LEAST_PAIRS = 512
 """Fewer predictions say too little to choose by."""
 MOST_PAIRS = 8192
@@ -47,7 +57,7 @@ class Predictions:
         hidden_states: `[P, 2, H]`, pooled, of chosen and rejected.
         location: `[P, 2]`.
         raw_shape: `[P, 2, S]`, S often 0.
-        said: `[P, 6]`, the fields of `Judgements` but the ratings.
+        said: `[P, 6]`, the `Judgements.table`.
     """
 
     hidden_states: Tensor
@@ -57,9 +67,6 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.location)
-
-    def __getitem__(self, index: slice) -> Predictions:
-        return Predictions(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 class HeadMemory:
@@ -83,13 +90,9 @@ class HeadMemory:
         def in_pairs(tensor: Tensor) -> Tensor:
             return torch.stack([tensor[:count], tensor[count:]], dim=1).float().cpu()
 
-        said = [judgements.wins, judgements.losses, judgements.ties, judgements.tie_allowed]
-        said += [judgements.margin, judgements.weight]
         shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
         self._batches.append(
-            Predictions(
-                in_pairs(hidden_states), in_pairs(location)[..., 0], in_pairs(shape), torch.stack(said, dim=-1).cpu()
-            )
+            Predictions(in_pairs(hidden_states), in_pairs(location)[..., 0], in_pairs(shape), judgements.table.cpu())
         )
         self._pairs += count
         while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
@@ -97,18 +100,17 @@ class HeadMemory:
 
     def predictions(self) -> Predictions | None:
         """All that is kept, or None if it is too little to calibrate by."""
-        if self._pairs < LEAST_PAIRS:
-            return None
+        return None if self._pairs < LEAST_PAIRS else Predictions(**self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
         names = [field.name for field in fields(Predictions)]
-        return Predictions(**{name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names})
+        return {name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names}
 
     def save(self, path: Path) -> None:
         """Write what is kept, for a run that is resumed."""
         if self._batches:
             sizes = torch.tensor([len(batch) for batch in self._batches])
-            names = [field.name for field in fields(Predictions)]
-            tensors = {name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names}
-            save_file({"sizes": sizes, **tensors}, path)
+            save_file({"sizes": sizes, **self._tensors()}, path)
 
     def load(self, path: Path) -> None:
         """Read what :meth:`save` wrote."""
@@ -133,7 +135,7 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions, respons
     Returns:
         The factor that the locations were multiplied by.
     """
-    features = predictions.hidden_states.double() - head.scale.mean_hidden.double().cpu()
+    features = predictions.hidden_states.double() - head.scale.mean_hidden.cpu().double()
     # In units of their own deviations, and such that the ridge means the same for every hidden size.
     unit = features.flatten(0, 1).std(dim=0).clamp_min(1e-12) * features.shape[-1] ** 0.5
     problem = _Problem(features / unit, predictions, family, head.scale.unit_scale, responses)
@@ -178,7 +180,7 @@ class _Problem:
             )
             for side in (0, 1)
         )
-        judgements = Judgements(*self.said[rows].unbind(dim=-1))
+        judgements = Judgements.of_table(self.said[rows])
         return -(judgements.weight * log_likelihood(self.family, chosen, rejected, judgements, self.responses)).sum()
 
     def solve(self, strength: float, rows: slice) -> tuple[Tensor, Tensor]:
@@ -197,3 +199,35 @@ class _Problem:
 
         optimizer.step(step)
         return weight.detach(), log_factor.detach()
+
+
+class Calibration(TrainerCallback):
+    """Calibrates the head of a `DiscoRewardTrainer` when training has gone through its data once."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        has_other_weights = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if not trainer._calibrates or has_other_weights or (state.epoch or 0) > 1 + 1e-6:
+            return
+        model = trainer._reward_model
+        head = model._head
+        if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
+            logger.warning("the rewards are not calibrated: the head is sharded, and calibration needs it whole")
+            return
+        predictions = None if trainer._memory is None else trainer._memory.predictions()
+        factor = torch.zeros((), device=head.weight.device)  # 0 says that it was left out
+        if predictions is not None:
+            with torch.no_grad():
+                # On the CPU, as the predictions are
+                columns = head(predictions.hidden_states[:1, 0].to(head.weight), with_scale=True).cpu()
+                responses = model.responses_of(RewardModelOutput(**model.split_columns(columns)))
+            factor.fill_(calibrate(head, trainer._family, predictions, responses))
+        if broadcast(factor) == 0:
+            return
+        for parameter in (head.weight, head.scale.weight, head.bias):
+            if parameter is not None:
+                broadcast(parameter.data)
+        trainer.log({"calibration_factor": factor.item()})

@@ -34,13 +34,14 @@ from torch.nn.functional import logsigmoid
 LOG_2 = math.log(2)
 
 
-def _to_float64(*tensors: Tensor) -> list[Tensor]:
+def to_float64(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in float64, on the CPU where their device has none."""
     # MPS has no float64: such tensors are worked on by the CPU, and `_to_dtype_of` takes the result back.
     return [(tensor.cpu() if tensor.device.type == "mps" else tensor).double() for tensor in tensors]
 
 
 def _shape_to_float64(shape: Tensor | None) -> Tensor | None:
-    return None if shape is None else _to_float64(shape)[0]
+    return None if shape is None else to_float64(shape)[0]
 
 
 def _to_dtype_of(result: Tensor, *inputs: Tensor) -> Tensor:
@@ -169,9 +170,9 @@ class Family(ABC):
             Tensor ``S``, at most 0. Differentiable in all arguments; without errors accurate to 1e-5 relative, value
             and gradients, for -1e4 ≤ (loc_a - loc_b) / s ≤ 10 and scales from 1e-3 to 1e3 (float32 in and out).
         """
-        mu_a, sigma_a, mu_b, sigma_b = _to_float64(loc_a, scale_a, loc_b, scale_b)
+        mu_a, sigma_a, mu_b, sigma_b = to_float64(loc_a, scale_a, loc_b, scale_b)
         shapes = _shape_to_float64(shape_a), _shape_to_float64(shape_b)
-        errors = _to_float64(*(error for error in (error_a, error_b) if error is not None))
+        errors = to_float64(*(error for error in (error_a, error_b) if error is not None))
         if not errors:
             log_prob = self.log_prob_exceeds(mu_a - mu_b, sigma_a, sigma_b, *shapes)
         else:
@@ -211,7 +212,7 @@ class Family(ABC):
 
     def cdf(self, x: Tensor, loc: Tensor, scale: Tensor, shape: Tensor | None = None) -> Tensor:
         """P(R ≤ x) (broadcast shapes)."""
-        wide_x, mu, sigma = _to_float64(x, loc, scale)
+        wide_x, mu, sigma = to_float64(x, loc, scale)
         return _to_dtype_of(self.log_cdf((wide_x - mu) / sigma, _shape_to_float64(shape)).exp(), x, loc, scale)
 
     def quantile(self, q: Tensor, loc: Tensor, scale: Tensor, shape: Tensor | None = None) -> Tensor:
@@ -222,7 +223,7 @@ class Family(ABC):
         """
         if not bool(((q > 0) & (q < 1)).all()):
             raise ValueError(f"a quantile level must lie strictly between 0 and 1, got {q.tolist()}")
-        wide_q, mu, sigma = _to_float64(q, loc, scale)
+        wide_q, mu, sigma = to_float64(q, loc, scale)
         return _to_dtype_of(mu + sigma * self.standard_quantile(wide_q, _shape_to_float64(shape)), loc, scale)
 
     def certainty_equivalent(self, loc: Tensor, scale: Tensor, beta: float, shape: Tensor | None = None) -> Tensor:
@@ -234,7 +235,7 @@ class Family(ABC):
         Raises:
             ValueError: where it is -∞, with the reason: for Cauchy always, for logistic and Laplace where σ ≥ β.
         """
-        mu, sigma = _to_float64(loc, scale)
+        mu, sigma = to_float64(loc, scale)
         cumulant = self.standard_cumulant(-sigma / beta, _shape_to_float64(shape))
         if not bool(cumulant.isfinite().all()):
             raise ValueError(
@@ -253,7 +254,7 @@ class Family(ABC):
         shape: Tensor | None = None,
     ) -> Tensor:
         """Independent draws of R, of shape ``size + S`` for locations and scales that broadcast to ``S``."""
-        mu, sigma = _to_float64(loc, scale)
+        mu, sigma = to_float64(loc, scale)
         drawn = torch.Size(size) + torch.broadcast_shapes(loc.shape, scale.shape)
         uniform = torch.rand(drawn, dtype=torch.float64, device=mu.device, generator=generator)
         # `rand` can return 0, whose quantile is infinite; its next value is 2⁻⁵³.

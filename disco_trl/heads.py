@@ -183,6 +183,8 @@ class LikelihoodHead(nn.Module):
         if "rating_values" in settings:
             sizes["thresholds"] = len(settings["rating_values"]) - 1
         self.names = tuple(sizes)
+        self.sizes = list(sizes.values())
+        """How many of the columns of :meth:`forward` belong to each of `names`."""
         for name, size in sizes.items():
             value = settings.get(name)
             if not isinstance(value, float):
@@ -193,11 +195,6 @@ class LikelihoodHead(nn.Module):
         """Zero what a checkpoint did not bring."""
         for tensor in self.parameters():
             init.zeros_(tensor)
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many of the columns of :meth:`forward` belong to each of `names`."""
-        return [len(self.settings["rating_values"]) - 1 if name == "thresholds" else 1 for name in self.names]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The quantities, in the order of `names`, the same in each row: `[..., H]` to `[..., J]`.

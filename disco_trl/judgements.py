@@ -156,6 +156,12 @@ class Survey:
     ranking_sizes: set[int] = field(default_factory=set)
     has_pairs: bool = False
 
+    @property
+    def pairs_of_rows(self) -> set[int]:
+        """How many pairs a row may stand for: a ranking for all of its answers', any other for one."""
+        pairs = {math.comb(size, 2) for size in self.ranking_sizes}
+        return pairs | {1} if self.has_pairs else pairs
+
     def add(self, row: dict[str, Any]) -> None:
         """Take a row into account; what is wrong with it is for `find_problem` to say."""
         ranks = row.get("ranks")
@@ -230,10 +236,18 @@ class Judgements:
     def of_batch(cls, batch: dict[str, Any]) -> "Judgements | None":
         """Take out of a batch what `to_tensors` put there, if it put anything."""
         table, rating_counts = batch.pop("judgements", None), batch.pop("rating_counts", None)
-        if table is None:
-            return None
+        return None if table is None else cls.of_table(table, rating_counts)
+
+    @classmethod
+    def of_table(cls, table: Tensor, rating_counts: Tensor | None = None) -> "Judgements":
+        """From what :attr:`table` is."""
         wins, losses, ties, tie_allowed, margin, weight = table.unbind(dim=-1)
         return cls(wins, losses, ties, tie_allowed, margin, weight, rating_counts)
+
+    @property
+    def table(self) -> Tensor:
+        """All but the ratings, `[P, 6]`."""
+        return torch.stack([self.wins, self.losses, self.ties, self.tie_allowed, self.margin, self.weight], dim=-1)
 
 
 def has_judgements(columns: Iterable[str]) -> bool:

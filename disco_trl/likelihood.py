@@ -23,12 +23,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .distributions import Family, RewardDistribution
+from .families import to_float64
 from .judgements import Judgements
 
 
@@ -72,13 +74,22 @@ def log_likelihood(
         responses: how people answer; needed where there are ties, ratings or label noise.
 
     Returns:
-        Tensor `[P]`, float64, not yet weighted; the comparisons of a pair and the ratings of either side are taken for
-        independent (a composite likelihood).
+        Tensor `[P]`, float64 (on the CPU where the device has none), not yet weighted; the comparisons of a pair and
+        the ratings of either side are taken for independent (a composite likelihood).
 
     Raises:
         ValueError: there are ties or ratings, but no tie width or thresholds.
     """
-    responses = responses or Responses()
+
+    def wide(tensor: Tensor) -> Tensor:
+        return to_float64(tensor)[0]
+
+    def all_wide(record: Any) -> dict[str, Any]:
+        return {name: None if value is None else wide(value) for name, value in vars(record).items()}
+
+    chosen, rejected = chosen.map(wide), rejected.map(wide)
+    judgements = Judgements(**all_wide(judgements))
+    responses = Responses(**all_wide(responses or Responses()))
     total = _comparisons(family, chosen, rejected, judgements, responses)
     if judgements.rating_counts is not None:
         if responses.thresholds is None:
@@ -92,24 +103,20 @@ def log_likelihood(
 def _comparisons(
     family: Family, a: RewardDistribution, b: RewardDistribution, judgements: Judgements, responses: Responses
 ) -> Tensor:
-    wins, losses, ties, tie_allowed, margin = (
-        tensor.double()
-        for tensor in (judgements.wins, judgements.losses, judgements.ties, judgements.tie_allowed, judgements.margin)
-    )
-    scale_a, scale_b = a.scale.double(), b.scale.double()
-    shape_a, shape_b = (None if side.shape is None else side.shape.double() for side in (a, b))
-    band = torch.zeros_like(margin) if responses.tie_width is None else responses.tie_width.double() * tie_allowed
+    wins, losses, ties, margin = judgements.wins, judgements.losses, judgements.ties, judgements.margin
+    scale_a, scale_b, shape_a, shape_b = a.scale, b.scale, a.shape, b.shape
+    band = torch.zeros_like(margin) if responses.tie_width is None else responses.tie_width * judgements.tie_allowed
     has_ties = bool((ties > 0).any())
     if has_ties and responses.tie_width is None:
         raise ValueError("there are ties, but no tie width to read them by")
 
     def given(error: Tensor) -> Tensor:
         # `error` `[..., P]` is added to the difference of the locations.
-        delta = a.location.double() - b.location.double() - margin + error
+        delta = a.location - b.location - margin + error
         win = family.log_prob_exceeds(delta - band, scale_a, scale_b, shape_a, shape_b)
         loss = family.log_prob_exceeds(-delta - band, scale_b, scale_a, shape_b, shape_a)
         if responses.label_noise is not None:
-            noise = responses.label_noise.double()
+            noise = responses.label_noise
             kept, swapped = torch.log1p(-noise), noise.log()
             win, loss = (
                 torch.logaddexp(kept + win, swapped + loss),
@@ -136,16 +143,14 @@ def _comparisons(
 
     if a.location_error is None or b.location_error is None:
         return given(torch.zeros_like(margin))
-    return log_marginal(given, torch.hypot(a.location_error.double(), b.location_error.double()))
+    return log_marginal(given, torch.hypot(a.location_error, b.location_error))
 
 
 def _ratings(family: Family, rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) -> Tensor:
-    counts, limits = counts.double(), thresholds.double()
-    location, scale = rewards.location.double(), rewards.scale.double()
-    shape = None if rewards.shape is None else rewards.shape.double()[..., None, :]
+    shape = None if rewards.shape is None else rewards.shape[..., None, :]
 
     def given(error: Tensor) -> Tensor:
-        z = (limits - (location + error)[..., None]) / scale[:, None]
+        z = (thresholds - (rewards.location + error)[..., None]) / rewards.scale[:, None]
         below, above = family.log_cdf(z, shape), family.log_survival(z, shape)
         # Between two thresholds: from the tail in which both probabilities are small.
         from_above = (z[..., 1:] + z[..., :-1]) > 0
@@ -155,8 +160,8 @@ def _ratings(family: Family, rewards: RewardDistribution, counts: Tensor, thresh
         return (counts * torch.cat([below[..., :1], between, above[..., -1:]], dim=-1)).sum(dim=-1)
 
     if rewards.location_error is None:
-        return given(torch.zeros_like(location))
-    return log_marginal(given, rewards.location_error.double())
+        return given(torch.zeros_like(rewards.location))
+    return log_marginal(given, rewards.location_error)
 
 
 def log_difference(larger: Tensor, smaller: Tensor) -> Tensor:

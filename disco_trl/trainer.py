@@ -7,7 +7,6 @@ that fixes the unit of reward, and checks what goes in.
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
@@ -33,7 +31,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
-from .calibration import HeadMemory, calibrate
+from .calibration import MEMORY_FILE, Calibration, HeadMemory
 from .collation import DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
@@ -41,7 +39,7 @@ from .distributions import get_family
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
-from .modeling import DiscoRewardModel, RewardModelOutput, upgrade
+from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
 from .preparation import expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
@@ -195,14 +193,10 @@ class DiscoRewardTrainer(RewardTrainer):
                     "optimizer_cls_and_kwargs instead"
                 )
 
-        # How many pairs a row stands for, which rankings multiply
-        pairs_of_rows = {math.comb(size, 2) for size in surveyed.ranking_sizes} | {
-            1 for _ in range(surveyed.has_pairs)
-        }
-
         # Data collator: TRL's, which also carries the row numbers that an error message needs, or one that puts what
         # the sequences of a batch share there once
         if data_collator is None:
+            pairs_of_rows = surveyed.pairs_of_rows
             refusal = self._why_no_prefix_sharing() if args.prefix_sharing else None
             if refusal is not None:
                 logger.warning(
@@ -230,8 +224,10 @@ class DiscoRewardTrainer(RewardTrainer):
         has_error = "location_error" in self._reward_model.config.disco.get("likelihood", {})
         passes_once = args.max_steps > 0 or args.num_train_epochs <= 1
         wanted = passes_once and not has_error if args.calibrate is None else args.calibrate
-        self._memory = HeadMemory() if wanted and is_learned else None
-        self.add_callback(_Calibration(self))
+        self._calibrates = wanted and is_learned
+        # The first process calibrates, for all to have the same head.
+        self._memory = HeadMemory() if self._calibrates and args.process_index == 0 else None
+        self.add_callback(Calibration(self))
 
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
@@ -326,13 +322,11 @@ class DiscoRewardTrainer(RewardTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         # The few numbers that the likelihood learns beside the rewards have a learning rate of their own: they are in
         # units of reward, or logarithms, whatever suits the language model.
-        names = {
-            id(parameter): name for name, parameter in self.model.named_parameters() if ".likelihood." in f".{name}"
-        }
-        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+        learned = {id(p) for name, p in self.model.named_parameters() if ".likelihood." in name}
+        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in learned]
         if own:
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in names]
+                group["params"] = [p for p in group["params"] if id(p) not in learned]
             optimizer.add_param_group({"params": own, "lr": LIKELIHOOD_LEARNING_RATE, "weight_decay": 0.0})
         return optimizer
 
@@ -353,7 +347,7 @@ class DiscoRewardTrainer(RewardTrainer):
 
         responses = self._reward_model.responses_of(outputs)
         log_likelihoods = log_likelihood(self._family, chosen, rejected, judgements, responses)
-        loss = -(judgements.weight * log_likelihoods).mean().to(rewards.location.dtype)
+        loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods).mean().to(rewards.location)
         if self.args.center_rewards_coefficient is not None:
             center = torch.mean((chosen.location + rejected.location) ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
@@ -405,16 +399,12 @@ class DiscoRewardTrainer(RewardTrainer):
         super()._save_checkpoint(model, trial)
         if self._memory is not None and not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            self._memory.save(folder / self._memory_file)
+            self._memory.save(folder / MEMORY_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._memory is not None and checkpoint is not None and Path(checkpoint, self._memory_file).is_file():
-            self._memory.load(Path(checkpoint, self._memory_file))
-
-    @property
-    def _memory_file(self) -> str:
-        return f"predictions-{self.args.process_index}.safetensors"
+        if self._memory is not None and checkpoint is not None and Path(checkpoint, MEMORY_FILE).is_file():
+            self._memory.load(Path(checkpoint, MEMORY_FILE))
 
     def _not_finite(self, what: str) -> FloatingPointError:
         rows = ", ".join(map(str, self._recent_rows)) or "unknown (a data collator of your own carries no row_index)"
@@ -553,34 +543,6 @@ def _save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
         if module not in ("score", "classifier", *modules):
             modules.append(module)
     peft_config.modules_to_save = modules or None
-
-
-class _Calibration(TrainerCallback):
-    """Calibrates the head when training has gone through its data once."""
-
-    def __init__(self, trainer: DiscoRewardTrainer):
-        self.trainer = trainer
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        predictions = None if trainer._memory is None else trainer._memory.predictions()
-        has_other_weights = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if predictions is None or has_other_weights or (state.epoch or 0) > 1 + 1e-6:
-            return
-        model = trainer._reward_model
-        head = model._head
-        if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
-            logger.warning("the rewards are not calibrated: the head is sharded, and calibration needs it whole")
-            return
-        with torch.no_grad():
-            columns = head(predictions.hidden_states[:1, 0].to(head.weight), with_scale=True)
-            responses = model.responses_of(RewardModelOutput(**model.split_columns(columns)))
-        # By the first process's predictions, for all to have the same head.
-        factor = calibrate(head, trainer._family, predictions, responses)
-        changed = [head.weight, head.scale.weight, *([] if head.bias is None else [head.bias])]
-        for parameter in changed:
-            broadcast(parameter.data)
-        trainer.log({"calibration_factor": factor})
 
 
 class _FiniteGradientGuard(TrainerCallback):
