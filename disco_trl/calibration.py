@@ -1,15 +1,16 @@
 """
-The end of training: unit and scale, fitted again to what the model predicted of pairs before it learned from them.
+The end of training: unit and scale, fitted again to what the model predicted of its training pairs.
 
-A model that has seen a text in one pair knows it better in the next, so that by the end it is too sure of texts that
-it has never seen, and one pass of small steps leaves the scale half-way. While training goes through its data for the
-first time, though, each prediction is an honest one. `HeadMemory` keeps the latest of them, with the hidden states
-that they came from (no pass of its own is needed), and `calibrate` chooses
+One pass of small steps leaves the scale half-way, and by its end the model is too sure of texts that it has never
+seen. While training goes through its data for the first time, though, each prediction is made before the model learns
+from the pair. `HeadMemory` keeps the latest of them, with the hidden states that they came from (no pass of its own is
+needed), and `calibrate` chooses
 
-- one factor for all locations (their unit; temperature scaling, C. Guo et al., 2017, on predictions made in advance:
-  A. P. Dawid, 1984), and
-- the scale head's weight, by maximum a posteriori: a ridge on log σ whose strength predicts the last fifth of the
-  pairs best.
+- the scale head's weight, by maximum a posteriori with a ridge on log σ, from predictions in hindsight: an answer that
+  came again in a later pair counts as it was predicted last. Where a location is wrong, its votes look divided; the
+  better the locations, the more of what is left is disagreement;
+- one factor for all locations (their unit; temperature scaling, C. Guo et al., 2017), and the strength of the ridge,
+  from predictions in advance (A. P. Dawid, 1984), the latter from the last fifth of the pairs.
 
 The gauge holds: the geometric mean of the scales stays the family's unit, and the locations take the factor.
 """
@@ -17,6 +18,7 @@ The gauge holds: the geometric mean of the scales stays the family's unit, and t
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,15 +60,31 @@ class Predictions:
         location: `[P, 2]`.
         raw_shape: `[P, 2, S]`, S often 0.
         said: `[P, 6]`, the `Judgements.table`.
+        answers: `[P, 2]`, integers; equal ones stand for equal answers, those below 0 for an answer of its own each.
     """
 
     hidden_states: Tensor
     location: Tensor
     raw_shape: Tensor
     said: Tensor
+    answers: Tensor
 
     def __len__(self) -> int:
         return len(self.location)
+
+    def __getitem__(self, pairs: slice) -> Predictions:
+        return Predictions(**{field.name: getattr(self, field.name)[pairs] for field in fields(self)})
+
+    def in_hindsight(self) -> Predictions:
+        """The same pairs, with each answer as it was predicted last."""
+        answers = self.answers.flatten()
+        place = torch.arange(len(answers))
+        _, number = torch.where(answers < 0, -1 - place, answers).unique(return_inverse=True)
+        last = torch.zeros_like(place).scatter_reduce(0, number, place, "amax")[number].view_as(self.answers)
+        hidden_states, location, raw_shape = (
+            tensor.flatten(0, 1)[last] for tensor in (self.hidden_states, self.location, self.raw_shape)
+        )
+        return Predictions(hidden_states, location, raw_shape, self.said, self.answers)
 
 
 class HeadMemory:
@@ -77,22 +95,37 @@ class HeadMemory:
         self._pairs = 0
 
     @torch.no_grad()
-    def add(self, hidden_states: Tensor, location: Tensor, raw_shape: Tensor | None, judgements: Judgements) -> None:
+    def add(
+        self,
+        hidden_states: Tensor,
+        location: Tensor,
+        raw_shape: Tensor | None,
+        judgements: Judgements,
+        answers: Tensor | None = None,
+    ) -> None:
         """
         Keep a batch of P pairs, and forget the oldest beyond `MOST_PAIRS`.
 
         Args:
             hidden_states, location, raw_shape: `[2 * P, H]`, `[2 * P, 1]` and `[2 * P, S]`, chosen sides first.
             judgements: of the P pairs.
+            answers: `[2 * P]`, as in `Predictions`; None if nobody knows which are equal.
         """
         count = len(location) // 2
 
         def in_pairs(tensor: Tensor) -> Tensor:
-            return torch.stack([tensor[:count], tensor[count:]], dim=1).float().cpu()
+            return torch.stack([tensor[:count], tensor[count:]], dim=1).cpu()
 
         shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
+        answers = torch.full((2 * count,), -1) if answers is None else answers
         self._batches.append(
-            Predictions(in_pairs(hidden_states), in_pairs(location)[..., 0], in_pairs(shape), judgements.table.cpu())
+            Predictions(
+                hidden_states=in_pairs(hidden_states.float()),
+                location=in_pairs(location[:, 0].float()),
+                raw_shape=in_pairs(shape.float()),
+                said=judgements.table.cpu(),
+                answers=in_pairs(answers),
+            )
         )
         self._pairs += count
         while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
@@ -135,15 +168,24 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions, respons
     Returns:
         The factor that the locations were multiplied by.
     """
-    features = predictions.hidden_states.double() - head.scale.mean_hidden.cpu().double()
-    # In units of their own deviations, and such that the ridge means the same for every hidden size.
-    unit = features.flatten(0, 1).std(dim=0).clamp_min(1e-12) * features.shape[-1] ** 0.5
-    problem = _Problem(features / unit, predictions, family, head.scale.unit_scale, responses)
-    is_late = slice(4 * len(predictions) // 5, None)
-    is_early = slice(None, 4 * len(predictions) // 5)
-    losses = {strength: problem.loss(*problem.solve(strength, is_early), is_late) for strength in STRENGTHS}
-    weight, log_factor = problem.solve(min(losses, key=lambda strength: losses[strength].item()), slice(None))
-    factor = log_factor.exp().item()
+    centre = head.scale.mean_hidden.cpu().double()
+    # Features are in units of their own deviations, and such that the ridge means the same for every hidden size.
+    unit = (predictions.hidden_states.double() - centre).flatten(0, 1).std(dim=0).clamp_min(1e-12) * len(centre) ** 0.5
+
+    def problem(pairs: Predictions) -> _Problem:
+        features = (pairs.hidden_states.double() - centre) / unit
+        return _Problem(features, pairs, family, head.scale.unit_scale, responses)
+
+    cut = 4 * len(predictions) // 5
+    early, early_in_hindsight, late = map(
+        problem, (predictions[:cut], predictions[:cut].in_hindsight(), predictions[cut:])
+    )
+    losses = {}
+    for strength in STRENGTHS:
+        weight = early_in_hindsight.weight(strength)
+        losses[strength] = late.loss(weight, early.log_factor(weight)).item()
+    weight = problem(predictions.in_hindsight()).weight(min(losses, key=losses.__getitem__))
+    factor = problem(predictions).log_factor(weight).exp().item()
     with torch.no_grad():
         head.scale.weight.copy_((weight / unit)[None])
         head.weight.mul_(factor)
@@ -161,44 +203,56 @@ class _Problem:
         self.features = features
         self.location = predictions.location.double()
         self.shape = family.shape_from_raw(predictions.raw_shape.double()) if family.shape_names else None
-        self.said = predictions.said
+        self.judgements = Judgements.of_table(predictions.said)
         self.family = family
         self.unit_scale = unit_scale
         self.responses = responses
 
-    def loss(self, weight: Tensor, log_factor: Tensor, rows: slice) -> Tensor:
-        """The sum over rows, each with its weight."""
+    def loss(self, weight: Tensor, log_factor: Tensor) -> Tensor:
+        """The sum over pairs, each with its weight."""
         # (Bounded as in the head, but by a clamp: a weight that gets there is out of the question.)
-        scale = self.unit_scale * torch.exp((self.features[rows] @ weight).clamp(-5, 5))
-        location = self.location[rows] * log_factor.exp()
+        scale = self.unit_scale * torch.exp((self.features @ weight).clamp(-5, 5))
+        location = self.location * log_factor.exp()
         chosen, rejected = (
             RewardDistribution(
                 location[:, side],
                 scale[:, side],
                 self.family.name,
-                None if self.shape is None else self.shape[rows, side],
+                None if self.shape is None else self.shape[:, side],
             )
             for side in (0, 1)
         )
-        judgements = Judgements.of_table(self.said[rows])
-        return -(judgements.weight * log_likelihood(self.family, chosen, rejected, judgements, self.responses)).sum()
+        log_probs = log_likelihood(self.family, chosen, rejected, self.judgements, self.responses)
+        return -(self.judgements.weight * log_probs).sum()
 
-    def solve(self, strength: float, rows: slice) -> tuple[Tensor, Tensor]:
-        """The maximum a posteriori from some rows."""
-        weight = torch.zeros(self.features.shape[-1], dtype=torch.float64, requires_grad=True)
-        log_factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [weight, log_factor], max_iter=100, tolerance_change=1e-7, line_search_fn="strong_wolfe"
-        )
+    def weight(self, strength: float) -> Tensor:
+        """The maximum a posteriori of the weight, with whatever factor goes best with it."""
+        weight, log_factor = self._zeros(self.features.shape[-1]), self._zeros()
+        _minimize(lambda: self.loss(weight, log_factor) + strength / 2 * weight.square().sum(), [weight, log_factor])
+        return weight.detach()
 
-        def step() -> Tensor:
-            optimizer.zero_grad()
-            total = self.loss(weight, log_factor, rows) + strength / 2 * weight.square().sum()
-            total.backward()
-            return total
+    def log_factor(self, weight: Tensor) -> Tensor:
+        """The factor that goes best with a weight."""
+        log_factor = self._zeros()
+        _minimize(lambda: self.loss(weight, log_factor), [log_factor])
+        return log_factor.detach()
 
-        optimizer.step(step)
-        return weight.detach(), log_factor.detach()
+    @staticmethod
+    def _zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64, requires_grad=True)
+
+
+def _minimize(objective: Callable[[], Tensor], parameters: list[Tensor]) -> None:
+    """Change the parameters to where the objective is least."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        total = objective()
+        total.backward()
+        return total
+
+    optimizer.step(step)
 
 
 class Calibration(TrainerCallback):

@@ -12,6 +12,10 @@ from .forest import ROW_MULTIPLE, pack
 from .judgements import has_judgements, is_missing, ranked_pairs, to_tensors
 
 
+ANSWERS = "answers"
+"""In a batch: an integer from 0 for each sequence, equal for equal ones, `[2 * P]`."""
+
+
 @dataclass
 class DataCollatorForDiscoPreference(DataCollatorForPreference):
     """
@@ -21,8 +25,9 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
     shape `[2 * P, L]`, chosen sides first, and `margin` of shape `[P]`), or with `share_prefixes` what
     `disco_trl.forest.pack` makes of the same `2 * P` sequences in that order, for which the model returns the
     same outputs. P is the number of examples, unless some are rankings, which stand for all pairs of their answers (a
-    batch without prefix sharing holds an answer once for each of its pairs). It adds `row_index`, a `LongTensor` of
-    shape `[B]`, and what `disco_trl.judgements.to_tensors` makes of the examples, when they have it.
+    batch without prefix sharing holds an answer once for each of its pairs). It adds `answers`, which tells equal
+    sequences, a `LongTensor` of shape `[2 * P]`; `row_index`, one of shape `[B]`, and what
+    `disco_trl.judgements.to_tensors` makes of the examples, when they have it.
 
     Args:
         share_prefixes (`bool`, *optional*, defaults to `False`):
@@ -44,13 +49,15 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         pairs = [pair for example in examples for pair in self._pairs(example)]
+        sequences = [pair[side] for side in TOKENIZED_PAIR for pair in pairs]
         if self.share_prefixes:
-            sides = [[pair[side] for pair in pairs] for side in TOKENIZED_PAIR]
-            batch = pack([*sides[0], *sides[1]], self.pad_token_id, self.pad_to_multiple_of or ROW_MULTIPLE)
+            batch = pack(sequences, self.pad_token_id, self.pad_to_multiple_of or ROW_MULTIPLE)
             if "margin" in pairs[0]:
                 batch["margin"] = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float)
         else:
             batch = super().torch_call(pairs)
+        # (Python's hash of integers, and of tuples of them, is the same in all processes.)
+        batch[ANSWERS] = torch.tensor([hash(tuple(sequence)) & (2**63 - 1) for sequence in sequences])
         if has_judgements(examples[0]):
             batch |= to_tensors(examples, self.weigh_by, self.rating_values, self.pairs_per_row)
         if ROW_COLUMN in examples[0]:

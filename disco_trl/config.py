@@ -27,8 +27,9 @@ class DiscoRewardConfig(RewardConfig):
 
         location_error (`bool`, *optional*):
             Whether to learn how far the model's locations are off, apart from how much people disagree: an error that
-            all judgements about an answer share. Several votes on a pair, or several ratings of an answer, tell the
-            two apart; one does not. If `None`, it is learned where the training data have such repetitions.
+            all judgements about an answer share. Several ratings of an answer tell the two apart; one does not;
+            several votes on a pair do if the model errs by as much on all answers. If `None`, it is learned where
+            answers have several ratings.
         tie_width (`float`, *optional*):
             Half-width of the band within which two rewards are called equal, in units of reward, for datasets with
             `tie` or with equal `ranks`. If `None`, it is learned where there are ties.
@@ -91,8 +92,8 @@ class DiscoRewardConfig(RewardConfig):
         default=None,
         metadata={
             "help": "Whether to learn how far the model's locations are off, apart from how much people disagree. "
-            "Several votes on a pair, or several ratings of an answer, tell the two apart; one does not. If `None`, "
-            "it is learned where the training data have such repetitions."
+            "Several ratings of an answer tell the two apart; one does not; several votes on a pair do if the model "
+            "errs by as much on all answers. If `None`, it is learned where answers have several ratings."
         },
     )
     tie_width: float | None = field(

@@ -103,16 +103,12 @@ def _judgement_lines(found: dict[str, Any]) -> list[str]:
 
 def _learned_lines(found: dict[str, Any]) -> list[str]:
     terms, ratings = found["terms"], found.get("ratings", {})
-    pairs, answers = terms.get("pairs with several votes", 0), ratings.get("answers_with_several", 0)
-    by = [f"{pairs:,} pairs with several votes"] * bool(pairs)
-    by += [f"{answers:,} answers with several ratings"] * bool(answers)
-    if by:
-        lines = [f"the model's own error (location_error), apart from disagreement: yes, by {' and '.join(by)}"]
+    answers = ratings.get("answers_with_several", 0)
+    if answers:
+        why = f"yes, by {answers:,} answers with several ratings"
     else:
-        lines = [
-            "the model's own error (location_error), apart from disagreement: no; it takes several votes on a pair or "
-            "ratings of an answer, in one row"
-        ]
+        why = "no; it takes several ratings of an answer, in one row"
+    lines = [f"the model's own error (location_error), apart from disagreement: {why}"]
     if ratings:
         lines.append(f"rating thresholds: {len(ratings['values']) - 1}, between {len(ratings['values'])} ratings")
     if terms.get("ties") or terms.get("ranked ties"):

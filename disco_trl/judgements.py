@@ -144,14 +144,14 @@ class Survey:
 
     Attributes:
         has_ties: some answers were called equal.
-        has_repetitions: there are several votes on a pair, or several ratings of an answer.
+        has_several_ratings: of one answer.
         ratings: how often each rating was given.
         ranking_sizes: how many answers are ranked in a row.
         has_pairs: there are rows that are no rankings.
     """
 
     has_ties: bool = False
-    has_repetitions: bool = False
+    has_several_ratings: bool = False
     ratings: Counter = field(default_factory=Counter)
     ranking_sizes: set[int] = field(default_factory=set)
     has_pairs: bool = False
@@ -171,11 +171,9 @@ class Survey:
             return
         self.has_pairs = True
         self.has_ties |= not is_missing(row.get("tie")) and bool(row["tie"])
-        votes = [as_number(row.get(name)) or 0 for name in VOTES]
-        self.has_repetitions |= sum(votes) >= 2
         for name in RATINGS:
             ratings = [rating for rating in as_ratings(row.get(name)) if as_number(rating) is not None]
-            self.has_repetitions |= len(ratings) >= 2
+            self.has_several_ratings |= len(ratings) >= 2
             self.ratings.update(float(rating) for rating in ratings)
 
 

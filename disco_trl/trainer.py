@@ -32,7 +32,7 @@ from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
 from .calibration import MEMORY_FILE, Calibration, HeadMemory
-from .collation import DataCollatorForDiscoPreference
+from .collation import ANSWERS, DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
 from .distributions import get_family
@@ -333,6 +333,7 @@ class DiscoRewardTrainer(RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         rows = inputs.pop(ROW_COLUMN, None)
+        answers = inputs.pop(ANSWERS, None)
         judgements = Judgements.of_batch(inputs)
 
         # TRL's method runs the model and logs its metrics of the rewards, which are the locations here. Its loss is
@@ -392,7 +393,7 @@ class DiscoRewardTrainer(RewardTrainer):
             if head.fixed_scale is None:
                 head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
             if self._memory is not None and (self.state.epoch or 0) < 1:
-                self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements)
+                self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -508,7 +509,7 @@ def _lend_model_class(args: DiscoRewardConfig, adopt: Callable[[Any], None]) -> 
 def _likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
     """What is learned, or given, of how people answer: the settings of a `disco_trl.heads.LikelihoodHead`."""
     settings: dict[str, Any] = {}
-    if args.location_error or (args.location_error is None and found.has_repetitions):
+    if args.location_error or (args.location_error is None and found.has_several_ratings):
         settings["location_error"] = True
     if found.has_ties:
         settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)

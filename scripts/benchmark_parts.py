@@ -261,7 +261,8 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
     pairs = synthetic_pairs(args.batch_size, args.length, args.prompt_share, tokenizer, args.seed)
     trainer = make_trainer("default", pairs, args)
     batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    batch.pop("row_index", None)
+    for column in ("row_index", "answers"):
+        batch.pop(column, None)
     model = trainer.accelerator.prepare(trainer.model)
 
     def model_step() -> Any:

@@ -6,14 +6,17 @@ or ten ratings of each text:
     python scripts/compare_families.py --pairs 2400 --seeds 0 1 2 --output runs/compare-tweets
     python scripts/compare_families.py --said votes --variants bradley-terry normal --output runs/compare-votes
 
-On any preference dataset with the splits `train` and `test` (a Hub id, or a folder with train.jsonl and test.jsonl):
+On any preference dataset with the splits `train` and `test` (a Hub id, or a folder with train.jsonl and test.jsonl);
+with a column `preference_probability` the NLL is the cross-entropy to these soft labels:
 
     python scripts/compare_families.py --dataset path/to/folder --max_length 256 --output runs/compare-pairs
 
+With `--block 16 32` each step is 32 pairs among 16 texts, of which each runs once: many times the votes for the time.
+
 Every run of one seed sees the same pairs in the same order with the same LoRA initialisation. TRL's trainer reads
-forced choices alone; where more was said, Bradley–Terry is its likelihood with the same columns (the logistic family
-with every scale at 1/√2). A finished run is kept in `results.jsonl` and not repeated. The settings are fixed in
-advance; nothing is chosen by the test split.
+forced choices alone, and runs each side of each pair; where more was said, or pairs come in blocks, Bradley–Terry is
+its likelihood in our trainer (the logistic family with every scale at 1/√2). A finished run is kept in `results.jsonl`
+and not repeated. The settings are fixed in advance; nothing is chosen by the test split.
 """
 
 import argparse
@@ -43,6 +46,7 @@ from trl import RewardConfig, RewardTrainer
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
 from disco_trl.distributions import FAMILIES
 from disco_trl.evaluation import paired_bootstrap
+from disco_trl.judgements import has_judgements
 from disco_trl.scoring import score
 from disco_trl.tokenization import tokenize, tokenize_pair
 from disco_trl.train import choose_split, load_preferences
@@ -55,7 +59,7 @@ VARIANTS = (BRADLEY_TERRY, *FAMILIES)
 def train(variant: str, rows: list[dict[str, Any]], seed: int, model: str, args: argparse.Namespace) -> Any:
     """A trainer that has trained `variant` for one epoch of `rows`."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    is_trls = variant == BRADLEY_TERRY and (args.dataset or args.said == "choices")
+    is_trls = variant == BRADLEY_TERRY and not has_judgements(rows[0]) and not args.block
     if is_trls:
         rows = [{**row, "length": max(map(len, tokenize_pair(row, tokenizer)))} for row in rows]
     settings = {
@@ -64,6 +68,12 @@ def train(variant: str, rows: list[dict[str, Any]], seed: int, model: str, args:
         "model_init_kwargs": {"dtype": "bfloat16"},
         "max_length": args.max_length,
     }
+    if args.block:
+        settings |= {
+            "per_device_train_batch_size": args.block[1],
+            "gradient_accumulation_steps": 1,
+            "train_sampling_strategy": "sequential",
+        }
     peft_config = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear")
     common = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer, "peft_config": peft_config}
     trainer: RewardTrainer
@@ -134,6 +144,7 @@ def main() -> None:
         help="what people say of a pair of rated texts: a forced choice, 10 votes, or 10 ratings of each text",
     )
     parser.add_argument("--pairs", type=int, default=2400, help="training pairs of rated texts")
+    parser.add_argument("--block", type=int, nargs=2, metavar=("TEXTS", "PAIRS"), help="of a step of rated texts")
     parser.add_argument("--max_pairs", type=int, help="with --dataset: train on that many pairs that fit, at random")
     parser.add_argument("--max_length", type=int, help="leave out pairs with a side of more tokens")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs in a batch")
@@ -154,7 +165,9 @@ def main() -> None:
         pairs = [pairs[index] for index in np.random.default_rng(0).permutation(len(pairs))[: args.max_pairs]]
         sides = [ids for row in test_pairs for ids in tokenize_pair(row, tokenizer)]
         held_out = HeldOut(sides, pairs=np.arange(len(sides)).reshape(-1, 2))
+        certainty = np.array([row.get("preference_probability", 1.0) for row in test_pairs])
     else:
+        certainty = np.array(1.0)
         rated, test = split_by_text(load_ratings(args.source))
         held_out = HeldOut([tokenize(tokenizer, row.text) for row in test], draw_votes(test, 30_000, seed=0), test)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -163,10 +176,10 @@ def main() -> None:
     for seed in args.seeds:
         if args.dataset:
             rows = pairs
-        elif args.said == "choices":
+        elif args.said == "choices" and not args.block:
             rows = as_preferences(rated, draw_votes(rated, args.pairs, seed + 1))
         else:
-            rows = draw_judged_pairs(rated, args.pairs, args.said, seed + 1)
+            rows = draw_judged_pairs(rated, args.pairs, args.said, seed + 1, block=args.block)
         for variant in args.variants:
             if any(result["variant"] == variant and result["seed"] == seed for result in done):
                 continue
@@ -180,9 +193,12 @@ def main() -> None:
             metrics = evaluate(rewards, held_out)
             del metrics["reliability"]
             chosen, rejected = (rewards[side] for side in torch.from_numpy(held_out.pairs).T)
+            log_probs = chosen.log_prob_greater(rejected).numpy(), rejected.log_prob_greater(chosen).numpy()
+            nll = -(certainty * log_probs[0] + (1 - certainty) * log_probs[1])
+            metrics["nll"] = nll.mean().item()
             np.savez(
                 args.output / f"{variant}-{seed}.npz",
-                nll=-chosen.log_prob_greater(rejected).numpy(),
+                nll=nll,
                 accuracy=((chosen.location - rejected.location).sign().numpy() + 1) / 2,
                 location=rewards.location.numpy(),
                 scale=rewards.scale.numpy(),

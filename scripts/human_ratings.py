@@ -262,39 +262,56 @@ def as_preferences(rated: list[RatedText], votes: np.ndarray) -> list[dict[str, 
 
 
 def draw_judged_pairs(
-    rated: list[RatedText], pairs: int, kind: str, seed: int, judgements: int = 10
+    rated: list[RatedText],
+    pairs: int,
+    kind: str,
+    seed: int,
+    judgements: int = 10,
+    block: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Pairs about which several people were asked, as rows of a preference dataset with columns of judgements.
+    Pairs of texts that people were asked about, as rows of a preference dataset with columns of judgements.
 
-    Each row draws two different texts uniformly. For `"votes"` one rating of each is drawn uniformly, again and again,
-    until so many of the `judgements` votes have a winner, as in `draw_votes`. For `"ratings"` so many ratings of each
-    text are drawn without replacement (all, if it has fewer), and nobody compares the two.
+    Each row draws two different texts uniformly. For `"choices"` and `"votes"` one rating of each is drawn uniformly,
+    again and again, until one, or so many of the `judgements` votes, have a winner, as in `draw_votes`. For
+    `"ratings"` so many ratings of each text are drawn without replacement (all, if it has fewer), and nobody compares
+    the two.
 
     Args:
         rated: the texts.
         pairs: rows to draw.
-        kind: `"votes"` or `"ratings"`.
+        kind: `"choices"`, `"votes"` or `"ratings"`.
         seed: of all draws.
         judgements: votes on a pair, or ratings of a text.
+        block: texts and pairs. So many texts are drawn first, and so many pairs among them, before the next texts (all
+            texts come once before any comes again): trained on in this order, a batch of many pairs runs few texts.
     """
     generator = np.random.default_rng(seed)
+    texts_of_block, pairs_of_block = block or (len(rated), pairs)
     rows: list[dict[str, Any]] = []
+    waiting = np.array([], dtype=int)
     while len(rows) < pairs:
-        first, second = (rated[index] for index in generator.choice(len(rated), 2, replace=False))
-        if kind == "ratings":
-            drawn = [generator.permutation(text.ratings)[:judgements].tolist() for text in (first, second)]
-            said: dict[str, Any] = {"chosen_votes": 0, "rejected_votes": 0}
-            said |= {"chosen_rating": drawn[0], "rejected_rating": drawn[1]}
-        else:
-            if len({*first.ratings, *second.ratings}) < 2:
-                continue  # no vote would ever have a winner
-            wins = losses = 0
-            while wins + losses < judgements:
-                a, b = (generator.choice(text.ratings) for text in (first, second))
-                wins, losses = wins + int(a > b), losses + int(a < b)
-            said = {"chosen_votes": wins, "rejected_votes": losses}
-        rows.append({"chosen": first.text, "rejected": second.text, **said})
+        if len(waiting) < texts_of_block:
+            waiting = generator.permutation(len(rated))
+        texts, waiting = waiting[:texts_of_block], waiting[texts_of_block:]
+        end = min(len(rows) + pairs_of_block, pairs)
+        while len(rows) < end:
+            first, second = (rated[index] for index in generator.choice(texts, 2, replace=False))
+            if kind == "ratings":
+                drawn = [generator.permutation(text.ratings)[:judgements].tolist() for text in (first, second)]
+                said: dict[str, Any] = {"chosen_votes": 0, "rejected_votes": 0}
+                said |= {"chosen_rating": drawn[0], "rejected_rating": drawn[1]}
+            else:
+                if len({*first.ratings, *second.ratings}) < 2:
+                    continue  # no vote would ever have a winner
+                wins = losses = 0
+                while wins + losses < (1 if kind == "choices" else judgements):
+                    a, b = (generator.choice(text.ratings) for text in (first, second))
+                    wins, losses = wins + int(a > b), losses + int(a < b)
+                said = {"chosen_votes": wins, "rejected_votes": losses}
+                if kind == "choices":
+                    first, second, said = (first, second, {}) if wins else (second, first, {})
+            rows.append({"chosen": first.text, "rejected": second.text, **said})
     return rows
 
 

@@ -47,7 +47,8 @@ def world(
     zeros = torch.zeros(pairs)
     said = torch.stack([wins, 1 - wins, zeros, zeros, zeros, zeros + 1], dim=-1)
     predicted = (hidden @ head.weight[0]).detach()
-    return head, Predictions(hidden, predicted, hidden.new_zeros(pairs, 2, 0), said), scale
+    alone = torch.full((pairs, 2), -1)
+    return head, Predictions(hidden, predicted, hidden.new_zeros(pairs, 2, 0), said, alone), scale
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,41 @@ def test_votes_without_a_scale_to_learn_leave_it_almost_alone():
     assert (head.scale(predictions.hidden_states.flatten(0, 1)) / head.scale.unit_scale).log().std() < 0.1
 
 
+def test_hindsight():
+    hidden = torch.arange(12.0).reshape(3, 2, 2)
+    shape = -hidden[..., :1]
+    said = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    # The first pair's chosen answer is the last one's rejected; two that are alone are not the same.
+    answers = torch.tensor([[7, 0], [-1, 0], [-1, 7]])
+    later = Predictions(hidden, hidden[..., 0], shape, said, answers).in_hindsight()
+    last = hidden.flatten(0, 1)[[5, 3, 2, 3, 4, 5]].reshape(3, 2, 2)
+    expected = Predictions(last, last[..., 0], -last[..., :1], said, answers)
+    torch.testing.assert_close(vars(later), vars(expected), rtol=0, atol=0)
+
+
+def test_hindsight_finds_the_scale_where_answers_come_again():
+    # The same 300 answers in other pairs, again and again; the first predictions of them are far off.
+    _, predictions, scale = world(6000, "normal", overconfidence=1.0)
+    generator = torch.Generator().manual_seed(3)
+    answers = torch.randint(300, (6000, 2), generator=generator)
+    hidden = predictions.hidden_states.flatten(0, 1)[answers]
+    scale = scale.flatten()[answers]
+    location = predictions.location.flatten()[answers]
+    drawn = RewardDistribution(location, scale, "normal").sample(generator=generator)
+    wins = (drawn[:, 0] > drawn[:, 1]).float()
+    predictions.said[:, 0], predictions.said[:, 1] = wins, 1 - wins
+    error = torch.linspace(6, 0, 6000)[:, None] * torch.randn(6000, 2, generator=generator)
+    found = []
+    for known in (answers, torch.full_like(answers, -1)):
+        learner = world(1, "normal", overconfidence=1.0)[0]
+        learner.scale.mean_hidden.copy_(hidden.flatten(0, 1).mean(dim=0))
+        pairs = Predictions(hidden, location + error, predictions.raw_shape, predictions.said, known)
+        calibrate(learner, get_family("normal"), pairs, Responses())
+        found.append(spearman(learner.scale(hidden.flatten(0, 1)).detach()[:, 0], scale.flatten()))
+    assert found[0] > 0.9
+    assert found[1] < found[0] - 0.1
+
+
 def test_the_memory_keeps_the_latest(tmp_path):
     memory = HeadMemory()
     assert memory.predictions() is None
@@ -84,7 +120,7 @@ def test_the_memory_keeps_the_latest(tmp_path):
         numbers = torch.arange(start, start + 100).float()
         hidden = torch.stack([numbers, numbers]).reshape(200, 1).expand(200, 3)
         judgements = Judgements.forced_choices(100, torch.device("cpu"), margin=numbers)
-        memory.add(hidden, -hidden[:, :1], None, judgements)
+        memory.add(hidden, -hidden[:, :1], None, judgements, hidden[:, 0].long())
         if start + 100 < LEAST_PAIRS:
             assert memory.predictions() is None
     kept = memory.predictions()
@@ -94,6 +130,7 @@ def test_the_memory_keeps_the_latest(tmp_path):
     torch.testing.assert_close(kept.hidden_states[:, 0, 0], -kept.location[:, 1])
     torch.testing.assert_close(kept.said[:, 4], kept.hidden_states[:, 1, 2])
     assert kept.said[:, 4].diff().unique().tolist() == [1.0]
+    assert torch.equal(kept.answers.float(), kept.hidden_states[..., 0])
 
     memory.save(tmp_path / "memory.safetensors")
     other = HeadMemory()
@@ -101,6 +138,7 @@ def test_the_memory_keeps_the_latest(tmp_path):
     for one in (memory, other):
         one.add(torch.zeros(2, 3), torch.zeros(2, 1), None, Judgements.forced_choices(1, torch.device("cpu")))
     torch.testing.assert_close(vars(other.predictions()), vars(memory.predictions()), rtol=0, atol=0)
+    assert other.predictions().answers[-1].tolist() == [-1, -1]
 
 
 # Training
@@ -130,7 +168,10 @@ def test_a_run_ends_with_it(tiny_llama_dir, tmp_path):
     assert math.isfinite(factor)
     torch.testing.assert_close(calibrated.model.score.weight, plain.model.score.weight * factor)
     assert not torch.equal(calibrated.model.score.scale.weight, plain.model.score.scale.weight)
-    assert len(calibrated._memory.predictions()) == len(calibrated.train_dataset)
+    kept = calibrated._memory.predictions()
+    assert len(kept) == len(calibrated.train_dataset)
+    ids = [tuple(row[side]) for row in calibrated.train_dataset for side in ("chosen_ids", "rejected_ids")]
+    assert len(kept.answers.unique()) == len(set(ids))
     calibrated.save_model()
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one", num_labels=1)
     location = score(calibrated.model, [[5, 6, 7]]).location

@@ -3,11 +3,11 @@
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from disco_trl.collation import DataCollatorForDiscoPreference
+from disco_trl.collation import ANSWERS, DataCollatorForDiscoPreference
 from disco_trl.data import ROW_COLUMN
 
 
-def test_collator_adds_the_row_numbers_and_nothing_else():
+def test_collator_adds_row_numbers_and_answers_and_nothing_else():
     examples = [
         {"chosen_ids": [1, 2, 3], "rejected_ids": [4, 5], "margin": 0.5},
         {"chosen_ids": [6, 7], "rejected_ids": [8], "margin": 0.0},
@@ -19,6 +19,17 @@ def test_collator_adds_the_row_numbers_and_nothing_else():
     assert row_index.dtype == torch.int64
     assert row_index.tolist() == [7, 3]
     for batch in (numbered_batch, collator(examples)):
+        del batch[ANSWERS]
         assert batch.keys() == trl_batch.keys() == {"input_ids", "attention_mask", "margin"}
         for name, tensor in trl_batch.items():
             assert torch.equal(batch[name], tensor)
+
+
+def test_equal_answers_are_told():
+    examples = [{"chosen_ids": [1, 2, 3], "rejected_ids": [4, 5]}, {"chosen_ids": [4, 5], "rejected_ids": [1, 2]}]
+    for share_prefixes in (False, True):
+        answers = DataCollatorForDiscoPreference(pad_token_id=0, share_prefixes=share_prefixes)(examples)[ANSWERS]
+        assert answers.dtype == torch.int64
+        assert answers.min() >= 0
+        # Chosen sides first
+        assert (answers[:, None] == answers).int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]

@@ -332,7 +332,7 @@ def test_figures_of_every_kind_are_shown(tmp_path, capsys):
         "1 rows  votes",
         "votes of a pair: 4.0 on average",
         "rankings: of 3 to 3 answers, 1 with equal ranks",
-        "yes, by 1 pairs with several votes and 2 answers with several ratings",
+        "yes, by 2 answers with several ratings",
         "rating thresholds: 2, between 3 ratings",
         "tie band (tie_width)",
         "two judgements of one pair agree in 50.0%",

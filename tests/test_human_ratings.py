@@ -17,7 +17,16 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import human_ratings
-from human_ratings import RatedText, Release, draw_votes, fetch, parse_ratings, split_by_text, win_probability
+from human_ratings import (
+    RatedText,
+    Release,
+    draw_judged_pairs,
+    draw_votes,
+    fetch,
+    parse_ratings,
+    split_by_text,
+    win_probability,
+)
 
 
 # Fetching
@@ -236,3 +245,54 @@ def test_votes_become_rows_of_a_preference_dataset():
     rated = [RatedText("low", np.array([-1])), RatedText("high", np.array([3]))]
     rows = human_ratings.as_preferences(rated, draw_votes(rated, 2, seed=0))
     assert rows == [{"chosen": "high", "rejected": "low"}] * 2
+
+
+# Judged pairs
+
+
+def rated_texts(count: int) -> list[RatedText]:
+    generator = np.random.default_rng(0)
+    return [RatedText(f"text {index}", generator.integers(-4, 5, 20)) for index in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["choices", "votes", "ratings"])
+def test_judged_pairs(kind):
+    rated = rated_texts(12)
+    ratings = {text.text: text.ratings for text in rated}
+    rows = draw_judged_pairs(rated, 200, kind, seed=0, judgements=6)
+    assert len(rows) == 200
+    assert rows == draw_judged_pairs(rated, 200, kind, seed=0, judgements=6)
+    assert rows != draw_judged_pairs(rated, 200, kind, seed=1, judgements=6)
+    for row in rows:
+        assert row["chosen"] != row["rejected"]
+        if kind == "choices":
+            assert row.keys() == {"chosen", "rejected"}
+            assert ratings[row["chosen"]].max() > ratings[row["rejected"]].min()
+        elif kind == "votes":
+            assert row["chosen_votes"] + row["rejected_votes"] == 6
+        else:
+            assert row["chosen_votes"] == row["rejected_votes"] == 0
+            for side in ("chosen", "rejected"):
+                drawn, given = (
+                    np.bincount(np.array(numbers) + 4, minlength=9)
+                    for numbers in (row[f"{side}_rating"], ratings[row[side]])
+                )
+                assert drawn.sum() == 6
+                assert (drawn <= given).all()
+
+
+def test_choices_are_votes_of_one():
+    rated = rated_texts(2)
+    chance = win_probability(rated, np.array([[0, 1]]))[0]
+    rows = draw_judged_pairs(rated, 4000, "choices", seed=0)
+    wins = np.mean([row["chosen"] == "text 0" for row in rows])
+    assert abs(wins - chance) < 4 * (chance * (1 - chance) / 4000) ** 0.5
+
+
+def test_blocks_hold_few_texts():
+    rows = draw_judged_pairs(rated_texts(12), 100, "choices", seed=0, block=(4, 16))
+    blocks = [{text for row in rows[start : start + 16] for text in row.values()} for start in range(0, 100, 16)]
+    assert len(rows) == 100
+    assert max(map(len, blocks)) == 4
+    # All texts, before any comes again
+    assert len(set.union(*blocks[:3])) == len(set.union(*blocks[3:6])) == 12

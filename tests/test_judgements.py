@@ -98,15 +98,16 @@ def test_a_survey_finds_what_there_is_to_learn():
     ]
     found = survey(Dataset.from_list(rows))
     assert not found.has_ties
-    assert not found.has_repetitions
+    assert not found.has_several_ratings
     assert found.ratings == {3.0: 1}
     assert found.ranking_sizes == {3}
     assert found.has_pairs
     for more in ({"tie": True}, {"ranks": [1, 1]}):
         assert survey(Dataset.from_list([*rows, {**rows[1], **more}])).has_ties
-    for more in ({"chosen_votes": 1, "rejected_votes": 1},):
-        assert survey(Dataset.from_list([*rows, {**rows[1], **more}])).has_repetitions
-        assert survey(Dataset.from_list([*rows, {**rows[1], **more}]).to_iterable_dataset()).has_repetitions
+    for ratings, has_several in (([3.0], False), ([3.0, 3.0], True)):
+        dataset = Dataset.from_list([{"rejected_rating": ratings, "chosen_votes": 5}])
+        assert survey(dataset).has_several_ratings == has_several
+        assert survey(dataset.to_iterable_dataset()).has_several_ratings == has_several
     assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).has_pairs
 
 
