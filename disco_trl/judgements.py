@@ -16,7 +16,7 @@ Any of them may be missing (None or NaN) in any row.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Any, NamedTuple
@@ -183,19 +183,50 @@ SURVEYED_OF_STREAM = 1000
 def survey(dataset: Dataset | IterableDataset) -> Survey:
     """Go through the judgements of a dataset, of a stream through those of its first 1,000 rows."""
     found = Survey()
-    plain = dataset.with_format(None)
-    if isinstance(plain, Dataset):
-        names = [name for name in plain.column_names if name in {*JUDGEMENT_COLUMNS, "ranks"} - {"margin", "weight"}]
-        if not names:
-            found.has_pairs = True
-            return found
-        for batch in plain.select_columns(names).iter(batch_size=1000):
-            for values in zip(*batch.values(), strict=True):
-                found.add(dict(zip(batch, values, strict=True)))
-    else:
-        for row in islice(plain, SURVEYED_OF_STREAM):
-            found.add(row)
+    for row in _judged_rows(dataset):
+        found.add(row)
+    # Of a dataset without judgements no row was looked at.
+    found.has_pairs |= not found.ranking_sizes
     return found
+
+
+def check_answerable(dataset: Dataset | IterableDataset, dataset_name: str, likelihood: dict[str, Any]) -> None:
+    """
+    Raise `ValueError` if a model cannot have answered as a row of a dataset (of a stream, the first 1,000) says.
+
+    Args:
+        dataset: with judgements in which `find_problem` finds nothing.
+        dataset_name: for the message.
+        likelihood: what the model knows of how people answer, the settings of a `disco_trl.heads.LikelihoodHead`.
+    """
+    values: list[float] | None = likelihood.get("rating_values")
+    for index, row in enumerate(_judged_rows(dataset)):
+        found = Survey()
+        found.add(row)
+        strange = set() if values is None else found.ratings.keys() - {*values}
+        if values is not None and strange:
+            columns = " or ".join(f"{name!r}" for name in RATINGS if {*as_ratings(row.get(name))} & strange)
+            raise ValueError(
+                f"{dataset_name} dataset, row {index}, column {columns}: the model, which knows the ratings "
+                f"{', '.join(f'{value:g}' for value in values)}, cannot give {min(strange):g}; round it, or pass "
+                "rating_values with all there are"
+            )
+        if found.has_ties and "tie_width" not in likelihood:
+            raise ValueError(
+                f"{dataset_name} dataset, row {index}, column {'ranks' if found.ranking_sizes else 'tie'!r}: a tie, "
+                "and the training data have none to learn from; give tie_width, or leave such rows out"
+            )
+
+
+def _judged_rows(dataset: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    plain = dataset.with_format(None)
+    if isinstance(plain, IterableDataset):
+        yield from islice(plain, SURVEYED_OF_STREAM)
+        return
+    names = [name for name in plain.column_names if name in {*JUDGEMENT_COLUMNS, "ranks"} - {"margin", "weight"}]
+    for batch in plain.select_columns(names).iter(batch_size=1000) if names else ():
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 # Batches

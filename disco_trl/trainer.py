@@ -36,7 +36,7 @@ from .collation import ANSWERS, DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
 from .distributions import get_family
-from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, survey
+from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, check_answerable, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
 from .modeling import DiscoRewardModel, upgrade
@@ -175,6 +175,13 @@ class DiscoRewardTrainer(RewardTrainer):
         if is_peft_model(self.model):
             keep_to_one_family(self.model)
 
+        known = self._reward_model.config.disco.get("likelihood", {})
+        datasets = {"train": train_dataset}
+        datasets |= eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        for name, dataset in datasets.items():
+            if isinstance(dataset, Dataset | IterableDataset):
+                check_answerable(dataset, name, known)
+
         # TRL (1.12 to 1.16) casts every trainable parameter of a quantized model to bfloat16, the head included. Its
         # float32 values are put back, not the rounded ones cast up.
         (any_weights, *_) = head_weights.values()
@@ -208,7 +215,7 @@ class DiscoRewardTrainer(RewardTrainer):
                 pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
                 share_prefixes=args.prefix_sharing and refusal is None,
                 weigh_by=args.weigh_by,
-                rating_values=self._reward_model.config.disco.get("likelihood", {}).get("rating_values"),
+                rating_values=known.get("rating_values"),
                 # Processes put their batches together for the metrics, and have to have as many pairs.
                 pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
             )
@@ -511,7 +518,7 @@ def _likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, An
     settings: dict[str, Any] = {}
     if args.location_error or (args.location_error is None and found.has_several_ratings):
         settings["location_error"] = True
-    if found.has_ties:
+    if found.has_ties or args.tie_width is not None:
         settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
     if args.label_noise is None:
         settings["label_noise"] = "learned"

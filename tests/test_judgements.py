@@ -263,6 +263,40 @@ def test_ratings_alone_log_no_likelihood_of_votes(tiny_llama_dir, tmp_path):
     assert trainer.state.log_history[0]["location_error"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "train", "evaluated", "message"),
+    [
+        ({}, {"chosen_rating": 2}, {"rejected_rating": [1.0, 5.0]}, "more .*'rejected_rating': .*cannot give 5;"),
+        ({"rating_values": [2, 3]}, {"chosen_rating": 1}, {}, "train .*'chosen_rating': .*cannot give 1;"),
+        ({}, {}, {"tie": True}, "more .*'tie': a tie, and the training data have none"),
+    ],
+    ids=["a rating", "a rating of training", "a tie"],
+)  # fmt: skip
+def test_what_the_model_cannot_answer_is_refused_before_training(
+    tiny_llama_dir, tmp_path, options, train, evaluated, message
+):
+    rows = [
+        {**row, "chosen_rating": 1 + index % 2, "rejected_rating": [2.0]}
+        for index, row in enumerate(preferences("standard", 8))
+    ]
+    if "rating_values" in options:
+        rows = [{**row, "chosen_rating": 2} for row in rows]
+    datasets = [Dataset.from_list([*rows[:3], {**rows[3], **more}, *rows[4:]]) for more in (train, evaluated)]
+    if "tie" in evaluated:
+        datasets[1] = Dataset.from_list([{**row, "tie": index == 3} for index, row in enumerate(rows)])
+    config = DiscoRewardConfig(str(tmp_path), **SMALL_RUN, **options)
+
+    def trainer(config):
+        return DiscoRewardTrainer(
+            tiny_llama_dir, config, train_dataset=datasets[0], eval_dataset={"good": datasets[0], "more": datasets[1]}
+        )
+
+    with pytest.raises(ValueError, match=message.replace(" ", " dataset, row 3, column ", 1)):
+        trainer(config)
+    if "tie" in evaluated:
+        trainer(DiscoRewardConfig(str(tmp_path), **SMALL_RUN, tie_width=0.3)).evaluate()
+
+
 def test_what_was_learned_of_people_is_saved_and_goes_on(tiny_llama_dir, tmp_path):
     dataset = Dataset.from_list(mixed_rows())
     config = DiscoRewardConfig(str(tmp_path / "one"), **SMALL_RUN, label_noise=None)
