@@ -16,6 +16,7 @@ from tiny_training import disco_trainer, preferences, weights
 from transformers import TrainerCallback
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from disco_trl.collation import ANSWERS
 from disco_trl.data import ROW_COLUMN
 from disco_trl.modeling import RewardModelOutput
 
@@ -158,10 +159,10 @@ def test_an_incomplete_batch_counts_whole(build):
 
 
 @pytest.mark.parametrize("prefix_sharing", [False, True])
-def test_row_numbers_stay_out_of_the_model(build, prefix_sharing):
-    trainer = build(prefix_sharing=prefix_sharing)
+def test_row_numbers_and_answers_stay_out_of_the_model(build, prefix_sharing):
+    trainer = build(prefix_sharing=prefix_sharing, per_device_train_batch_size=2)  # as many pairs as OUTPUT has
     batch = next(iter(trainer.get_train_dataloader()))
-    assert ROW_COLUMN in batch
+    assert {ROW_COLUMN, ANSWERS} <= batch.keys()
     seen = {}
 
     def model(**inputs):
