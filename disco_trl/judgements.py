@@ -190,30 +190,35 @@ def survey(dataset: Dataset | IterableDataset) -> Survey:
     return found
 
 
-def check_answerable(dataset: Dataset | IterableDataset, dataset_name: str, likelihood: dict[str, Any]) -> None:
+def check_answerable(
+    dataset: Dataset | IterableDataset, dataset_name: str, found: Survey, likelihood: dict[str, Any]
+) -> None:
     """
     Raise `ValueError` if a model cannot have answered as a row of a dataset (of a stream, the first 1,000) says.
 
     Args:
         dataset: with judgements in which `find_problem` finds nothing.
         dataset_name: for the message.
+        found: the survey of the dataset; its rows are gone through only if one of them is at fault.
         likelihood: what the model knows of how people answer, the settings of a `disco_trl.heads.LikelihoodHead`.
     """
-    values: list[float] | None = likelihood.get("rating_values")
-    for index, row in enumerate(_judged_rows(dataset)):
-        found = Survey()
-        found.add(row)
-        strange = set() if values is None else found.ratings.keys() - {*values}
-        if values is not None and strange:
-            columns = " or ".join(f"{name!r}" for name in RATINGS if {*as_ratings(row.get(name))} & strange)
+    values: list[float] = likelihood.get("rating_values", [])
+    strange = found.ratings.keys() - {*values} if values else set()
+    has_strange_ties = found.has_ties and "tie_width" not in likelihood
+    for index, row in enumerate(_judged_rows(dataset) if strange or has_strange_ties else ()):
+        of_row = Survey()
+        of_row.add(row)
+        given = of_row.ratings.keys() & strange
+        if given:
+            columns = " or ".join(f"{name!r}" for name in RATINGS if {*as_ratings(row.get(name))} & given)
             raise ValueError(
                 f"{dataset_name} dataset, row {index}, column {columns}: the model, which knows the ratings "
-                f"{', '.join(f'{value:g}' for value in values)}, cannot give {min(strange):g}; round it, or pass "
+                f"{', '.join(f'{value:g}' for value in values)}, cannot give {min(given):g}; round it, or pass "
                 "rating_values with all there are"
             )
-        if found.has_ties and "tie_width" not in likelihood:
+        if of_row.has_ties and has_strange_ties:
             raise ValueError(
-                f"{dataset_name} dataset, row {index}, column {'ranks' if found.ranking_sizes else 'tie'!r}: a tie, "
+                f"{dataset_name} dataset, row {index}, column {'ranks' if of_row.ranking_sizes else 'tie'!r}: a tie, "
                 "and the training data have none to learn from; give tie_width, or leave such rows out"
             )
 

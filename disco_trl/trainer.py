@@ -176,11 +176,11 @@ class DiscoRewardTrainer(RewardTrainer):
             keep_to_one_family(self.model)
 
         known = self._reward_model.config.disco.get("likelihood", {})
-        datasets = {"train": train_dataset}
-        datasets |= eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        for name, dataset in datasets.items():
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        for name, dataset in [("train", train_dataset), *evaluated.items()]:
             if isinstance(dataset, Dataset | IterableDataset):
-                check_answerable(dataset, name, known)
+                found = surveyed if dataset is train_dataset else survey(dataset)
+                check_answerable(dataset, name, found, known)
 
         # TRL (1.12 to 1.16) casts every trainable parameter of a quantized model to bfloat16, the head included. Its
         # float32 values are put back, not the rounded ones cast up.
