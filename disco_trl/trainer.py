@@ -8,7 +8,6 @@ that fixes the unit of reward, and checks what goes in.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
@@ -39,6 +38,8 @@ from .distributions import get_family
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, check_answerable, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
+from .metrics import pair_figures, summarize
+from .model_card import make_model_card
 from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
 from .preparation import expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
@@ -349,7 +350,6 @@ class DiscoRewardTrainer(RewardTrainer):
         rewards = self._reward_model.rewards_of(outputs)
         count = len(rewards) // 2
         chosen, rejected = rewards[:count], rewards[count:]
-        is_judged = judgements is not None
         if judgements is None:
             judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
 
@@ -364,33 +364,17 @@ class DiscoRewardTrainer(RewardTrainer):
             loss = loss * (len(log_likelihoods) / self._pairs_per_batch)
 
         with torch.no_grad():
-            # In pairs, [B, ...]: accelerate cuts an incomplete last batch down to as many rows as it has examples
-            log_prob = chosen.log_prob_greater(rejected)
-            votes = judgements.wins + judgements.losses
-            log_votes = judgements.wins * log_prob + judgements.losses * rejected.log_prob_greater(chosen)
-            agreed = torch.where(chosen.location > rejected.location, judgements.wins, judgements.losses)
-            columns = [log_votes, votes, agreed, log_prob.exp(), chosen.scale, rejected.scale]
-            gathered = self.accelerator.gather_for_metrics(torch.stack(columns, dim=-1)).T
-            log_votes, votes, agreed, prob, *scales = gathered
-            was_compared = bool(votes.sum() > 0)
-            if is_judged and was_compared:
-                # TRL's counts rows in which the chosen side is ahead, whoever won the votes.
-                self._metrics[mode]["accuracy"][-1] = (agreed.sum() / votes.sum()).item()
-            metrics = {"nll": -log_votes.sum() / votes.sum()} if was_compared else {}
-            metrics |= {
-                "prob_chosen": prob.mean(),
-                "scale_mean": torch.cat(scales).mean(),
-                "scale_min": torch.cat(scales).min(),
-                "scale_max": torch.cat(scales).max(),
-            }
+            figures = self.accelerator.gather_for_metrics(pair_figures(chosen, rejected, judgements))
             learned = {"location_error": rewards.location_error, **vars(responses)}
-            metrics |= {
-                name: value.flatten()[0]
+            metrics = summarize(figures) | {
+                name: value.flatten()[0].item()
                 for name, value in learned.items()
                 if value is not None and name != "thresholds"
             }
-            for name, value in metrics.items():
-                self._metrics[mode][name].append(value.item())
+        if "accuracy" in metrics:  # TRL's counts pairs in which the chosen side is ahead, whoever won the votes
+            self._metrics[mode]["accuracy"].pop()
+        for name, metric in metrics.items():
+            self._metrics[mode][name].append(metric)
 
         if mode == "train":
             self._recent_rows += [] if rows is None else rows.tolist()
@@ -461,29 +445,15 @@ class DiscoRewardTrainer(RewardTrainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> ModelCard:
-        model_id = get_config_model_id(self.model.config)
-        base_model = None if Path(model_id).is_dir() else model_id  # a local path says nothing to others
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         metrics = {key: value for key, value in (evaluations[-1] if evaluations else {}).items() if key != "epoch"}
-        card_data = ModelCardData(
-            base_model=base_model,
-            datasets=dataset_name,
-            library_name="peft" if is_peft_model(self.model) else "transformers",
+        return make_model_card(
+            self.model,
             model_name=model_name,
-            tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
-        )
-        return ModelCard.from_template(
-            card_data,
-            template_path=str(Path(__file__).with_name("model_card.md")),
-            model_name=model_name,
-            base_model=base_model,
             hub_model_id=self.hub_model_id,
             dataset_name=dataset_name,
-            family=self._family.name,
-            fixed_scale=self._reward_model.config.disco["fixed_scale"],
-            is_adapter=is_peft_model(self.model),
+            tags={*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
             metrics=metrics,
-            versions={name: version(name) for name in ("disco-trl", "trl", "transformers", "torch", "datasets")},
         )
 
 
