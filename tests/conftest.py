@@ -140,12 +140,16 @@ def disco_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
 
     @functools.cache
     def make(architecture: str, **settings) -> str:
+        import torch
         from tiny_models import randomize_heads
 
         from disco_trl import DiscoRewardModel
 
         path = tmp_path_factory.mktemp(f"disco-{architecture}")
-        model = DiscoRewardModel.from_pretrained(base_model_dir(architecture), **settings)
+        # Some classifiers have a layer before the last that no language model brings.
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = DiscoRewardModel.from_pretrained(base_model_dir(architecture), **settings)
         randomize_heads(model).save_pretrained(path)
         return str(path)
 
