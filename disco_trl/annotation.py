@@ -160,10 +160,12 @@ class Annotator:
 
     def column_names(self, answers: Answers) -> list[str]:
         """
-        The columns that are added: `location`, `scale` and `reward_TRANSFORM`; for pairs each of them twice, with
-        `_chosen` and `_rejected` after it, and `prob_chosen`, which is P(chosen ≻ rejected).
+        The columns that are added: `location`, `scale`, `location_error` where the model has one, and
+        `reward_TRANSFORM`; for pairs each of them twice, with `_chosen` and `_rejected` after it, and `prob_chosen`,
+        which is P(chosen ≻ rejected).
         """
-        names = ["location", "scale", f"reward_{self.transform.name}"]
+        error = ["location_error"] if self.reward.has_location_error else []
+        names = ["location", "scale", *error, f"reward_{self.transform.name}"]
         if answers.are_pairs:
             names = [f"{name}_{side}" for name in names for side in TEXT_PAIR] + ["prob_chosen"]
         return [self.prefix + name for name in names]
@@ -206,7 +208,8 @@ class Annotator:
         if isinstance(transform, Sample):
             # A stream of its own for each part, or a part's draws would depend on what was scored before it.
             transform = dataclasses.replace(transform, seed=(transform.seed + 1_000_003 * first) % 2**63)
-        values = [distribution.location, distribution.scale, transform(distribution)]
+        error = [] if distribution.location_error is None else [distribution.location_error]
+        values = [distribution.location, distribution.scale, *error, transform(distribution)]
         columns = [value[side::sides] for value in values for side in range(sides)]
         if answers.are_pairs:
             columns.append(distribution[0::2].prob_greater(distribution[1::2]))
@@ -220,7 +223,7 @@ class Annotator:
             "model": _digest_of_weights(self.reward.model),
             "tokenizer": hashlib.blake2b(json.dumps(described, default=str).encode(), digest_size=16).hexdigest(),
             "family": self.reward.family.name,
-            "transform": {"name": self.transform.name, **dataclasses.asdict(self.transform)},  # type: ignore[call-overload]
+            "transform": {"name": self.transform.name, **dataclasses.asdict(self.transform)},
             "prefix": self.prefix,
         }
 

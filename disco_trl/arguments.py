@@ -10,7 +10,7 @@ from .scoring import TOKENS_PER_BATCH
 from .transforms import TRANSFORMS
 
 
-TRANSFORM_OPTIONS = ("k", "q", "beta", "seed")
+TRANSFORM_OPTIONS = ("k", "q", "beta", "seed", "total")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, what: str) -> None:
@@ -58,6 +58,9 @@ def add_transform_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--q", type=float, help="of quantile: its level")
     parser.add_argument("--beta", type=float, help="of certainty_equivalent: the risk tolerance")
     parser.add_argument("--seed", type=int, help="of sample")
+    parser.add_argument(
+        "--total", action="store_const", const=True, help="count what the model does not know into the scale"
+    )
 
 
 def transform_options(args: argparse.Namespace) -> dict[str, Any]:

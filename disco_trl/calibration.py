@@ -93,6 +93,8 @@ class HeadMemory:
     def __init__(self) -> None:
         self._batches: deque[Predictions] = deque()
         self._pairs = 0
+        self.seen = 0
+        """Pairs that were ever added."""
 
     @torch.no_grad()
     def add(
@@ -128,12 +130,13 @@ class HeadMemory:
             )
         )
         self._pairs += count
+        self.seen += count
         while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
             self._pairs -= len(self._batches.popleft())
 
     def predictions(self) -> Predictions | None:
-        """All that is kept, or None if it is too little to calibrate by."""
-        return None if self._pairs < LEAST_PAIRS else Predictions(**self._tensors())
+        """All that is kept, or None if that is nothing."""
+        return Predictions(**self._tensors()) if self._batches else None
 
     def _tensors(self) -> dict[str, Tensor]:
         names = [field.name for field in fields(Predictions)]
@@ -143,12 +146,13 @@ class HeadMemory:
         """Write what is kept, for a run that is resumed."""
         if self._batches:
             sizes = torch.tensor([len(batch) for batch in self._batches])
-            save_file({"sizes": sizes, **self._tensors()}, path)
+            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), **self._tensors()}, path)
 
     def load(self, path: Path) -> None:
         """Read what :meth:`save` wrote."""
         tensors = load_file(path)
         sizes = tensors.pop("sizes").tolist()
+        self.seen = int(tensors.pop("seen"))
         parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
         batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         self._batches = deque(Predictions(**batch) for batch in batches)
@@ -255,6 +259,23 @@ def _minimize(objective: Callable[[], Tensor], parameters: list[Tensor]) -> None
     optimizer.step(step)
 
 
+def why_not_fitted(trainer: Any) -> str | None:
+    """Why nothing can be fitted to the last layer of a `DiscoRewardTrainer`'s model when training ends, or None."""
+    weight = trainer._reward_model._head.weight
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        return "load_best_model_at_end has put back other weights than those that training ended with"
+    if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
+        return "the head is sharded, and is needed whole"
+    return None
+
+
+@torch.no_grad()
+def how_people_answer(model: Any, predictions: Predictions) -> Responses:
+    """What the finished model has learned of that, on the CPU, as the predictions are."""
+    columns = model._head(predictions.hidden_states[:1, 0].to(model._head.weight), with_scale=True).cpu()
+    return model.responses_of(RewardModelOutput(**model.split_columns(columns)))
+
+
 class Calibration(TrainerCallback):
     """Calibrates the head of a `DiscoRewardTrainer` when training has gone through its data once."""
 
@@ -263,21 +284,18 @@ class Calibration(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        has_other_weights = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if not trainer._calibrates or has_other_weights or (state.epoch or 0) > 1 + 1e-6:
+        if not trainer._calibrates or (state.epoch or 0) > 1 + 1e-6:
+            return
+        refusal = why_not_fitted(trainer)
+        if refusal is not None:
+            logger.warning(f"the rewards are not calibrated: {refusal}")
             return
         model = trainer._reward_model
         head = model._head
-        if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
-            logger.warning("the rewards are not calibrated: the head is sharded, and calibration needs it whole")
-            return
         predictions = None if trainer._memory is None else trainer._memory.predictions()
         factor = torch.zeros((), device=head.weight.device)  # 0 says that it was left out
-        if predictions is not None:
-            with torch.no_grad():
-                # On the CPU, as the predictions are
-                columns = head(predictions.hidden_states[:1, 0].to(head.weight), with_scale=True).cpu()
-                responses = model.responses_of(RewardModelOutput(**model.split_columns(columns)))
+        if predictions is not None and len(predictions) >= LEAST_PAIRS:
+            responses = how_people_answer(model, predictions)
             factor.fill_(calibrate(head, trainer._family, predictions, responses))
         if broadcast(factor) == 0:
             return

@@ -89,7 +89,7 @@ def _load_full(
     reward_family: str | None,
     fixed_scale: float | None,
     kwargs: dict[str, Any],
-    likelihood: dict[str, Any] | None = None,
+    stored_with_adapter: dict[str, Any] | None = None,
 ) -> Any:
     # Config: what is this checkpoint, and can it be a reward model at all?
     # These say how to load and not what: the config must not absorb them.
@@ -106,8 +106,11 @@ def _load_full(
     is_reward_model = _is_reward_model(config, path)
     stored = getattr(config, "disco", None)
     settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
-    if likelihood:
-        settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), likelihood, path)
+    beside = stored_with_adapter or {}
+    if "likelihood" in beside:
+        settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), beside["likelihood"], path)
+    if "epistemic" in beside:
+        settings["epistemic"] = beside["epistemic"]
     stock = _stock_class(config, path, trust_remote_code, hub_kwargs)
     config.num_labels = 1
     config.disco = settings
@@ -171,8 +174,7 @@ def _load_adapter(
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if peft_config.revision is not None:
         base_kwargs["revision"] = peft_config.revision
-    likelihood = None if stored is None else stored.get("likelihood")
-    base = _load_full(peft_config.base_model_name_or_path, base_kwargs, reward_family, fixed_scale, kwargs, likelihood)
+    base = _load_full(peft_config.base_model_name_or_path, base_kwargs, reward_family, fixed_scale, kwargs, stored)
 
     # The adapter has to bring whatever its base has not, and the whole head if it was trained with it
     head, scale = base.head_name, f"{base.head_name}.scale"

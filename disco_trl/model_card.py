@@ -1,5 +1,7 @@
-"""The card of a trained reward model: what its rewards are and how to load them."""
+"""The card of a trained reward model: what its rewards are and how to load them, and how good they are."""
 
+import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from .modeling import DiscoRewardModel
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
+EVALUATION = re.compile("<!-- evaluation -->.*<!-- end of evaluation -->\n", re.DOTALL)
 PACKAGES = ("disco-trl", "trl", "transformers", "torch", "datasets")
 
 
@@ -59,3 +62,32 @@ def make_model_card(
         metrics=metrics,
         versions={name: version(name) for name in PACKAGES},
     )
+
+
+def add_evaluation(folder: Path, text: str, pictures: list[Path]) -> None:
+    """
+    Put what an evaluation has found into the card of a model, in the place of what was found before.
+
+    Args:
+        folder: the model's.
+        text: Markdown.
+        pictures: files to copy beside the card and show after the text.
+
+    Raises:
+        FileNotFoundError: the folder has no card.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        raise FileNotFoundError(f"{card}: there is no such file; --card writes into the card of a model in a folder")
+    shown = "".join(f"![{picture.stem}]({picture.name})\n" for picture in pictures)
+    section = f"<!-- evaluation -->\n### On held-out data\n\n{text}\n\n{shown}<!-- end of evaluation -->\n"
+    before = card.read_text(encoding="utf-8")
+    if EVALUATION.search(before):
+        after = EVALUATION.sub(lambda _: section, before)
+    elif "\n## Training\n" in before:
+        after = before.replace("\n## Training\n", f"\n{section}\n## Training\n", 1)
+    else:
+        after = f"{before.rstrip()}\n\n{section}"
+    for picture in pictures:
+        shutil.copyfile(picture, folder / picture.name)
+    card.write_text(after, encoding="utf-8")

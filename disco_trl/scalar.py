@@ -67,7 +67,8 @@ class ScalarReward(nn.Module):
     def score(self, hidden_states: Tensor) -> Tensor:
         """`[..., H]` to the transformed reward `[..., 1]`."""
         head: Any = self.model_.score
-        output = RewardModelOutput(**self.model_.split_columns(head(hidden_states, with_scale=True)))
+        columns = self.model_.split_columns(head(hidden_states, with_scale=True))
+        output = RewardModelOutput(**columns, pooled_hidden_state=hidden_states)
         return self.transform(self.model_.rewards_of(output))[..., None]
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutputWithPast:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
-from disco_trl.calibration import LEAST_PAIRS, MOST_PAIRS, HeadMemory, Predictions, calibrate
+from disco_trl.calibration import MOST_PAIRS, HeadMemory, Predictions, calibrate
 from disco_trl.distributions import RewardDistribution, get_family
 from disco_trl.evaluation import spearman
 from disco_trl.heads import DiscoHead
@@ -121,8 +121,7 @@ def test_the_memory_keeps_the_latest(tmp_path):
         hidden = torch.stack([numbers, numbers]).reshape(200, 1).expand(200, 3)
         judgements = Judgements.forced_choices(100, torch.device("cpu"), margin=numbers)
         memory.add(hidden, -hidden[:, :1], None, judgements, hidden[:, 0].long())
-        if start + 100 < LEAST_PAIRS:
-            assert memory.predictions() is None
+        assert memory.seen == start + 100
     kept = memory.predictions()
     assert MOST_PAIRS <= len(kept) < MOST_PAIRS + 100
     # Chosen and rejected of each pair side by side, oldest first, and the last one is the last that came
@@ -135,6 +134,7 @@ def test_the_memory_keeps_the_latest(tmp_path):
     memory.save(tmp_path / "memory.safetensors")
     other = HeadMemory()
     other.load(tmp_path / "memory.safetensors")
+    assert other.seen == memory.seen
     for one in (memory, other):
         one.add(torch.zeros(2, 3), torch.zeros(2, 1), None, Judgements.forced_choices(1, torch.device("cpu")))
     torch.testing.assert_close(vars(other.predictions()), vars(memory.predictions()), rtol=0, atol=0)

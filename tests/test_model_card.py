@@ -6,7 +6,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from disco_trl.model_card import TEMPLATE
+from disco_trl.model_card import TEMPLATE, add_evaluation
 
 
 CARD = {
@@ -75,3 +75,30 @@ def test_is_tidy_markdown(changes):
     assert "{{" not in text and "{%" not in text
     assert "\n\n\n" not in text
     assert not re.search(r"\|\n\n\|", text)  # a blank line would cut a table in two
+
+
+def test_an_evaluation_takes_the_place_of_the_one_before(tmp_path):
+    picture = tmp_path / "elsewhere" / "reliability.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"a picture")
+    card = tmp_path / "README.md"
+    card.write_text(render_card())
+    add_evaluation(tmp_path, "| old |", [])
+    add_evaluation(tmp_path, r"| new \1 |", [picture])
+    text = card.read_text()
+    assert "| old |" not in text and text.count("### On held-out data") == 1
+    assert text.index("## Evaluation") < text.index(r"| new \1 |") < text.index("](reliability.png)")
+    assert text.index("](reliability.png)") < text.index("## Training")
+    assert (tmp_path / "reliability.png").read_bytes() == b"a picture"
+
+
+def test_an_evaluation_goes_into_any_card_and_needs_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"README\.md: there is no such file"):
+        add_evaluation(tmp_path, "", [])
+    (tmp_path / "README.md").write_text("# Mine\n")
+    add_evaluation(tmp_path, "figures", [])
+    assert (
+        (tmp_path / "README.md")
+        .read_text()
+        .startswith("# Mine\n\n<!-- evaluation -->\n### On held-out data\n\nfigures")
+    )
