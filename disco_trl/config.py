@@ -50,6 +50,10 @@ class DiscoRewardConfig(RewardConfig):
             hidden states, which are saved with checkpoints. If `None`, it is done where training goes through its data
             once (in later passes predictions are no longer made in advance), a scale is learned, and no location error
             is, which has the same effect. Not with `load_best_model_at_end`, nor where the head is sharded.
+        epistemic (`bool`, *optional*, defaults to `False`):
+            Whether to fit, when training ends, what the data leave open about the location: a posterior of the last
+            layer, kept with the model, whose rewards then have a `location_error` that grows on unfamiliar text. It
+            costs what `calibrate` does. Not with `load_best_model_at_end`, nor where the head is sharded.
         prefix_sharing (`bool`, *optional*, defaults to `True`):
             Compute what the sequences of a batch have in common from the front (the prompt of a pair, a system prompt
             of all) once, and without padding. The losses and gradients of each pair are the same to rounding. It works
@@ -130,6 +134,13 @@ class DiscoRewardConfig(RewardConfig):
             "help": "Whether to fit the unit of the locations, and the scale, once more when training ends: to what "
             "the model predicted of pairs before it learned from them. If `None`, it is done where training goes "
             "through its data once, a scale is learned, and no location error is."
+        },
+    )
+    epistemic: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to fit, when training ends, what the data leave open about the location. The model's "
+            "rewards then have a `location_error` that grows on unfamiliar text."
         },
     )
     prefix_sharing: bool = field(

@@ -150,6 +150,20 @@ class RewardDistribution:
         """P(this > other), ``[B]`` (or broadcast)."""
         return self.log_prob_greater(other).exp()
 
+    def total(self) -> RewardDistribution:
+        """
+        The same rewards with the errors of their locations counted into their scales, for what looks at scales alone.
+
+        The scale becomes √(σ² + (c e)²), where c turns the error, a normal's standard deviation, into this family's
+        unit. That is the exact distribution of a normal reward whose location is that uncertain; of other families it
+        is one of about the same width.
+        """
+        if self.location_error is None:
+            return self
+        ratio = get_family(self.family).unit_scale / FAMILIES["normal"].unit_scale
+        scale = torch.hypot(self.scale, ratio * self.location_error)
+        return RewardDistribution(self.location, scale, self.family, self.shape)
+
     def _as_tensor(self, value: float | Tensor) -> Tensor:
         # Not in the location's dtype: bfloat16 rounds a level of 0.999 to 1.
         dtype = torch.promote_types(torch.float32, self.location.dtype)

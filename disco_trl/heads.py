@@ -228,6 +228,54 @@ class LikelihoodHead(nn.Module):
             own[name].data.copy_(parameter.data)
 
 
+class EpistemicHead(nn.Module):
+    """What the data leave open about the location row w: the standard deviation of μ over the posterior of w.
+
+    The posterior is normal, N(w, A⁻¹), about hidden states φ = (h - mean) / unit: A is the ridge's precision λ plus
+    what the training pairs say, of which the R strongest directions are kept. Outside of them the prior holds.
+    `disco_trl.epistemic` fits it. Buffers:
+
+    Attributes:
+        mean, unit: `[H]`.
+        directions: `[R, H]`, orthonormal.
+        variances: `[R]`, of w along each direction.
+        prior_variance: scalar, 1/λ; 0 while nothing has been fitted.
+    """
+
+    mean: Tensor
+    unit: Tensor
+    directions: Tensor
+    variances: Tensor
+    prior_variance: Tensor
+
+    def __init__(self, hidden_size: int, rank: int, device: torch.device | None):
+        super().__init__()
+        shapes: dict[str, tuple[int, ...]] = {"mean": (hidden_size,), "unit": (hidden_size,)}
+        shapes |= {"directions": (rank, hidden_size), "variances": (rank,), "prior_variance": ()}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
+
+    def init_weights(self) -> None:
+        """Zero what a checkpoint did not bring."""
+        for tensor in self.buffers():
+            init.zeros_(tensor)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.prior_variance > 0)
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Standard deviation of the location, `[...]`, of hidden states `[..., H]`."""
+        features = (hidden_states.float() - self.mean) / self.unit
+        along = features @ self.directions.T
+        # The rest is a difference of vectors and not of squares, which would cancel.
+        rest = features - along @ self.directions
+        variance = along.square() @ self.variances + self.prior_variance * rest.square().sum(dim=-1)
+        return variance.sqrt()
+
+
 class DiscoHead(nn.Linear):
     """A classifier's last layer, which is the location row, with a :class:`ScaleHead` and its like beside it.
 
@@ -238,6 +286,7 @@ class DiscoHead(nn.Linear):
     scale: ScaleHead
     shape: ShapeHead | None
     likelihood: LikelihoodHead | None
+    epistemic: EpistemicHead | None
 
     @classmethod
     def convert(cls, layer: nn.Linear, unit_scale: float, fixed_scale: float | None, shape_size: int = 0) -> DiscoHead:
@@ -247,6 +296,7 @@ class DiscoHead(nn.Linear):
         head.scale = ScaleHead(head.in_features, unit_scale, fixed_scale, head.weight.device)
         head.shape = ShapeHead(head.in_features, shape_size, head.weight.device) if shape_size else None
         head.likelihood = None
+        head.epistemic = None
         head.requires_grad_(head.weight.requires_grad)
         return head
 
@@ -257,6 +307,11 @@ class DiscoHead(nn.Linear):
         self.likelihood.requires_grad_(self.weight.requires_grad)
         if before is not None:
             self.likelihood.take_over(before)
+
+    def know_epistemic(self, rank: int) -> None:
+        """Have room for an :class:`EpistemicHead` of that many directions; one that is there keeps its values."""
+        if self.epistemic is None or len(self.epistemic.variances) != rank:
+            self.epistemic = EpistemicHead(self.in_features, rank, self.weight.device)
 
     def forward(self, hidden_states: Tensor, with_scale: bool = False) -> Tensor:
         """`[..., H]` to the location `[..., 1]`; `with_scale` to location, scale, raw shape parameters and what is

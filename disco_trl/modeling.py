@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .distributions import RewardDistribution, get_family
-from .heads import THREAD, DiscoHead, LikelihoodHead, ScaleHead, ShapeHead
+from .heads import THREAD, DiscoHead, EpistemicHead, LikelihoodHead, ScaleHead, ShapeHead
 from .likelihood import Responses
 from .prefix_sharing import as_attention_mask
 
@@ -147,7 +147,8 @@ class DiscoRewardModel(_Stock):
         """The distribution of the reward of each row of a batch, from what the model's `forward` takes.
 
         Returns:
-            :class:`RewardDistribution` with location and scale of shape `[B]`, in float32.
+            :class:`RewardDistribution` with location and scale of shape `[B]`, in float32; `location_error` if the
+            model has learned one, or knows what its training data leave open (`epistemic=True` in training).
         """
         return self.rewards_of(self(**inputs))
 
@@ -163,14 +164,26 @@ class DiscoRewardModel(_Stock):
         """The distributions `[B]` that a `forward` of this model has come to."""
         family = get_family(self.config.disco["reward_family"])
         shape = output.raw_shape
-        error = self._learned(output).get("location_error")
+        errors = [error.squeeze(-1) for name, error in self._learned(output).items() if name == "location_error"]
+        if self._epistemic is not None:
+            errors.append(self._epistemic(cast(Tensor, output.pooled_hidden_state)))
         return RewardDistribution(
             cast(Tensor, output.logits).squeeze(-1),
             cast(Tensor, output.scale).squeeze(-1),
             family.name,
             shape=None if shape is None else family.shape_from_raw(shape),
-            location_error=None if error is None else error.squeeze(-1),
+            location_error=functools.reduce(torch.hypot, errors) if errors else None,
         )
+
+    @property
+    def _epistemic(self) -> EpistemicHead | None:
+        epistemic = self._head.epistemic
+        return epistemic if epistemic is not None and epistemic.is_fitted else None
+
+    @property
+    def has_location_error(self) -> bool:
+        """Whether its rewards have a `location_error`."""
+        return "location_error" in self.config.disco.get("likelihood", {}) or self._epistemic is not None
 
     def responses_of(self, output: RewardModelOutput) -> Responses:
         """How people answer, as far as this model has learned it."""
@@ -216,6 +229,13 @@ class DiscoRewardModel(_Stock):
             if stock_name == self.head_name and isinstance(module, nn.Linear):
                 yield name, cast(DiscoHead, module)
 
+    def know_epistemic(self, most_directions: int) -> None:
+        """Have room for what the training data leave open: see :class:`~disco_trl.heads.EpistemicHead`."""
+        rank = min(most_directions, self._head.in_features)
+        for _, head in self.named_reward_heads():
+            head.know_epistemic(rank)
+        self.config.disco = {**self.config.disco, "epistemic": rank}
+
     def start_thresholds(self, ratings: Mapping[float, int]) -> None:
         """Begin with the thresholds at which rewards that are all alike would get these ratings so often.
 
@@ -230,7 +250,7 @@ class DiscoRewardModel(_Stock):
                 likelihood.start_thresholds(counts, lambda levels: family.standard_quantile(levels, shape))
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ScaleHead | ShapeHead | LikelihoodHead):
+        if isinstance(module, ScaleHead | ShapeHead | LikelihoodHead | EpistemicHead):
             module.init_weights()
         else:
             super()._init_weights(module)
@@ -241,6 +261,8 @@ class DiscoRewardModel(_Stock):
             head = DiscoHead.convert(layer, family.unit_scale, settings["fixed_scale"], len(family.shape_names))
             if "likelihood" in settings:
                 head.learn_likelihood(settings["likelihood"])
+            if "epistemic" in settings:
+                head.know_epistemic(settings["epistemic"])
         self.config.disco = settings
         ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
         stock = [key for key in ignored if key not in OWN_OUTPUTS]
@@ -303,7 +325,7 @@ def resolve_settings(
     if stored is None:
         settings: dict[str, Any] = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
     else:
-        settings = {name: stored[name] for name in (*asked, "likelihood") if name in stored}
+        settings = {name: stored[name] for name in (*asked, "likelihood", "epistemic") if name in stored}
         for name, value in asked.items():
             if value is not None and value != settings[name]:
                 raise ValueError(

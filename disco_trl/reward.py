@@ -179,7 +179,7 @@ class DiscoReward(RewardFunction):
         device: where to move the model.
         tokens_per_batch: tokens that go through the model at once, padding counted.
         name: as for `RewardFunction`.
-        **options: of the transform: `k`, `q`, `beta` or `seed`.
+        **options: of the transform: `k`, `q`, `beta` or `seed`, and `total`.
 
     Raises:
         ValueError: if a transform or option is unknown or out of its domain, or does not exist for the model's family;
@@ -318,6 +318,11 @@ class DiscoReward(RewardFunction):
                     "collect preferences on such answers",
                 )
         return metrics
+
+    @property
+    def has_location_error(self) -> bool:
+        """Whether the model's rewards have a `location_error`."""
+        return self._inner.has_location_error
 
     @property
     def _inner(self) -> DiscoRewardModel:

@@ -26,7 +26,7 @@ import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -36,13 +36,19 @@ from torch import Tensor
 from .distributions import RewardDistribution, get_family
 
 
+@dataclass(frozen=True)
 class Transform(ABC):
-    """A rule that turns distributions into numbers. Options are fields, checked when the transform is made."""
+    """A rule that turns distributions into numbers. Options are fields, checked when the transform is made.
+
+    Attributes:
+        total: whether the scale counts the error of the location too (`RewardDistribution.total`): not only what
+            people disagree about, but also what the model does not know.
+    """
 
     name: ClassVar[str]
     needs_groups: ClassVar[bool] = False
+    total: bool = field(default=False, kw_only=True)
 
-    @abstractmethod
     def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
         """One number for each reward.
 
@@ -53,6 +59,11 @@ class Transform(ABC):
         Returns:
             Tensor ``S``, in reward units (`win_rate`: a probability).
         """
+        return self._of(reward.total() if self.total else reward, group)
+
+    @abstractmethod
+    def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
+        """What :meth:`__call__` returns, whatever `total` says."""
 
     def check_family(self, family: str) -> None:  # noqa: B027 (most exist for all)
         """Raise a `ValueError` with the reason if this transform does not exist for that family."""
@@ -70,7 +81,7 @@ class Mean(Transform):
 
     name = "mean"
 
-    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+    def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
         return reward.location
 
 
@@ -84,7 +95,7 @@ class LowerBound(Transform):
     def __post_init__(self) -> None:
         self._check("k", lambda k: 0 <= k < math.inf, "a finite number of at least 0")
 
-    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+    def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
         return reward.location - self.k * reward.scale
 
 
@@ -98,7 +109,7 @@ class Quantile(Transform):
     def __post_init__(self) -> None:
         self._check("q", lambda q: 0 < q < 1, "a number strictly between 0 and 1")
 
-    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+    def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
         return reward.quantile(self.q)
 
 
@@ -119,7 +130,7 @@ class CertaintyEquivalent(Transform):
         start = kind.shape_from_raw(torch.zeros(len(kind.shape_names), dtype=torch.float64))
         kind.certainty_equivalent(torch.zeros_like(tiny), tiny, self.beta, start)
 
-    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+    def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
         family = get_family(reward.family)
         return family.certainty_equivalent(reward.location, reward.scale, self.beta, reward.shape)
 
@@ -131,7 +142,7 @@ class WinRate(Transform):
     name = "win_rate"
     needs_groups = True
 
-    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+    def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
         if group is None:
             raise ValueError(
                 "transform 'win_rate' compares the answers to one prompt, and nothing here says which those are; use "
@@ -157,7 +168,7 @@ class Sample(Transform):
         self._check("seed", lambda seed: 0 <= seed < 2**63, "an integer from 0 to 2⁶³ - 1", kind=Integral)
         object.__setattr__(self, "_generators", {})
 
-    def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
+    def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
         generators: dict[torch.device, torch.Generator] = getattr(self, "_generators")  # noqa: B009 (frozen)
         device = reward.location.device
         if device not in generators:
@@ -171,19 +182,22 @@ TRANSFORMS: dict[str, type[Transform]] = {
 
 
 def get_transform(name: str, **options: Any) -> Transform:
-    """The transform of that name with its options: `k`, `q`, `beta` or `seed`.
+    """The transform of that name with its options: `k`, `q`, `beta` or `seed`, and `total`.
 
     Raises:
         ValueError: if there is no such transform or option, or the option's value is out of its domain.
     """
     if name not in TRANSFORMS:
         raise ValueError(f"transform={name!r} is unknown; choose one of {', '.join(map(repr, TRANSFORMS))}")
-    known = [field.name for field in dataclasses.fields(TRANSFORMS[name])]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(TRANSFORMS[name])]
+    known = [*known[1:], known[0]]  # its own before `total`, which all have
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
-            mend = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(map(repr, known)) or 'none'}"
+            mend = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(map(repr, known))}"
             raise ValueError(f"transform {name!r} has no option {option!r}; {mend}")
+    if not isinstance(options.get("total", False), bool):
+        raise ValueError(f"transform {name!r}: total={options['total']!r} must be True or False")
     return TRANSFORMS[name](**options)
 
 

@@ -146,6 +146,7 @@ class ScoreRequest(_Strict):
     q: float | None = None
     beta: float | None = None
     seed: int | None = None
+    total: bool | None = Field(None, description="whether the scale counts the error of the location too")
 
     @field_validator("pairs")
     @classmethod
@@ -158,7 +159,7 @@ class ScoreRequest(_Strict):
 
     def options(self) -> dict[str, float | int]:
         """The transform's options that the request gives."""
-        return self.model_dump(include={"k", "q", "beta", "seed"}, exclude_none=True)
+        return self.model_dump(include={"k", "q", "beta", "seed", "total"}, exclude_none=True)
 
 
 class Result(BaseModel):

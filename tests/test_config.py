@@ -26,6 +26,7 @@ def test_it_is_trls_config_with_fields_added(tmp_path):
         "rating_values": None,
         "weigh_by": "pair",
         "calibrate": None,
+        "epistemic": False,
         "prefix_sharing": True,
         "max_tokens_per_batch": None,
     }

@@ -1,5 +1,6 @@
 """`disco_trl.transforms` and the certainty equivalent: numbers worked out by hand, mpmath, and what is refused."""
 
+import dataclasses
 import math
 
 import mpmath
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from disco_trl import RewardDistribution
+from disco_trl import RewardDistribution, get_family
 from disco_trl.transforms import TRANSFORMS, get_transform, group_members
 
 
@@ -177,9 +178,9 @@ def test_unknown_names():
         get_transform("median")
     with pytest.raises(ValueError, match=r"'certainty_equivalent' has no option 'bta'; did you mean 'beta'\?"):
         get_transform("certainty_equivalent", bta=1.0)
-    with pytest.raises(ValueError, match=r"'lower_bound' has no option 'q'; it takes 'k'"):
+    with pytest.raises(ValueError, match=r"'lower_bound' has no option 'q'; it takes 'k', 'total'"):
         get_transform("lower_bound", q=0.1)
-    with pytest.raises(ValueError, match=r"'mean' has no option 'k'; it takes none"):
+    with pytest.raises(ValueError, match=r"'mean' has no option 'k'; it takes 'total'"):
         get_transform("mean", k=1.0)
 
 
@@ -253,3 +254,28 @@ def test_sample_has_the_quantiles_of_the_family(family):
     # Kolmogorov and Smirnov: sup |F_n - F| exceeds 1.95/√n = 0.0138 once in a thousand seeds; this one is fixed.
     empirical = torch.arange(n, dtype=torch.float64) / n
     assert (reward.cdf(draws) - empirical).abs().max().item() < 1.95 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_total_counts_the_error_of_the_location(family):
+    certain = rewards([1.5, -0.5], [0.5, 2.0], family)
+    unsure = dataclasses.replace(certain, location_error=torch.tensor([0.0, 3.0]))
+    for name in ("lower_bound", "quantile"):
+        plain, total = get_transform(name), get_transform(name, total=True)
+        assert plain(unsure).tolist() == plain(certain).tolist() == total(certain).tolist()
+        (one, other), expected = total(unsure).tolist(), plain(certain).tolist()
+        assert one == pytest.approx(expected[0], abs=1e-6) and other < expected[1] - 0.5
+    assert get_transform("lower_bound", total=True)(unsure)[1].item() == pytest.approx(
+        -0.5 - math.hypot(2, 3 * get_family(family).unit_scale / get_family("normal").unit_scale), abs=1e-5
+    )
+
+
+def test_total_is_the_normal_that_it_stands_for():
+    """Draw a location and then a person: that is how `total` is distributed."""
+    reward = dataclasses.replace(rewards([0.3], [0.8]), location_error=torch.tensor([0.6]))
+    total = get_transform("quantile", q=0.2, total=True)(reward).item()
+    generator = torch.Generator().manual_seed(0)
+    draws = 0.3 + torch.randn(2, 200_000, generator=generator).T @ torch.tensor([0.6, 0.8])
+    assert (draws < total).float().mean().item() == pytest.approx(0.2, abs=0.004)
+    with pytest.raises(ValueError, match="total=1 must be True or False"):
+        get_transform("mean", total=1)
