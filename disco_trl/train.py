@@ -65,7 +65,7 @@ def load_preferences(
         name (`str`):
             What follows `argument`. A path that ends in `.json`, `.jsonl` (either also gzipped), `.parquet` or
             `.csv` is read as such a file and gets the one split `train`. In a folder, `train.jsonl` and `test.jsonl`
-            become the splits `train` and `test`.
+            become the splits `train` and `test`; one may have columns that the other has not.
         config (`str`, *optional*):
             Name of the dataset's configuration.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -80,7 +80,8 @@ def load_preferences(
         FileNotFoundError: a local path that does not exist.
         ValueError: a local file of a kind that is not read.
     """
-    from datasets import load_dataset
+    from datasets import DatasetDict, IterableDatasetDict, load_dataset
+    from datasets.data_files import get_data_patterns
 
     path = Path(name)
     is_url = "://" in name
@@ -95,7 +96,14 @@ def load_preferences(
             f"{argument} {name}: cannot tell what kind of file this is; its name should end in one of "
             f"{', '.join(_BUILDER_OF_SUFFIX)}."
         )
-    return load_dataset(name, name=config, streaming=streaming)
+    if not path.is_dir() or config is not None or (path / "README.md").exists():
+        return load_dataset(name, name=config, streaming=streaming)
+    # All splits together would need the same columns; one at a time they do not.
+    splits = {
+        str(split): load_dataset(name, data_files=files, streaming=streaming)["train"]
+        for split, files in get_data_patterns(str(path.resolve())).items()
+    }
+    return (IterableDatasetDict if streaming else DatasetDict)(splits)
 
 
 def choose_split(dataset: Any, split: str, argument: str) -> Any:

@@ -35,6 +35,7 @@ from .collation import ANSWERS, DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
 from .distributions import get_family
+from .epistemic import MOST_DIRECTIONS, Posterior
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, check_answerable, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
@@ -44,6 +45,7 @@ from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
 from .preparation import expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
+from .search import Beginning, space_around
 
 
 logger = get_logger(__name__)
@@ -146,6 +148,8 @@ class DiscoRewardTrainer(RewardTrainer):
 
         def adopt(model: Any) -> None:
             reward_model = upgrade(model, args.reward_family, args.fixed_scale, likelihood)
+            if args.epistemic:
+                reward_model.know_epistemic(MOST_DIRECTIONS)
             if "rating_values" in likelihood:
                 reward_model.start_thresholds(surveyed.ratings)
             if isinstance(peft_config, PeftConfig):  # TRL refuses any other type
@@ -227,15 +231,18 @@ class DiscoRewardTrainer(RewardTrainer):
             self.train_dataset = group_stream(self.train_dataset, self._pairs_per_step, self._data_seed)
         self.add_callback(SamplerEpoch())
 
-        # Calibration by the predictions of the first pass through the data
+        # What is fitted when training ends, to the predictions that it has made
         is_learned = self._reward_model.scale_head.fixed_scale is None
         has_error = "location_error" in self._reward_model.config.disco.get("likelihood", {})
         passes_once = args.max_steps > 0 or args.num_train_epochs <= 1
         wanted = passes_once and not has_error if args.calibrate is None else args.calibrate
         self._calibrates = wanted and is_learned
-        # The first process calibrates, for all to have the same head.
-        self._memory = HeadMemory() if self._calibrates and args.process_index == 0 else None
+        # The first process does it, for all to have the same head.
+        keeps = (self._calibrates or args.epistemic) and args.process_index == 0
+        self._memory = HeadMemory() if keeps else None
         self.add_callback(Calibration(self))
+        if args.epistemic:
+            self.add_callback(Posterior(self))
 
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
@@ -367,7 +374,7 @@ class DiscoRewardTrainer(RewardTrainer):
             figures = self.accelerator.gather_for_metrics(pair_figures(chosen, rejected, judgements))
             learned = {"location_error": rewards.location_error, **vars(responses)}
             metrics = summarize(figures) | {
-                name: value.flatten()[0].item()
+                name: value.mean().item()
                 for name, value in learned.items()
                 if value is not None and name != "thresholds"
             }
@@ -383,7 +390,8 @@ class DiscoRewardTrainer(RewardTrainer):
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
                 head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
-            if self._memory is not None and (self.state.epoch or 0) < 1:
+            # In later passes predictions are not made in advance.
+            if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
 
@@ -397,6 +405,34 @@ class DiscoRewardTrainer(RewardTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._memory is not None and checkpoint is not None and Path(checkpoint, MEMORY_FILE).is_file():
             self._memory.load(Path(checkpoint, MEMORY_FILE))
+
+    def hyperparameter_search(  # type: ignore[override]  # the rest goes through `kwargs`
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As in transformers, but no `model_init` is needed: each trial begins with the weights that the model has now,
+        and so does what comes after the search.
+
+        Args:
+            hp_space: the default tries learning rates and batch sizes around those in `args`; see
+                `disco_trl.search.space_around`.
+            compute_objective: the default is the NLL on the `eval_dataset`, `eval_nll`.
+            **kwargs: `n_trials`, `direction`, `backend`, `hp_name` and those of the backend.
+        """
+        beginning = Beginning(self)
+        self.model_init = beginning  # type: ignore[assignment]
+        try:
+            return super().hyperparameter_search(
+                hp_space or space_around(self.args.learning_rate, self.args.per_device_train_batch_size),
+                compute_objective or (lambda metrics: metrics["eval_nll"]),
+                **kwargs,
+            )
+        finally:
+            self.model_init = None  # type: ignore[assignment]
+            self.model = self.model_wrapped = beginning()
 
     def _not_finite(self, what: str) -> FloatingPointError:
         rows = ", ".join(map(str, self._recent_rows)) or "unknown (a data collator of your own carries no row_index)"

@@ -116,6 +116,16 @@ def test_a_folder_loads_with_its_splits(pairs_folder):
     assert {split: len(rows) for split, rows in dataset.items()} == {"train": 16, "test": 8}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_splits_of_a_folder_may_have_other_columns(tmp_path, streaming):
+    pair = {"chosen": "good", "rejected": "bad"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(pair))
+    (tmp_path / "test.jsonl").write_text(json.dumps(pair | {"chosen_rating": [1, 2]}))
+    dataset = train.load_preferences(str(tmp_path), streaming=streaming)
+    assert list(dataset["train"]) == [pair]
+    assert list(dataset["test"]) == [pair | {"chosen_rating": [1, 2]}]
+
+
 @pytest.mark.parametrize("name", ["pairs.jsonl", "./folder", "/no/such/folder"])
 def test_a_missing_path_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,413 @@
+"""
+`disco-trl compare`: Bradley–Terry by TRL's own trainer and any variants of ours, on the same data, order and budget.
+
+Each run (a variant with a seed) is a process of its own, `disco_trl.compare_run`: one that fails, or runs out of
+memory, does not take the others with it, and its peak memory is its own. A run leaves a folder; a comparison that is
+started again goes on with those that are missing. What flows: variants and seeds → a folder each → figures of each →
+means over seeds, and paired differences from Bradley–Terry over comparisons and seeds → table, verdicts and report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, TRAINERS, Run, read_data
+from .config import DiscoRewardConfig
+from .distributions import FAMILIES, RewardDistribution
+from .evaluate import versions
+from .evaluation import METRICS, paired_bootstrap
+from .held_out import HeldOut
+from .report import EXPLAINED, Model, write_report
+
+
+COMPARED = ("nll", "accuracy", "brier")
+"""Figures that are means over comparisons, and so can be compared pair by pair."""
+LOWER_IS_BETTER = {"nll": True, "brier": True, "accuracy": False}
+RUN_FILE = "run.json"
+LAST_WORDS = 2000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    What is trained: `bradley-terry` or a family, and perhaps settings of its own.
+
+    Attributes:
+        name: as it was given, `normal:prefix_sharing=false`.
+        base: `bradley-terry`, or a family.
+        settings: fields of `DiscoRewardConfig`.
+    """
+
+    name: str
+    base: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """
+        From a command line.
+
+        Raises:
+            ValueError: neither a family nor Bradley–Terry, or a setting that is none.
+        """
+        base, _, rest = text.partition(":")
+        if base not in (BRADLEY_TERRY, *FAMILIES):
+            raise ValueError(f"--variants {text}: {base!r} is none of {', '.join((BRADLEY_TERRY, *FAMILIES))}")
+        settings = parse_settings(rest.split(",") if rest else [], f"--variants {text}")
+        if base == BRADLEY_TERRY and settings:
+            raise ValueError(f"--variants {text}: Bradley–Terry is what the others are compared with, and has none")
+        return cls(text, base, settings)
+
+    @property
+    def folder(self) -> str:
+        """A name for files."""
+        return "".join(letter if letter.isalnum() or letter in "-._=" else "_" for letter in self.name)
+
+
+def parse_settings(items: Sequence[str], argument: str) -> dict[str, Any]:
+    """
+    `KEY=VALUE` items; a value is JSON, or else a text.
+
+    Raises:
+        ValueError: an item without `=`, or a key that is no field of `DiscoRewardConfig`.
+    """
+    known = {one.name for one in fields(DiscoRewardConfig)}
+    settings = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"{argument}: {item!r} is no setting; write KEY=VALUE with a field of DiscoRewardConfig")
+        settings[key] = _value_of(value)
+    return settings
+
+
+def _value_of(text: str) -> Any:
+    for spelling in (text, text.lower()):  # Python writes True, and JSON true
+        try:
+            return json.loads(spelling)
+        except json.JSONDecodeError:
+            continue
+    return text
+
+
+@dataclass
+class Result:
+    """A finished run: its figures, `metrics.json`, and its rewards of the held-out answers."""
+
+    variant: Variant
+    seed: int
+    figures: dict[str, Any]
+    rewards: RewardDistribution
+
+    @classmethod
+    def load(cls, variant: Variant, seed: int, folder: Path) -> Result:
+        """From a run's folder."""
+        figures = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
+        tensors = {name: torch.from_numpy(values) for name, values in load_file(folder / REWARDS_FILE).items()}
+        return cls(variant, seed, figures, RewardDistribution(family=figures["family"], **tensors))
+
+
+def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tuple[Variant, int, Run]]:
+    """
+    The runs with the best settings that a search has found for each variant, with the seed of its first run.
+
+    Raises:
+        RuntimeError: a search failed; with its last words.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for variant, _, run in logging.tqdm(runs, desc="Searches", unit="run"):
+        if variant.name not in found:
+            folder = Path(run.output).with_name(f"{variant.folder}-search")
+            words = launch(replace(run, search=trials, output=str(folder)))
+            if words is not None:
+                raise RuntimeError(f"the search for {variant.name} failed:\n{words}")
+            found[variant.name] = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))["best"]
+    return [(variant, seed, replace(run, settings=run.settings | found[variant.name])) for variant, seed, run in runs]
+
+
+def run_all(runs: list[tuple[Variant, int, Run]]) -> tuple[list[Result], dict[str, str]]:
+    """
+    Run what has not been run, each in a process of its own.
+
+    Returns:
+        The results there are, and the last words of the runs that failed, by `VARIANT, seed N`.
+
+    Raises:
+        ValueError: a folder holds a run with other settings.
+    """
+    for _, _, run in runs:
+        _check_same(run)
+    results, failures = [], {}
+    with logging.tqdm(total=len(runs), desc="Runs", unit="run") as bar:
+        for variant, seed, run in runs:
+            words = launch(run)
+            if words is None:
+                results.append(Result.load(variant, seed, Path(run.output)))
+            else:
+                failures[f"{variant.name}, seed {seed}"] = words
+            bar.update()
+    return results, failures
+
+
+def launch(run: Run) -> str | None:
+    """Do a run in a process of its own, unless it has been done; what it said last if it failed."""
+    _check_same(run)
+    folder = Path(run.output)
+    if (folder / FIGURES_FILE).exists():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    specification = folder / RUN_FILE
+    specification.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "disco_trl.compare_run", str(specification)]
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status == 0:
+        return None
+    words = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
+    return words or f"exit status {status}"
+
+
+def _check_same(run: Run) -> None:
+    file = Path(run.output) / RUN_FILE
+    if not (file.parent / FIGURES_FILE).exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name for name, value in asdict(run).items() if value != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"{file.parent} holds a run with another {' and '.join(changed)}; remove it, or choose another --out"
+        )
+
+
+# What it comes to
+
+
+def difference(ours: Result, theirs: Result, held_out: HeldOut, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A figure of each comparison by two models, each weighed by the people who were asked."""
+    columns = []
+    for result in (ours, theirs):
+        forecasts = held_out.forecasts(result.rewards)
+        of_pairs = {
+            "nll": forecasts.nll,
+            "accuracy": forecasts.right,
+            "brier": forecasts.target * (1 - forecasts.prob) ** 2 + (1 - forecasts.target) * forecasts.prob**2,
+        }[name]
+        columns.append(of_pairs * forecasts.weight / forecasts.weight.mean())
+    return columns[0], columns[1]
+
+
+def verdict(name: str, mean: float, low: float, high: float) -> str:
+    """Better, worse or undecided, by whether the interval of the difference holds 0."""
+    if low <= 0 <= high:
+        return "undecided"
+    return "better" if (mean < 0) == LOWER_IS_BETTER[name] else "worse"
+
+
+def compare(results: list[Result], held_out: HeldOut) -> list[str]:
+    """What each variant is beside Bradley–Terry, in a sentence each."""
+    reference = {result.seed: result for result in results if result.variant.base == BRADLEY_TERRY}
+    sentences = []
+    for variant in dict.fromkeys(result.variant.name for result in results if result.variant.base != BRADLEY_TERRY):
+        ours = [result for result in results if result.variant.name == variant and result.seed in reference]
+        if not ours:
+            continue
+        parts = []
+        for name in COMPARED:
+            columns = [difference(result, reference[result.seed], held_out, name) for result in ours]
+            mean, low, high = paired_bootstrap([one for one, _ in columns], [other for _, other in columns])
+            said = verdict(name, mean, low, high)
+            parts.append(f"{EXPLAINED[name][0]} {said} ({mean:+.4f}; {low:+.4f} to {high:+.4f})")
+        seeds = ", ".join(str(result.seed) for result in ours)
+        sentences.append(f"{variant} less Bradley–Terry, seed{'s' * (len(ours) > 1)} {seeds}: {'; '.join(parts)}.")
+    return sentences
+
+
+def mean_over_seeds(results: list[Result]) -> dict[str, Any]:
+    """
+    The figures of a variant's runs as those of one: means, with the range over seeds in place of the interval where
+    there are several. Curves are the first seed's.
+    """
+    merged = json.loads(json.dumps(results[0].figures))
+    if len(results) == 1:
+        return merged
+    for group in ("metrics", "benchmark", "agreement"):
+        for name in merged[group]:
+            values = _values(results, group, name)
+            if values:
+                merged[group][name] = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
+    return merged
+
+
+def _values(results: list[Result], group: str, name: str) -> list[float]:
+    """A figure of the runs that have it."""
+    found = [result.figures[group].get(name, {}).get("value") for result in results]
+    return [value for value in found if value is not None]
+
+
+def as_table(results: list[Result]) -> str:
+    """Markdown: a row for each variant, the mean and range over seeds."""
+    names = [("metrics", name) for name in METRICS]
+    agreements = dict.fromkeys(name for result in results for name in result.figures["agreement"])
+    names += [("agreement", name) for name in agreements]
+    heads = [EXPLAINED[name][0] if name in EXPLAINED else name for _, name in names]
+    lines = ["| | seeds | " + " | ".join(heads) + " | minutes | peak GiB |"]
+    lines.append("| --- |" + " ---: |" * (len(names) + 3))
+    for variant in dict.fromkeys(result.variant.name for result in results):
+        runs = [result for result in results if result.variant.name == variant]
+        cells = [_mean_and_range(_values(runs, group, name), "{:.3f}") for group, name in names]
+        for name in ("minutes", "peak_gib"):
+            cells.append(_mean_and_range([run.figures[name] for run in runs], "{:.1f}"))
+        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_and_range(values: list[float], form: str) -> str:
+    if not values:
+        return "–"
+    spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+    return form.format(np.mean(values)) + spread
+
+
+# Command line
+
+
+def main(argv: list[str]) -> None:
+    """Run `disco-trl compare`."""
+    parser = argparse.ArgumentParser(
+        prog="disco-trl compare",
+        description="Train Bradley–Terry with TRL's trainer, and variants of ours, alike; say which is better.",
+        epilog="A variant is a family, perhaps with settings of its own: normal, normal:prefix_sharing=false, "
+        "logistic:label_noise=0.05. In DATA, {seed} stands for the seed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("data", metavar="DATA", help="preferences with a split to train on and one to test on")
+    parser.add_argument("--model", required=True, help="language model or reward model to start from")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the report")
+    parser.add_argument("--variants", nargs="+", default=[BRADLEY_TERRY, "normal"], metavar="VARIANT")
+    parser.add_argument(
+        "--bradley-terry",
+        choices=TRAINERS,
+        default=TRAINERS[0],
+        help="who trains Bradley–Terry: TRL's own trainer, or ours, the same likelihood in less time (default: trl; "
+        "where data say more than who won, only ours can)",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="for all variants")
+    parser.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="TRIALS",
+        help="first try so many learning rates and batch sizes for each variant, on a tenth of the training rows",
+    )
+    parser.add_argument("--lora-r", type=int, default=16, help="rank of LoRA adapters; 0 trains the whole model")
+    parser.add_argument("--dtype", default="auto", help="of the language model (default: the checkpoint's)")
+    parser.add_argument("--train-split", default="train")
+    parser.add_argument("--test-split", default="test")
+    parser.add_argument("--max-train", type=int, help="train on the first so many rows, shuffled by the seed")
+    parser.add_argument("--max-length", type=int, help="leave out rows with a longer answer, in tokens")
+    parser.add_argument("--keep-models", action="store_true", help="save what was trained")
+    args = parser.parse_args(argv)
+    try:
+        _run(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    common = parse_settings(args.settings, "--set")
+    variants = [Variant.parse(text) for text in args.variants]
+    runs = [
+        (
+            variant,
+            seed,
+            Run(
+                base=variant.base,
+                bradley_terry=args.bradley_terry,
+                settings=common | variant.settings,
+                seed=seed,
+                model=args.model,
+                data=args.data.format(seed=seed),
+                train_split=args.train_split,
+                test_split=args.test_split,
+                max_train=args.max_train,
+                max_length=args.max_length,
+                lora_r=args.lora_r,
+                dtype=args.dtype,
+                keep_model=args.keep_models,
+                search=0,
+                output=str(args.out / f"{variant.folder}-{seed}"),
+            ),
+        )
+        for seed in args.seeds
+        for variant in variants
+    ]
+    # What is wrong with the data is said before anything is trained.
+    _, held_out = read_data(runs[0][2], AutoTokenizer.from_pretrained(args.model))
+    if args.search:
+        runs = find_settings(runs, args.search)
+    results, failures = run_all(runs)
+    for name, words in failures.items():
+        print(f"{name} failed:\n{words}\n", file=sys.stderr)
+    if not results:
+        raise ValueError("no run succeeded; the folders in --out hold their logs")
+    sentences = compare(results, held_out)
+    table = as_table(results)
+    (args.out / "table.md").write_text(f"{table}\n\n" + "\n".join(f"- {one}" for one in sentences) + "\n", "utf-8")
+    report = _report(args, runs, results, failures, sentences, held_out)
+    print(f"\n{table}\n\n" + "\n".join(sentences) + f"\n\n{report}")
+
+
+def _report(
+    args: argparse.Namespace,
+    runs: list[tuple[Variant, int, Run]],
+    results: list[Result],
+    failures: dict[str, str],
+    sentences: list[str],
+    held_out: HeldOut,
+) -> Path:
+    by_variant: dict[str, list[Result]] = {}
+    for result in results:
+        by_variant.setdefault(result.variant.name, []).append(result)
+    # Ours first: the examples are of the first model.
+    order = sorted(by_variant, key=lambda name: by_variant[name][0].variant.base == BRADLEY_TERRY)
+    settings = {variant.name: run.settings for variant, _, run in runs}
+    models = [
+        Model(
+            name,
+            mean_over_seeds(by_variant[name]),
+            [tuple(point) for point in by_variant[name][0].figures["history"]],
+            {
+                "minutes": _mean_and_range([run.figures["minutes"] for run in by_variant[name]], "{:.1f}"),
+                "peak memory, GiB": _mean_and_range([run.figures["peak_gib"] for run in by_variant[name]], "{:.1f}"),
+                "trainer": by_variant[name][0].figures["trainer"],
+                "settings": ", ".join(f"{key}={value}" for key, value in settings[name].items()) or "TRL's defaults",
+            },
+        )
+        for name in order
+    ]
+    setup = {
+        "Data": args.data,
+        "Model": args.model,
+        "LoRA rank": str(args.lora_r or "none, the whole model"),
+        "Seeds": ", ".join(map(str, args.seeds)),
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+    }
+    if len(args.seeds) > 1:
+        setup["In brackets"] = "the range over seeds"
+    setup |= {f"{name} failed": words.splitlines()[-1] for name, words in failures.items()}
+    title = f"{Path(args.model).name}: {len(results)} runs compared"
+    return write_report(args.out, title, models, by_variant[order[0]][0].rewards, held_out, sentences, setup)
