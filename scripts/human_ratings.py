@@ -256,7 +256,7 @@ def win_probability(rated: list[RatedText], pairs: np.ndarray) -> np.ndarray:
     return wins / (wins + losses)
 
 
-def as_preferences(rated: list[RatedText], votes: np.ndarray) -> list[dict[str, str]]:
+def as_preferences(rated: list[RatedText], votes: np.ndarray) -> list[dict[str, Any]]:
     """Votes `[votes, 2]` as rows of a preference dataset: `{"chosen": text, "rejected": text}`."""
     return [{"chosen": rated[winner].text, "rejected": rated[loser].text} for winner, loser in votes]
 
@@ -315,27 +315,70 @@ def draw_judged_pairs(
     return rows
 
 
-def main() -> None:
+def reverse_some(rated: list[RatedText], share: float, seed: int = 0) -> list[RatedText]:
+    """The same texts, each with that share of its ratings, at random, turned into the opposite: a divided audience."""
+    generator = np.random.default_rng(seed)
+    divided = []
+    for row in rated:
+        is_reversed = generator.permutation(len(row.ratings)) < share * len(row.ratings)
+        divided.append(RatedText(row.text, np.where(is_reversed, -row.ratings, row.ratings)))
+    return divided
+
+
+def flip_some(rows: list[dict[str, Any]], share: float, seed: int = 0) -> list[dict[str, Any]]:
+    """The same forced choices, that share of them, at random, with winner and loser exchanged."""
+    generator = np.random.default_rng(seed)
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    is_flipped = generator.permutation(len(rows)) < share * len(rows)
+    return [
+        {other.get(name, name): value for name, value in row.items()} if flip else row
+        for row, flip in zip(rows, is_flipped, strict=True)
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
     """Write `train.jsonl` and `test.jsonl` as the command line says."""
-    parser = argparse.ArgumentParser(description="Write votes drawn from real people's ratings as JSON lines.")
+    parser = argparse.ArgumentParser(
+        description="Write what real people's ratings say of pairs of texts as JSON lines: to train on what is asked "
+        "for, and held-out votes, each with the ratings of its texts."
+    )
     parser.add_argument("--source", choices=SOURCES, default="tweets")
-    parser.add_argument("--votes", type=int, default=3000, help="votes to draw among the training texts")
+    parser.add_argument(
+        "--said",
+        choices=("choices", "votes", "ratings"),
+        default="choices",
+        help="of a training pair: a forced choice, 10 votes, or 10 ratings of each text",
+    )
+    parser.add_argument("--votes", type=int, default=3000, help="pairs to draw among the training texts")
+    parser.add_argument(
+        "--block", type=int, nargs=2, metavar=("TEXTS", "PAIRS"), help="so many pairs among so many texts at a time"
+    )
+    parser.add_argument("--flipped", type=float, default=0.0, help="share of training choices to turn round")
+    parser.add_argument("--reversed", type=float, default=0.0, help="share of each text's ratings to turn round")
     parser.add_argument("--test_votes", type=int, default=30_000, help="votes to draw, seed 0, among the test texts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training votes")
     parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.flipped and args.said != "choices":
+        parser.error("--flipped turns forced choices round, and --said asks for something else")
 
-    train, test = split_by_text(load_ratings(args.source))
+    rated = load_ratings(args.source)
+    train, test = split_by_text(reverse_some(rated, args.reversed) if args.reversed else rated)
+    if args.said == "choices" and not args.block:
+        rows: list[dict[str, Any]] = as_preferences(train, draw_votes(train, args.votes, args.seed))
+    else:
+        rows = draw_judged_pairs(train, args.votes, args.said, args.seed, block=args.block)
+    votes = draw_votes(test, args.test_votes, seed=0)
+    held_out = [
+        {**row, "chosen_rating": test[winner].ratings.tolist(), "rejected_rating": test[loser].ratings.tolist()}
+        for row, (winner, loser) in zip(as_preferences(test, votes), votes, strict=True)
+    ]
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, rated, votes, seed in (
-        ("train", train, args.votes, args.seed),
-        ("test", test, args.test_votes, 0),
-    ):
+    for name, written, texts in (("train", flip_some(rows, args.flipped, args.seed), train), ("test", held_out, test)):
         path = args.output / f"{name}.jsonl"
         with path.open("w", encoding="utf-8") as file:
-            for row in as_preferences(rated, draw_votes(rated, votes, seed)):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        print(f"{path}: {votes:,} votes among {len(rated):,} texts")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        print(f"{path}: {len(written):,} pairs among {len(texts):,} texts")
 
 
 if __name__ == "__main__":

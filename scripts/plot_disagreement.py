@@ -1,30 +1,44 @@
 """What models take for disagreement among people, against what people's ratings show; a picture of it.
 
-Of runs of `compare_families.py` on rated texts, each with the name that it is to have in the picture:
+Of runs of `disco-trl compare` whose held-out answers have several ratings, each with the name that it is to have in
+the picture:
 
-    python scripts/plot_disagreement.py "10 ratings a text=runs/compare-ratings/normal-0.npz" --output docs/sigma.png
+    python scripts/plot_disagreement.py "10 ratings a text=runs/comparison/normal-0" --output docs/sigma.png
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from human_ratings import SOURCES, load_ratings, split_by_text
-from quickstart import rating_moments
+from transformers import AutoTokenizer
 
+from disco_trl.compare import Result, Variant
+from disco_trl.compare_run import Run, read_data
 from disco_trl.evaluation import centrality, spearman
 
 
-def plot(scales: dict[str, np.ndarray], deviations: np.ndarray, path: Path) -> None:
+def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Location and scale of a run's rated answers, and the standard deviation of their raters, each `[answers]`."""
+    run = Run(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    _, held_out = read_data(run, AutoTokenizer.from_pretrained(run.model))
+    rewards = Result.load(Variant.parse(run.base), run.seed, folder).rewards
+    ratings = held_out.ratings()
+    positions = list(ratings)
+    deviations = np.array([values.std() for values in ratings.values()])
+    return rewards.location.numpy()[positions], rewards.scale.numpy()[positions], deviations
+
+
+def plot(runs: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     """
-    Beside each other for each of the `scales` `[texts]`: a point for each text, its predicted scale (as a rank, in
-    per cent) against the standard deviation `[texts]` of its raters; the mean of each tenth in front.
+    Beside each other for each of the `runs`: a point for each text, its predicted scale (as a rank, in per cent)
+    against the standard deviation of its raters; the mean of each tenth in front.
     """
     figure, axes = plt.subplots(
-        1, len(scales), figsize=(3.1 * len(scales), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1, len(runs), figsize=(3.1 * len(runs), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, (name, scale) in zip(axes[0], scales.items(), strict=True):
+    for axis, (name, (scale, deviations)) in zip(axes[0], runs.items(), strict=True):
         rank = 100 * (np.argsort(np.argsort(scale)) + 0.5) / len(scale)
         axis.scatter(rank, deviations, s=5, color="#888888", alpha=0.35, linewidths=0, label="a text")
         tenth = (rank // 10).astype(int)
@@ -45,18 +59,15 @@ def plot(scales: dict[str, np.ndarray], deviations: np.ndarray, path: Path) -> N
 def main() -> None:
     """Draw what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FILE.npz")
-    parser.add_argument("--source", choices=SOURCES, default="tweets", help="what the runs were measured on")
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    _, test = split_by_text(load_ratings(args.source))
-    _, deviations = rating_moments(test)
-    arrays = {name: np.load(path) for name, path in (run.rsplit("=", 1) for run in args.runs)}
-    plot({name: run["scale"] for name, run in arrays.items()}, deviations, args.output)
-    for name, run in arrays.items():
-        trivial = spearman(centrality(run["location"]), deviations)
-        print(f"{name}: {spearman(run['scale'], deviations):.3f} (−|μ − median|: {trivial:.3f})")
+    found = {name: read(Path(folder)) for name, folder in (run.rsplit("=", 1) for run in args.runs)}
+    plot({name: (scale, deviations) for name, (_, scale, deviations) in found.items()}, args.output)
+    for name, (location, scale, deviations) in found.items():
+        trivial = spearman(centrality(location), deviations)
+        print(f"{name}: {spearman(scale, deviations):.3f} (−|μ − median|: {trivial:.3f})")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
-from disco_trl.evaluation import centrality, pair_metrics, reliability_curve, spearman
+from disco_trl.evaluation import Forecasts, centrality, pair_metrics, reliability_curve, spearman
 from disco_trl.scoring import score
 from disco_trl.tokenization import tokenize, tokenize_pair
 from disco_trl.train import choose_split, load_preferences
@@ -164,9 +164,9 @@ def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dic
 def evaluate(rewards: RewardDistribution, held_out: HeldOut) -> dict[str, Any]:
     """Metrics of one model on the held-out pairs and, where people rated the texts, against their ratings."""
     chosen, rejected = (rewards[side] for side in torch.from_numpy(held_out.pairs).T)
-    log_prob = chosen.log_prob_greater(rejected).numpy()
-    result: dict[str, Any] = pair_metrics(log_prob, (chosen.location - rejected.location).numpy())
-    result["reliability"] = reliability_curve(np.exp(log_prob))
+    forecasts = Forecasts.of(chosen, rejected)
+    result: dict[str, Any] = pair_metrics(forecasts)
+    result["reliability"] = reliability_curve(forecasts)
     if held_out.rated:
         means, deviations = rating_moments(held_out.rated)
         result["location_vs_mean"] = spearman(rewards.location, means)
@@ -186,7 +186,7 @@ def evaluate_raters(held_out: HeldOut) -> dict[str, Any]:
     half of each text's raters, picked at random, against the other half.
     """
     prob = human_ratings.win_probability(held_out.rated, held_out.pairs)
-    result: dict[str, Any] = pair_metrics(np.log(prob), prob - 0.5)
+    result: dict[str, Any] = pair_metrics(Forecasts.of_probabilities(prob))
     generator = np.random.default_rng(0)
     halves: list[list[RatedText]] = [[], []]
     for row in held_out.rated:

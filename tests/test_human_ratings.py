@@ -5,6 +5,7 @@ Nothing is downloaded: pip looks into a folder, in which the tests put small fil
 
 import hashlib
 import io
+import json
 import shutil
 import sys
 import tarfile
@@ -23,7 +24,9 @@ from human_ratings import (
     draw_judged_pairs,
     draw_votes,
     fetch,
+    flip_some,
     parse_ratings,
+    reverse_some,
     split_by_text,
     win_probability,
 )
@@ -296,3 +299,54 @@ def test_blocks_hold_few_texts():
     assert max(map(len, blocks)) == 4
     # All texts, before any comes again
     assert len(set.union(*blocks[:3])) == len(set.union(*blocks[3:6])) == 12
+
+
+def test_an_audience_is_divided():
+    rated = rated_texts(30)
+    half = reverse_some(rated, 0.5)
+    for row, divided in zip(rated, half, strict=True):
+        assert row.text == divided.text
+        assert (np.abs(row.ratings) == np.abs(divided.ratings)).all()
+        is_reversed = divided.ratings != row.ratings
+        assert is_reversed.sum() <= 10 and (divided.ratings[is_reversed] == -row.ratings[is_reversed]).all()
+    assert sum((row.ratings != divided.ratings).sum() for row, divided in zip(rated, half, strict=True)) > 230
+    assert all((row.ratings == same.ratings).all() for row, same in zip(rated, reverse_some(rated, 0.0), strict=True))
+
+
+def test_choices_are_flipped():
+    rows = [{"chosen": f"a{i}", "rejected": f"b{i}", "source": "x"} for i in range(100)]
+    flipped = flip_some(rows, 0.3)
+    other = {"chosen": "rejected", "rejected": "chosen", "source": "source"}
+    turned = [{other[name]: value for name, value in row.items()} for row in rows]
+    found = [
+        0 if row == before else 1 if row == after else 2
+        for row, before, after in zip(flipped, rows, turned, strict=True)
+    ]
+    assert found.count(1) == 30 and 2 not in found
+
+
+# Files
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("said", ["choices", "votes", "ratings"])
+def test_files(said, tmp_path, monkeypatch):
+    rated = rated_texts(60)
+    monkeypatch.setattr(human_ratings, "load_ratings", lambda source: rated)
+    human_ratings.main(["--votes", "40", "--said", said, "--test_votes", "25", "--output", str(tmp_path)])
+    train, test = (read_lines(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
+    assert len(train) == 40 and len(test) == 25
+    assert ("chosen_votes" in train[0]) == (said != "choices") and ("chosen_rating" in train[0]) == (said == "ratings")
+    ratings = {row.text: row.ratings.tolist() for row in rated}
+    for row in test:
+        assert all(row[f"{side}_rating"] == ratings[row[side]] for side in ("chosen", "rejected"))
+    assert not {row["chosen"] for row in train} & {row["chosen"] for row in test}
+
+
+def test_flipping_is_for_choices(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        human_ratings.main(["--said", "votes", "--flipped", "0.1", "--output", str(tmp_path)])
+    assert "--flipped turns forced choices round" in capsys.readouterr().err
