@@ -5,7 +5,7 @@ What is it good for, and where does it stop? Studies on people's ratings of text
 - `movies`: 9,600 single votes on sentences of film reviews in place of tweets;
 - `efficiency`: 250 to 20,000 single votes;
 - `noise`: up to 40 % of 4,000 training votes turned round, with the share of wrong votes learned or not;
-- `context`: half of each text's ratings turned round, as if by people who want the opposite;
+- `context`: a quarter or half of each text's ratings turned round, as if by people who want the opposite;
 - `best-of-n`: the best of N held-out texts by each rule, from models trained on few votes, judged by the ratings.
 
     python scripts/studies.py supervision movies efficiency noise context best-of-n --output runs/studies
@@ -96,8 +96,13 @@ STUDIES: dict[str, tuple[str, dict[Any, World], Sequence[str]]] = {
         (BRADLEY_TERRY, NORMAL, NOISE_LEARNED),
     ),
     "context": (
-        "share of people's ratings turned round",
-        {share: World(4000, reversed=share) for share in (0.0, 0.5)},
+        "ratings turned round, and what people say",
+        {
+            "none, votes": World(4000),
+            "a quarter, votes": World(4000, reversed=0.25),
+            "half, votes": World(4000, reversed=0.5),
+            "half, ratings": World(4000, said="ratings", reversed=0.5),
+        },
         (BRADLEY_TERRY, NORMAL),
     ),
 }
