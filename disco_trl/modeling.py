@@ -19,7 +19,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from .distributions import RewardDistribution, get_family
 from .heads import THREAD, DiscoHead, EpistemicHead, LikelihoodHead, ScaleHead, ShapeHead
@@ -38,7 +38,9 @@ from .prefix_sharing import as_attention_mask
 # The last layer of the classifiers in transformers that end in a plain linear map. One that goes on after it (an
 # activation, a second projection) has another name and is refused, because hidden states would not pass it.
 HEAD_LAYER_NAMES = ("score", "classifier", "out_proj")
-# Fields of the output that a stock classifier does not have; `compute_metrics` gets the others.
+# Fields of the output that are the stock model's own. transformers 5.24 calls `cache` what was `past_key_values`.
+HANDED_ON = tuple({field.name for field in fields(SequenceClassifierOutputWithPast)} - {"loss", "logits"})
+# Fields that a stock classifier does not have; `compute_metrics` gets the others.
 OWN_OUTPUTS = ("scale", "raw_shape", "likelihood", "pooled_hidden_state")
 
 
@@ -53,23 +55,19 @@ def _pooling() -> Iterator[None]:
 
 
 @dataclass
-class RewardModelOutput(ModelOutput):
+class RewardModelOutput(SequenceClassifierOutputWithPast):
     """What a disco model returns: a stock classifier's fields and, after them, its own.
 
+    `loss` is the mean squared error of the location, if `labels` were passed (as a stock one-label classifier does),
+    and `logits` the location, `[B, 1]`.
+
     Attributes:
-        loss: mean squared error of the location, if `labels` were passed (as a stock one-label classifier does).
-        logits: Tensor `[B, 1]`, the location.
         scale: Tensor `[B, 1]`, positive.
         raw_shape: Tensor `[B, S]`, of a family with S shape parameters.
         likelihood: Tensor `[B, J]`, what the model has learned of how people answer, the same in each row.
         pooled_hidden_state: Tensor `[B, H]`, what the head saw of each row, without gradient.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     scale: Tensor | None = None
     raw_shape: Tensor | None = None
     likelihood: Tensor | None = None
@@ -295,10 +293,8 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         loss = None if labels is None else F.mse_loss(location.squeeze(-1), labels.to(location).reshape(-1))
         result = RewardModelOutput(
             loss=loss,
-            past_key_values=output.get("past_key_values"),
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
             pooled_hidden_state=pooled.detach(),
+            **{name: output[name] for name in HANDED_ON if name in output},
             **parts,
         )
         if return_dict is None:

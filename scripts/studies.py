@@ -3,15 +3,16 @@ What is it good for, and where does it stop? Studies on people's ratings of text
 
 - `supervision`: 30,000 single votes, ten votes on each of 9,600 pairs, ten ratings of each text of as many;
 - `movies`: 9,600 single votes on sentences of film reviews in place of tweets;
-- `efficiency`: 250 to 20,000 single votes;
-- `noise`: up to 40 % of 4,000 training votes turned round, with the share of wrong votes learned or not;
-- `context`: a quarter or half of each text's ratings turned round, as if by people who want the opposite;
+- `efficiency`: 250 to 30,000 single votes;
+- `noise`: up to 40 % of 1,000 training votes turned round, with the share of wrong votes learned or not;
+- `context`: half of each text's ratings turned round, as if by people who want the opposite;
 - `best-of-n`: the best of N held-out texts by each rule, from models trained on few votes, judged by the ratings.
 
     python scripts/studies.py supervision movies efficiency noise context best-of-n --output runs/studies
 
 Held-out texts and votes are the same in all. Bradley–Terry is trained by our trainer, in the same batches. What has
-been run is not run again. It ends with tables, and with a picture for each study.
+been run is not run again. It ends with tables, and with a picture for each study. `--most-votes 4000` leaves out the
+larger budgets; `--dtype bfloat16` is for processors that are faster in it (not all that have it are).
 """
 
 import argparse
@@ -40,8 +41,7 @@ TITLES = {BRADLEY_TERRY: "Bradley–Terry", NORMAL: "disco, normal", NOISE_LEARN
 COLORS = {BRADLEY_TERRY: "#c4571b", NORMAL: "#2463b4", NOISE_LEARNED: "#2e8049"}
 SETTINGS = [
     *("per_device_train_batch_size=16", "num_train_epochs=1", "learning_rate=4e-4", "lr_scheduler_type=cosine"),
-    *("warmup_steps=0.1", "bf16=true", "gradient_checkpointing=false", "train_sampling_strategy=sequential"),
-    "epistemic=true",
+    *("warmup_steps=0.1", "gradient_checkpointing=false", "train_sampling_strategy=sequential", "epistemic=true"),
 ]
 
 
@@ -87,21 +87,20 @@ STUDIES: dict[str, tuple[str, dict[Any, World], Sequence[str]]] = {
     ),
     "efficiency": (
         "training votes",
-        {votes: World(votes) for votes in (250, 1000, 4000, 20_000)},
+        {votes: World(votes) for votes in (250, 1000, 4000, 30_000)},
         (BRADLEY_TERRY, NORMAL),
     ),
     "noise": (
         "share of training votes turned round",
-        {share: World(4000, flipped=share) for share in (0.0, 0.2, 0.4)},
+        {share: World(1000, flipped=share) for share in (0.0, 0.2, 0.4)},
         (BRADLEY_TERRY, NORMAL, NOISE_LEARNED),
     ),
     "context": (
         "ratings turned round, and what people say",
         {
-            "none, votes": World(4000),
-            "a quarter, votes": World(4000, reversed=0.25),
-            "half, votes": World(4000, reversed=0.5),
-            "half, ratings": World(4000, said="ratings", reversed=0.5),
+            "none, votes": World(1000),
+            "half, votes": World(1000, reversed=0.5),
+            "half, ratings": World(1000, said="ratings", reversed=0.5),
         },
         (BRADLEY_TERRY, NORMAL),
     ),
@@ -124,9 +123,9 @@ def run(world: World, variants: Sequence[str], args: argparse.Namespace) -> dict
             human_ratings.main(
                 [*world.arguments(), "--block", "8", "16", "--seed", str(seed + 1), "--output", str(data)]
             )
-    command = [str(folder / "data-{seed}"), "--model", args.model, "--dtype", "bfloat16", "--out", str(folder)]
+    command = [str(folder / "data-{seed}"), "--model", args.model, "--dtype", args.dtype, "--out", str(folder)]
     command += ["--variants", *variants, "--seeds", *map(str, args.seeds), "--bradley-terry", "disco"]
-    compare.main([*command, "--set", *SETTINGS])
+    compare.main([*command, "--set", *SETTINGS, f"bf16={args.dtype == 'bfloat16'}"])
     return {
         name: [
             Result.load(Variant.parse(name), seed, folder / f"{Variant.parse(name).folder}-{seed}")
@@ -145,6 +144,7 @@ def held_out(world: World, args: argparse.Namespace) -> HeldOut:
 def study(name: str, args: argparse.Namespace) -> str:
     """Run a study; its table, and its picture in the output folder."""
     label, worlds, variants = STUDIES[name]
+    worlds = {level: world for level, world in worlds.items() if world.votes <= args.most_votes}
     found = {level: run(world, variants, args) for level, world in worlds.items()}
     lines = [f"| {label} | | " + " | ".join(title for _, title in FIGURES.values()) + " | NLL less Bradley–Terry's |"]
     lines.append("| ---: | --- |" + " ---: |" * (len(FIGURES) + 1))
@@ -264,6 +264,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "best-of-n"])
     parser.add_argument("--model", help="Hub id or folder (default: a small chat LM from the package index)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the language model")
+    parser.add_argument("--most-votes", type=int, default=30_000, help="leave out budgets of more votes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

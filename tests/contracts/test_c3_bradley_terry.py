@@ -11,8 +11,8 @@ beats another is sigmoid((μa - μb) / √(½ + ½)) = sigmoid(μa - μb), so a 
    margins, centred rewards, accumulated gradients, checkpointed activations and evaluation.
 
 The one difference allowed is float32 rounding, since ours works out the pairwise term in float64. It is bounded by
-1e-6 for losses and gradients of one batch (of order 1), and so it is for the weights after eight steps of plain
-gradient descent. AdamW divides each gradient by its own size, and so turns the rounding of a gradient near 0 into a
+1e-6 for the loss of one batch (of order 1), by 1e-5 of the largest in its tensor for each gradient, and by 1e-6 for the
+weights after eight steps of plain gradient descent. AdamW divides each gradient by its own size, and so turns the rounding of a gradient near 0 into a
 part of a step: after eight steps of it what is logged agrees to 1e-4, and the weights to a tenth of one step.
 """
 
@@ -88,7 +88,8 @@ def test_loss_and_gradients_of_a_batch(tmp_path, tiny_llama_dir, options, margin
     theirs, ours = gradients
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert max(gradient.abs().max() for gradient in theirs.values()) > 0.01
-    assert furthest(ours, theirs) < 1e-6
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("kind", ["standard", "conversational"])
