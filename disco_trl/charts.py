@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -136,14 +135,3 @@ def densities(axes: Axes, first: RewardDistribution, second: RewardDistribution,
     axes.set_ylim(bottom=0)
     axes.spines["left"].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-
-
-def bars(axes: Axes, values: dict[str, dict[str, Any]], label: str) -> None:
-    """Figures with intervals, `{"value", "low", "high"}`, one row a name."""
-    rows = list(values)[::-1]
-    for row, name in enumerate(rows):
-        figure = values[name]
-        axes.plot([figure["low"], figure["high"]], [row, row], color=SERIES[0], linewidth=2)
-        axes.plot(figure["value"], row, "o", color=SERIES[0])
-    axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel=label)
-    axes.set_ylim(-0.5, len(rows) - 0.5)

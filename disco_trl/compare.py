@@ -30,7 +30,7 @@ from .distributions import FAMILIES, RewardDistribution
 from .evaluate import versions
 from .evaluation import METRICS, paired_bootstrap
 from .held_out import HeldOut
-from .report import EXPLAINED, Model, write_report
+from .report import EXPLAINED, Model, Verdict, write_report
 
 
 COMPARED = ("nll", "accuracy", "brier")
@@ -209,30 +209,34 @@ def difference(ours: Result, theirs: Result, held_out: HeldOut, name: str) -> tu
     return columns[0], columns[1]
 
 
-def verdict(name: str, mean: float, low: float, high: float) -> str:
-    """Better, worse or undecided, by whether the interval of the difference holds 0."""
+def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: str) -> Verdict:
+    """
+    Whether a figure of a model is better or worse than another's, or undecided, as the interval holds 0.
+
+    Args:
+        ours, theirs: runs of both, in pairs of a seed each.
+        held_out: what their rewards are of.
+        name: one of :data:`COMPARED`.
+    """
+    columns = [difference(one, other, held_out, name) for one, other in zip(ours, theirs, strict=True)]
+    mean, low, high = paired_bootstrap([one for one, _ in columns], [other for _, other in columns], held_out.groups)
     if low <= 0 <= high:
-        return "undecided"
-    return "better" if (mean < 0) == LOWER_IS_BETTER[name] else "worse"
+        word = "undecided"
+    else:
+        word = "better" if (mean < 0) == LOWER_IS_BETTER[name] else "worse"
+    return Verdict(word, mean, low, high)
 
 
-def compare(results: list[Result], held_out: HeldOut) -> list[str]:
-    """What each variant is beside Bradley–Terry, in a sentence each."""
+def compare(results: list[Result], held_out: HeldOut) -> dict[str, dict[str, Verdict]]:
+    """What each variant is beside Bradley–Terry with the same seeds, by variant and figure."""
     reference = {result.seed: result for result in results if result.variant.base == BRADLEY_TERRY}
-    sentences = []
+    found = {}
     for variant in dict.fromkeys(result.variant.name for result in results if result.variant.base != BRADLEY_TERRY):
         ours = [result for result in results if result.variant.name == variant and result.seed in reference]
-        if not ours:
-            continue
-        parts = []
-        for name in COMPARED:
-            columns = [difference(result, reference[result.seed], held_out, name) for result in ours]
-            mean, low, high = paired_bootstrap([one for one, _ in columns], [other for _, other in columns])
-            said = verdict(name, mean, low, high)
-            parts.append(f"{EXPLAINED[name][0]} {said} ({mean:+.4f}; {low:+.4f} to {high:+.4f})")
-        seeds = ", ".join(str(result.seed) for result in ours)
-        sentences.append(f"{variant} less Bradley–Terry, seed{'s' * (len(ours) > 1)} {seeds}: {'; '.join(parts)}.")
-    return sentences
+        if ours:
+            theirs = [reference[result.seed] for result in ours]
+            found[variant] = {name: paired(ours, theirs, held_out, name) for name in COMPARED}
+    return found
 
 
 def mean_over_seeds(results: list[Result]) -> dict[str, Any]:
@@ -255,6 +259,14 @@ def _values(results: list[Result], group: str, name: str) -> list[float]:
     """A figure of the runs that have it."""
     found = [result.figures[group].get(name, {}).get("value") for result in results]
     return [value for value in found if value is not None]
+
+
+def verdict_table(verdicts: dict[str, dict[str, Verdict]]) -> str:
+    """Markdown: a row for each variant, how its figures differ from Bradley–Terry's."""
+    lines = ["| less Bradley–Terry | " + " | ".join(EXPLAINED[name][0] for name in COMPARED) + " |"]
+    lines.append("| --- |" + " ---: |" * len(COMPARED))
+    lines += [f"| {name} | " + " | ".join(map(str, figures.values())) + " |" for name, figures in verdicts.items()]
+    return "\n".join(lines)
 
 
 def as_table(results: list[Result]) -> str:
@@ -364,11 +376,11 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{name} failed:\n{words}\n", file=sys.stderr)
     if not results:
         raise ValueError("no run succeeded; the folders in --out hold their logs")
-    sentences = compare(results, held_out)
-    table = as_table(results)
-    (args.out / "table.md").write_text(f"{table}\n\n" + "\n".join(f"- {one}" for one in sentences) + "\n", "utf-8")
-    report = _report(args, runs, results, failures, sentences, held_out)
-    print(f"\n{table}\n\n" + "\n".join(sentences) + f"\n\n{report}")
+    verdicts = compare(results, held_out)
+    tables = as_table(results) + (f"\n\n{verdict_table(verdicts)}" if verdicts else "")
+    (args.out / "table.md").write_text(f"{tables}\n", encoding="utf-8")
+    report = _report(args, runs, results, failures, verdicts, held_out)
+    print(f"\n{tables}\n\n{report}")
 
 
 def _report(
@@ -376,7 +388,7 @@ def _report(
     runs: list[tuple[Variant, int, Run]],
     results: list[Result],
     failures: dict[str, str],
-    sentences: list[str],
+    verdicts: dict[str, dict[str, Verdict]],
     held_out: HeldOut,
 ) -> Path:
     by_variant: dict[str, list[Result]] = {}
@@ -410,4 +422,4 @@ def _report(
         setup["In brackets"] = "the range over seeds"
     setup |= {f"{name} failed": words.splitlines()[-1] for name, words in failures.items()}
     title = f"{Path(args.model).name}: {len(results)} runs compared"
-    return write_report(args.out, title, models, by_variant[order[0]][0].rewards, held_out, sentences, setup)
+    return write_report(args.out, title, models, by_variant[order[0]][0].rewards, held_out, verdicts, setup)

@@ -94,11 +94,11 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS,
     Args:
         rewards: of `held_out.sequences`.
         held_out: the data.
-        draws: resamples of the bootstrap; whole items are drawn, as the comparisons of one are not independent.
+        draws: resamples of the bootstrap, over `held_out.groups`.
         seed: of the bootstrap, and of the random orientations in calibration.
     """
     forecasts = held_out.forecasts(rewards)
-    counts = resamples(held_out.item, draws, seed)
+    counts = resamples(held_out.groups, draws, seed)
     subset_of = np.array([item.subset for item in held_out.items])[held_out.item]
     subsets = np.unique(subset_of)
     curve = reliability_curve(forecasts, seed=seed)

@@ -256,14 +256,18 @@ def resamples(groups: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
     How often each of N comparisons counts in each resample of the bootstrap (B. Efron, 1979), `[draws, N]`.
 
     Args:
-        groups: `[N]`, what is drawn together: the number of each comparison's prompt, say.
+        groups: `[N]`, what is drawn together: the number of each comparison's prompt, say. Or `[N, 2]`, one for each
+            of its sides, where the same answers stand in many comparisons: a comparison of two groups then counts as
+            often as both were drawn, the product (A. Owen's pigeonhole bootstrap, 2007).
         draws: resamples.
         seed: of the draws.
     """
     _, group = np.unique(groups, return_inverse=True)
+    sides = group.reshape(len(groups), -1)
     count = group.max() + 1
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
-    return drawn[:, group]
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.int16)
+    first, last = sides[:, 0], sides[:, -1]
+    return np.where(first == last, drawn[:, first], drawn[:, first] * drawn[:, last])
 
 
 def interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
@@ -273,7 +277,12 @@ def interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
 
 
 def paired_bootstrap(
-    ours: ArrayLike, theirs: ArrayLike, draws: int = 2000, level: float = 0.95, seed: int = 0
+    ours: ArrayLike,
+    theirs: ArrayLike,
+    groups: np.ndarray | None = None,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """
     The mean difference of two models on the same pairs, and an interval for it.
@@ -281,7 +290,8 @@ def paired_bootstrap(
     Args:
         ours, theirs: a figure of each pair, such as its negative log-likelihood, of one model and of the other: `[N]`,
             or `[seeds, N]` for runs that were made in pairs.
-        draws: of the bootstrap. Each resamples the pairs, and the seeds if there are several.
+        groups: of the pairs, as in `resamples`; without them each pair is drawn by itself.
+        draws: of the bootstrap. Each resamples the groups, and the seeds if there are several.
         level: of the interval (percentile method; B. Efron, 1979).
         seed: of the draws.
 
@@ -290,11 +300,11 @@ def paired_bootstrap(
     """
     difference = np.atleast_2d(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))
     runs, count = difference.shape
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        weight = rng.multinomial(count, np.full(count, 1 / count))
-        means[draw] = (difference[rng.integers(runs, size=runs)] @ weight).mean() / count
+    generator = np.random.default_rng(seed)
+    counts = resamples(np.arange(count) if groups is None else groups, draws, seed)
+    means = [
+        (difference[generator.integers(runs, size=runs)] @ weight).mean() / max(weight.sum(), 1) for weight in counts
+    ]
     return float(difference.mean()), *interval(means, level)
 
 

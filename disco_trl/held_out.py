@@ -150,6 +150,18 @@ class HeldOut:
         """What rewards of the sequences, `[S]`, say of the comparisons."""
         return Forecasts.of(rewards[self.first], rewards[self.second], self.target, self.weight)
 
+    @property
+    def groups(self) -> np.ndarray:
+        """
+        `[N, 2]`: what each side of a comparison comes and goes with in a bootstrap (`disco_trl.evaluation.resamples`).
+        That is its item, as comparisons of one are not independent; an answer that several items share goes by itself.
+        """
+        group = np.full(len(self.sequences), -1)
+        for number, of_item in enumerate(self.answers):
+            is_elsewhere = ~np.isin(group[of_item], (-1, number))
+            group[of_item] = np.where(is_elsewhere, len(self.items) + of_item, number)
+        return group[np.stack([self.first, self.second], axis=1)]
+
     def rewards_of_items(self, location: np.ndarray) -> list[np.ndarray]:
         """The locations `[S]`, item by item."""
         return [location[of_item] for of_item in self.answers]

@@ -58,6 +58,30 @@ class Model:
     facts: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """
+    How a figure of a model differs from the reference's.
+
+    Attributes:
+        word: better, worse or undecided.
+        mean, low, high: the difference and its interval.
+    """
+
+    word: str
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> str:
+        """In digits."""
+        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})".replace("-", "−")
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.difference}"
+
+
 @dataclass
 class Example:
     """A comparison to look at, with what people said of it in words."""
@@ -76,7 +100,7 @@ def write_report(
     models: list[Model],
     rewards: RewardDistribution,
     held_out: HeldOut,
-    verdicts: list[str] | None = None,
+    verdicts: dict[str, dict[str, Verdict]] | None = None,
     setup: dict[str, str] | None = None,
 ) -> Path:
     """
@@ -88,7 +112,7 @@ def write_report(
         models: the first is whose subsets and examples are shown.
         rewards: of the first model for `held_out.sequences`.
         held_out: the data.
-        verdicts: sentences that say what is better than what.
+        verdicts: by model, and by figure, how it differs from the reference.
         setup: what to list of the run: data, command, versions.
     """
     drawings = {
@@ -115,7 +139,7 @@ def write_report(
         explained=EXPLAINED,
         pictures={name: Markup(charts.as_svg(draw, text)) for name, (draw, text) in drawings.items()},
         examples=pick_examples(rewards, held_out),
-        verdicts=verdicts or [],
+        verdicts=verdicts or {},
         setup=setup or {},
     )
     path = folder / "report.html"

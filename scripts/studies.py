@@ -30,7 +30,6 @@ from transformers import AutoTokenizer
 from disco_trl import compare
 from disco_trl.compare import Result, Variant
 from disco_trl.distributions import RewardDistribution
-from disco_trl.evaluation import paired_bootstrap
 from disco_trl.held_out import HeldOut
 from disco_trl.rows import open_rows
 from disco_trl.transforms import get_transform
@@ -152,8 +151,9 @@ def study(name: str, args: argparse.Namespace) -> str:
         data = held_out(worlds[level], args)
         for variant in variants:
             cells = [_cell(results[variant], figure) for figure in FIGURES]
+            is_reference = variant == BRADLEY_TERRY
             cells.append(
-                "" if variant == BRADLEY_TERRY else _difference(results[variant], results[BRADLEY_TERRY], data)
+                "" if is_reference else str(compare.paired(results[variant], results[BRADLEY_TERRY], data, "nll"))
             )
             lines.append(f"| {level} | {TITLES[variant]} | " + " | ".join(cells) + " |")
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), layout="constrained")
@@ -182,12 +182,6 @@ def _values(results: list[Result], figure: str) -> list[float]:
 def _cell(results: list[Result], figure: str) -> str:
     values = _values(results, figure)
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "none"
-
-
-def _difference(ours: list[Result], theirs: list[Result], data: HeldOut) -> str:
-    columns = [compare.difference(one, other, data, "nll") for one, other in zip(ours, theirs, strict=True)]
-    mean, low, high = paired_bootstrap([one for one, _ in columns], [other for _, other in columns])
-    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 # Best of N

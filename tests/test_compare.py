@@ -1,6 +1,7 @@
 """`disco-trl compare`: real runs by TRL's trainer and ours in processes of their own, and what is made of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_evaluate import read_pairs, rewards_of
 
-from disco_trl.compare import Result, Variant, compare, main, mean_over_seeds, verdict
+from disco_trl.compare import Result, Variant, compare, main, mean_over_seeds
 
 
 def write_data(folder: Path) -> Path:
@@ -62,9 +63,12 @@ def test_table_and_report(compared):
     assert table[0].startswith("| | seeds | Accuracy |") and table[0].endswith("| minutes | peak GiB |")
     accuracy = figures_of(out, "normal-0")["metrics"]["accuracy"]["value"]
     assert table[3].startswith(f"| normal | 1 | {accuracy:.3f} |")
-    assert table[-1].startswith("- normal less Bradley–Terry, seed 0: NLL ")
+    assert table[5].startswith("| less Bradley–Terry | NLL | Accuracy |") and table[7].startswith("| normal | ")
     page = (out / "report.html").read_text()
-    assert "2 runs compared" in page and f"{accuracy:.4f}" in page and table[-1][2:] in page
+    assert "2 runs compared" in page and f"{accuracy:.4f}" in page
+    for cell in table[7].split(" | ")[1:]:
+        word, said = cell.removesuffix(" |").split(": ")
+        assert word in ("better", "worse", "undecided") and said in page
     assert {path.name for path in out.glob("*.png")} == {"reliability.png", "risk-coverage.png", "learning.png"}
 
 
@@ -76,7 +80,7 @@ def test_goes_on_where_it_was_and_outlives_a_failure(compared, capsys):
     assert (out / "normal-0" / "metrics.json").stat().st_mtime_ns == before
     printed = capsys.readouterr()
     assert "normal:max_length=1, seed 0 failed:" in printed.err and "max_length" in printed.err.split("failed:")[1]
-    assert "normal less Bradley–Terry" in printed.out and "normal:max_length=1" not in printed.out
+    assert "| normal | " in printed.out and "normal:max_length=1" not in printed.out
     assert "normal:max_length=1, seed 0 failed" in (out / "report.html").read_text()
 
 
@@ -154,16 +158,18 @@ def test_the_better_of_two_models_is_called_better():
         [result(name, seed, held_out, values, 0.7) for seed in (0, 1)]
         for name, values in (("normal", location), ("bradley-terry", blurred))
     )
-    (sentence,) = compare([*truth, *worse], held_out)
-    assert sentence.startswith("normal less Bradley–Terry, seeds 0, 1: NLL better (-0.")
-    assert "Accuracy better (+0." in sentence and "Brier score better (-0." in sentence
+    verdicts = compare([*truth, *worse], held_out)["normal"]
+    assert {name: found.word for name, found in verdicts.items()} == dict.fromkeys(
+        ("nll", "accuracy", "brier"), "better"
+    )
+    assert verdicts["nll"].low < verdicts["nll"].mean < verdicts["nll"].high < 0 < verdicts["accuracy"].low
+    turned = [replace(result, variant=truth[0].variant) for result in worse]
+    as_reference = [replace(result, variant=worse[0].variant) for result in truth]
+    worst = compare([*turned, *as_reference], held_out)["normal"]
+    assert {name: found.word for name, found in worst.items()} == dict.fromkeys(("nll", "accuracy", "brier"), "worse")
     same = [result("normal", seed, held_out, blurred, 0.7) for seed in (0, 1)]
-    assert compare([*same, *worse], held_out)[0].count("undecided (+0.0000; +0.0000 to +0.0000)") == 3
-
-
-def test_verdict():
-    assert verdict("nll", -0.1, -0.2, -0.01) == "better" and verdict("nll", 0.1, 0.01, 0.2) == "worse"
-    assert verdict("accuracy", 0.1, 0.01, 0.2) == "better" and verdict("accuracy", 0.1, -0.01, 0.2) == "undecided"
+    for found in compare([*same, *worse], held_out)["normal"].values():
+        assert str(found) == "undecided: +0.0000 (+0.0000 to +0.0000)"
 
 
 def test_mean_over_seeds():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_benchmarks import ROWS
@@ -59,6 +60,15 @@ def test_equal_answers_are_scored_once(tiny_tokenizer):
     assert held_out.sequences == [tokenize(tiny_tokenizer, text) for text in ("ab", "ac", "ad")]
     assert held_out.first.tolist() == [0, 1] and held_out.second.tolist() == [1, 2]
     assert held_out.item.tolist() == [0, 1]
+
+
+def test_a_bootstrap_draws_items_and_shared_answers(tiny_tokenizer):
+    ranked = {"prompt": "x", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]}
+    assert np.ptp(HeldOut.read([ranked], tiny_tokenizer).groups) == 0
+    pairs = [("a", "b"), ("c", "d"), ("e", "a"), ("f", "g"), ("a", "h")]
+    held_out = HeldOut.read([{"prompt": "x ", "chosen": y, "rejected": z} for y, z in pairs], tiny_tokenizer)
+    shared = len(pairs) + held_out.first[0]
+    assert held_out.groups.tolist() == [[shared, 0], [1, 1], [2, shared], [3, 3], [shared, 4]]
 
 
 def test_converted_formats(tiny_tokenizer):

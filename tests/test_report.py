@@ -13,7 +13,7 @@ import torch
 from disco_trl.distributions import RewardDistribution
 from disco_trl.evaluate import as_json, evaluate
 from disco_trl.held_out import HeldOut
-from disco_trl.report import TEMPLATE, Model, pick_examples, write_report
+from disco_trl.report import TEMPLATE, Model, Verdict, pick_examples, write_report
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -50,14 +50,20 @@ def page(held_out, tmp_path) -> str:
         figures = as_json(evaluate(rewards_of(held_out, margins), held_out, draws=20))
         models.append(Model(name, figures, [(0.0, 0.7), (1.0, 0.5)], {"minutes": "3"}))
     rewards = rewards_of(held_out, MARGINS)
-    path = write_report(tmp_path, "Title & more", models, rewards, held_out, ["ours is better"], {"Data": "some"})
+    verdicts = {"ours": {"nll": Verdict("better", -0.2, -0.3, -0.1), "accuracy": Verdict("undecided", 0, -0.1, 0.1)}}
+    path = write_report(tmp_path, "Title & more", models, rewards, held_out, verdicts, {"Data": "some"})
     return path.read_text()
 
 
 def test_says_what_was_found(page, tmp_path, held_out):
     figures = evaluate(rewards_of(held_out, MARGINS), held_out, draws=20)
     assert str(round(figures.metrics["nll"].value, 4)) in page
-    assert "<title>Title &amp; more</title>" in page and "ours is better" in page and "theirs &lt;b&gt;" in page
+    assert (
+        "<title>Title &amp; more</title>" in page
+        and "better<span" in page
+        and "−0.2000 (−0.3000 to −0.1000)" in page
+        and "theirs &lt;b&gt;" in page
+    )
     assert "24 held-out comparisons of 48 answers" in page and "the first was preferred" in page
     for name in ("reliability", "risk-coverage", "learning"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -129,5 +135,5 @@ def test_in_a_browser(page, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
     assert found.pop("width") <= 390
-    assert found == {"charts": 9, "tables": 1, "ink": "rgb(29, 36, 48)"}
+    assert found == {"charts": 9, "tables": 2, "ink": "rgb(29, 36, 48)"}
     assert ":CONSOLE" not in done.stderr

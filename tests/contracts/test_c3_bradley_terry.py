@@ -11,9 +11,10 @@ beats another is sigmoid((μa - μb) / √(½ + ½)) = sigmoid(μa - μb), so a 
    margins, centred rewards, accumulated gradients, checkpointed activations and evaluation.
 
 The one difference allowed is float32 rounding, since ours works out the pairwise term in float64. It is bounded by
-1e-6 for the loss of one batch (of order 1), by 1e-5 of the largest in its tensor for each gradient, and by 1e-6 for the
-weights after eight steps of plain gradient descent. AdamW divides each gradient by its own size, and so turns the rounding of a gradient near 0 into a
-part of a step: after eight steps of it what is logged agrees to 1e-4, and the weights to a tenth of one step.
+1e-6 for the loss of one batch (of order 1), by 1e-5 of the largest in its tensor for each gradient, and by 1e-6 for
+the weights after eight steps of plain gradient descent. AdamW divides each gradient by its own size, and so turns the
+rounding of a gradient near 0 into a part of a step: after eight steps of it what is logged agrees to 1e-4, and the
+weights to a tenth of one step.
 """
 
 import pytest
