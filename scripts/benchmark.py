@@ -98,6 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     head = commands.add_parser("head", parents=[common, training], help="the distribution's own cost")
     head.add_argument("--length", type=int, default=256, help="tokens in a side, on average [%(default)s]")
     head.add_argument("--prompt-share", type=float, default=0.7, help="of a side [%(default)s]")
+    head.add_argument("--pairs", type=int, default=8000, help="in an epoch, for the posterior [%(default)s]")
     return parser
 
 

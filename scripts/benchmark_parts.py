@@ -21,8 +21,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, extract_prompt
 
 from disco_trl import DiscoReward, DiscoRewardConfig, get_family
+from disco_trl.calibration import HeadMemory
+from disco_trl.epistemic import MOST_DIRECTIONS, fit_posterior
 from disco_trl.forest import grow_forest
 from disco_trl.heads import DiscoHead
+from disco_trl.judgements import Judgements
+from disco_trl.likelihood import Responses
 from disco_trl.reward import Content
 from disco_trl.tokenization import tokenize
 from disco_trl.train import choose_split, load_preferences
@@ -276,6 +280,7 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
     plain_head = torch.nn.Linear(width, 1, bias=False, device=hidden.device, dtype=hidden.dtype)
     family = get_family("normal")
     head = DiscoHead.convert(torch.nn.Linear(width, 1, bias=False, device=hidden.device), family.unit_scale, None)
+    head.know_epistemic(min(MOST_DIRECTIONS, width))
 
     def plain() -> None:
         chosen, rejected = plain_head(hidden).squeeze(-1).chunk(2)
@@ -295,11 +300,26 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
             step()
         return (now() - start) / repeats
 
-    taken: dict[str, list[float]] = {"plain": [], "disco": [], "model": []}
+    # What `epistemic=True` keeps of an epoch of pairs and does with them at its end, for each of its steps
+    steps = args.pairs // args.batch_size
+    said = Judgements.forced_choices(args.batch_size, hidden.device)
+    noise = torch.Generator().manual_seed(args.seed)
+
+    def posterior() -> None:
+        memory = HeadMemory()
+        for _ in range(steps):
+            states = hidden.detach() + torch.randn(hidden.shape, generator=noise).to(hidden)
+            memory.add(states, states[:, :1], None, said)
+        predictions = memory.predictions()
+        assert predictions is not None
+        fit_posterior(head, family, predictions.in_hindsight(), Responses(), pairs=args.pairs)
+
+    taken: dict[str, list[float]] = {"plain": [], "disco": [], "model": [], "posterior": []}
     for _ in tqdm(range(args.rounds + 1), desc="head and loss", unit="round"):
         taken["plain"].append(seconds(plain, 100))
         taken["disco"].append(seconds(disco, 100))
         taken["model"].append(seconds(model_step, 1))
+        taken["posterior"].append(seconds(posterior, 1) / steps)
     rounds = {name: own[1:] for name, own in taken.items()}  # the first was to warm up
     overheads = [
         (disco - plain) / model
@@ -308,5 +328,6 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": {name: statistics.median(own) for name, own in rounds.items()},
         "overhead": overheads,
+        "posterior": [own / model for own, model in zip(rounds["posterior"], rounds["model"], strict=True)],
         "tokens": batch["input_ids"].numel(),
     }

@@ -148,9 +148,12 @@ def head_table(result: dict[str, Any]) -> str:
     seconds, settings = result["seconds"], result["settings"]
     labels = {"plain": "linear head, Bradley–Terry", "disco": "disco head and loss, normal", "model": "model"}
     rows = [{"forward and backward": label, "ms": f"{1000 * seconds[name]:.3f}"} for name, label in labels.items()]
+    of_posterior = seconds["posterior"] * (settings["pairs"] // settings["batch_size"])
     return (
         f"{markdown(rows)}\n\n{settings['batch_size']} pairs, {result['tokens']:,} tokens. What the distribution adds "
-        f"is {spread(result['overhead'], '{:.2%}')} of the model's forward and backward."
+        f"is {spread(result['overhead'], '{:.2%}')} of the model's forward and backward. `epistemic=True` fits a "
+        f"posterior after an epoch of {settings['pairs']:,} pairs: {of_posterior:.1f} s, "
+        f"{spread(result['posterior'], '{:.3%}')} of the epoch."
     )
 
 

@@ -326,10 +326,10 @@ def test_rows_that_come_again_are_other_texts(pairs_file, tmp_path):
 
 
 def test_head(tiny_llama_dir, tmp_path):
-    options = ("--dtype", "float32", "--batch-size", "2", "--length", "16")
+    options = ("--dtype", "float32", "--batch-size", "2", "--length", "16", "--pairs", "8")
     result = run("head", "--model", tiny_llama_dir, *options, out=tmp_path)
-    assert set(result["seconds"]) == {"plain", "disco", "model"}
-    assert len(result["overhead"]) == 2
+    assert set(result["seconds"]) == {"plain", "disco", "model", "posterior"}
+    assert len(result["overhead"]) == len(result["posterior"]) == 2
 
 
 @pytest.mark.parametrize(
