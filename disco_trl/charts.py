@@ -109,7 +109,7 @@ def learning(axes: Axes, histories: dict[str, Sequence[tuple[float, float]]]) ->
     """Negative log-likelihood against the share of the data seen."""
     for (name, points), color in zip(histories.items(), SERIES, strict=False):
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, label=name)
+            axes.plot(*zip(*points, strict=True), color=color, marker="o" if len(points) == 1 else "", label=name)
     axes.set(xlabel="epochs", ylabel="NLL of the training batches")
     axes.legend(loc="upper right")
 

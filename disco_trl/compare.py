@@ -418,8 +418,7 @@ def _report(
         "Seeds": ", ".join(map(str, args.seeds)),
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
-    if len(args.seeds) > 1:
-        setup["In brackets"] = "the range over seeds"
     setup |= {f"{name} failed": words.splitlines()[-1] for name, words in failures.items()}
     title = f"{Path(args.model).name}: {len(results)} runs compared"
-    return write_report(args.out, title, models, by_variant[order[0]][0].rewards, held_out, verdicts, setup)
+    ranges = {"brackets": "the range over seeds"} if len(args.seeds) > 1 else {}
+    return write_report(args.out, title, models, by_variant[order[0]][0].rewards, held_out, verdicts, setup, **ranges)

@@ -102,6 +102,7 @@ def write_report(
     held_out: HeldOut,
     verdicts: dict[str, dict[str, Verdict]] | None = None,
     setup: dict[str, str] | None = None,
+    brackets: str = "95 % intervals of the bootstrap",
 ) -> Path:
     """
     Write `report.html` and its pictures.
@@ -114,6 +115,7 @@ def write_report(
         held_out: the data.
         verdicts: by model, and by figure, how it differs from the reference.
         setup: what to list of the run: data, command, versions.
+        brackets: what `low` and `high` of the figures are.
     """
     drawings = {
         "reliability": (
@@ -141,6 +143,7 @@ def write_report(
         examples=pick_examples(rewards, held_out),
         verdicts=verdicts or {},
         setup=setup or {},
+        brackets=brackets,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
