@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from .arguments import add_model_arguments, load_reward
@@ -185,6 +186,11 @@ def _summary(rewards: RewardDistribution) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
+def plain_view(rewards: RewardDistribution) -> RewardDistribution:
+    """What a tool that knows only scalar rewards makes of a model: Bradley–Terry with the locations."""
+    return RewardDistribution(rewards.location, torch.full_like(rewards.location, 2**-0.5), "logistic")
+
+
 # Files
 
 
@@ -266,6 +272,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--card", action="store_true", help="also put table and pictures into the model's README.md")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--plain", action="store_true", help="see a disco checkpoint as tools without disco-trl do: its logit alone"
+    )
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     try:
@@ -283,6 +292,8 @@ def _run(args: argparse.Namespace) -> str:
     start = time.perf_counter()
     rewards = score(reward.model, held_out.sequences, args.tokens_per_batch, description="Scoring")
     seconds = time.perf_counter() - start
+    if args.plain:
+        rewards = plain_view(rewards)
     found = evaluate(rewards, held_out, args.draws, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     save_scores(args.out / "scores.parquet", rewards, held_out)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_benchmarks import ROWS
+from transformers import AutoModelForSequenceClassification
 
 from disco_trl.distributions import RewardDistribution
 from disco_trl.evaluate import evaluate, main
@@ -15,6 +16,7 @@ from disco_trl.evaluation import pair_metrics
 from disco_trl.held_out import HeldOut
 from disco_trl.loading import load_trained
 from disco_trl.scoring import score
+from disco_trl.tokenization import tokenize
 
 
 def votes(count: int = 40) -> list[dict]:
@@ -77,6 +79,21 @@ def test_a_scalar_model_is_bradley_terry(scalar_dir, tiny_tokenizer, tmp_path):
     found = run(path, [{"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8, 9]}] * 3, tmp_path)
     assert found["family"] == "logistic"
     assert found["scale"]["scale, 5 %"] == pytest.approx(2**-0.5)
+
+
+def test_the_plain_view_is_that_of_the_stock_class(reward_dir, tiny_tokenizer, tmp_path):
+    path, rows = reward_dir(), votes(12)
+    found = run(path, rows, tmp_path, "--plain")
+    stock = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    chosen, rejected = (
+        torch.cat([stock(torch.tensor([tokenize(tiny_tokenizer, row[side])])).logits[0] for row in rows])
+        for side in ("chosen", "rejected")
+    )
+    wins, losses = (torch.tensor([row[f"{side}_votes"] for row in rows]) for side in ("chosen", "rejected"))
+    log_prob, log_prob_reverse = (torch.nn.functional.logsigmoid(way * (chosen - rejected)) for way in (1, -1))
+    expected = -((wins * log_prob + losses * log_prob_reverse).sum() / (wins + losses).sum())
+    assert found["metrics"]["nll"]["value"] == pytest.approx(expected.item(), abs=1e-5)
+    assert found["family"] == "logistic"
 
 
 @pytest.mark.parametrize("name", ROWS)
