@@ -25,12 +25,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, TrainOutput, get_last_checkpoint
 from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
 from .calibration import MEMORY_FILE, Calibration, HeadMemory
+from .checkpoints import last_whole_checkpoint, why_torn
 from .collation import ANSWERS, DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
@@ -395,11 +396,34 @@ class DiscoRewardTrainer(RewardTrainer):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
 
+    def train(  # type: ignore[override]  # the rest goes through `kwargs`
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """
+        As in transformers, but `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole: one
+        that was cut off in writing, as the process was killed or the disk full, is warned of and passed over.
+
+        Raises:
+            ValueError: the checkpoint to resume from is torn, or all there are.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_whole_checkpoint(self._output_dir) or "") or True
+        elif resume_from_checkpoint:
+            problem = why_torn(Path(resume_from_checkpoint))
+            if problem is not None:
+                raise ValueError(
+                    f"{resume_from_checkpoint} is no checkpoint to resume from: {problem}. Name another, or pass "
+                    "resume_from_checkpoint=True for the newest whole one"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Before transformers writes its state, which says that the checkpoint is whole, and removes older ones
         if self._memory is not None and not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
             self._memory.save(folder / MEMORY_FILE)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
