@@ -90,7 +90,7 @@ def test_rewards_are_those_of_one_process(name, transform, reports, reward_dirs)
     expected, logged = score(DiscoReward(reward_dirs["adapter"], transform=transform), PROMPTS, COMPLETIONS)
     (first, first_logged), (second, second_logged) = (report[f"{name}, {transform}"] for report in reports)
     assert len(first) == CUTS[name]
-    # Other batches round otherwise: a few parts in 10⁷ of location and scale, of size 3, whose difference may be near 0.
+    # Other batches round otherwise: by parts in 10⁷ of location and scale, of size 3, whose difference may be near 0.
     assert first + second == pytest.approx(expected, rel=1e-5, abs=5e-6)
     assert first_logged == pytest.approx(logged, rel=1e-4, abs=1e-5)
     assert second_logged == first_logged
