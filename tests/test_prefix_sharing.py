@@ -303,10 +303,6 @@ REFUSED = {
     "qwen3_next": ({}, "its layers .*linear_attention.* are not all of attention"),
     "bloom": (ALIBI, "does not take a forest for an attention mask"),
     "gpt_neo": (LOCAL, "does not take a forest for an attention mask"),
-    "gptj": (
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-        "does not take a forest for an attention mask",
-    ),
 }
 
 

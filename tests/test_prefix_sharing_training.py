@@ -239,7 +239,8 @@ def test_texts(tmp_path, sharp_llama_dir, kind):
 
 def test_a_stream(tmp_path, sharp_llama_dir):
     data = pairs().to_iterable_dataset()
-    assert_same_training(tmp_path, model=sharp_llama_dir, train_dataset=data)
+    # Its steps are large (the norm of the gradient is 16 at first), and what was rounded otherwise grows with them.
+    assert_same_training(tmp_path, log_tolerance=5e-4, model=sharp_llama_dir, train_dataset=data)
 
 
 def test_an_incomplete_last_batch(tmp_path, sharp_llama_dir):
