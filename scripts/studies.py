@@ -202,10 +202,11 @@ GOLD = ("mean rating", "10th percentile of the ratings", "regret")
 
 def best_of_n(args: argparse.Namespace) -> str:
     """Choose among N held-out texts by each rule; the table of N = 256, and a picture of all."""
-    lines = ["| training votes | rule | " + " | ".join(f"{name}, N = {SIZES[-1]}" for name in GOLD) + " |"]
-    lines.append("| ---: | --- |" + " ---: |" * len(GOLD))
+    lines = ["| training votes | rule | " + " | ".join(f"{name}, N = {SIZES[-1]}" for name in GOLD)]
+    lines[0] += " | mean rating less the location's, of each seed |"
+    lines.append("| ---: | --- |" + " ---: |" * (len(GOLD) + 1))
     budgets = (250, 1000)
-    figure, axes = plt.subplots(len(budgets), 3, figsize=(12, 6.4), layout="constrained", sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(budgets), 3, figsize=(12, 7), layout="constrained", sharex=True, squeeze=False)
     for row, votes in zip(axes, budgets, strict=True):
         world = World(votes)
         results = run(world, (BRADLEY_TERRY, NORMAL), args)
@@ -222,16 +223,22 @@ def best_of_n(args: argparse.Namespace) -> str:
             ]
         for place, (rule, of_seeds) in enumerate(chosen.items()):
             values = np.stack(of_seeds)  # [seeds, sizes, gold]
+            style = {"color": f"C{place}", "marker": "os^DvPX"[place], "linestyle": ("-", "--")[place % 2]}
             for axis, column in zip(row, values.transpose(2, 0, 1), strict=True):
-                axis.plot(SIZES, column.mean(axis=0), "o-", color=f"C{place}", label=rule, markersize=3, linewidth=1.2)
-                axis.fill_between(SIZES, column.min(axis=0), column.max(axis=0), color=f"C{place}", alpha=0.08)
+                axis.plot(SIZES, column.mean(axis=0), label=rule, markersize=4, linewidth=1.2, **style)
+                if place == 0:  # the others' ranges over seeds are as wide, and in the table
+                    axis.fill_between(SIZES, column.min(axis=0), column.max(axis=0), color="0.5", alpha=0.12)
             last = values[:, -1]
             cells = [f"{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})" for v in last.T]
+            of_location = np.stack(chosen["disco, location"])[:, -1]
+            cells.append(", ".join(f"{gain:+.2f}" for gain in (last - of_location)[:, 0]))
             lines.append(f"| {votes} | {rule} | " + " | ".join(cells) + " |")
         for axis, title in zip(row, GOLD, strict=True):
-            axis.set(title=f"{title}, {votes} votes", xlabel="N", xscale="log")
+            axis.set(title=f"{title}, {votes} votes", xlabel="N")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(SIZES, map(str, SIZES))
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(args.output / "best-of-n.png", dpi=160)
     return "\n".join(lines)
 
