@@ -1,12 +1,12 @@
 """
 Does a reward model know what it does not know? Its location errors on text like that of its training, and on other.
 
-    python scripts/unfamiliar_text.py runs/tweets/normal-0/model --output runs/unfamiliar
+    python scripts/unfamiliar_text.py runs/compare-tweets/normal-0/model --output runs/unfamiliar
 
 The models are checkpoints that were trained on rated tweets with `epistemic=True`. Beside held-out tweets they score
 sentences of film reviews, lines of Python's standard library, the messages of a web framework in other languages, and
-random tokens, 860 of each or as many as there are. For each kind: the location error, and how well it tells the kind
-from held-out tweets (AUROC), beside the scale, which is not made for that.
+random tokens, 300 of each. For each kind: the location error, and how well it tells the kind from held-out tweets
+(AUROC), beside the scale, which is not made for that.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from disco_trl.tokenization import tokenize
 
 
 TWEETS = "held-out tweets"
-TEXTS = 860
+TEXTS = 300
 MESSAGES = human_ratings.Release(
     requirement="Django==5.2.8",
     filename="django-5.2.8-py3-none-any.whl",
@@ -91,7 +91,7 @@ def kinds_of_text(tokenizer: Any) -> dict[str, list[list[int]]]:
 def study(path: str) -> tuple[dict, dict[str, RewardDistribution]]:
     """A model's figures, and its rewards of each kind of text."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = load_trained(path, dtype="bfloat16")
+    model = load_trained(path, dtype="float32")
     kinds = kinds_of_text(tokenizer)
     rewards = {name: score(model, sequences, description=name) for name, sequences in kinds.items()}
     if rewards[TWEETS].location_error is None:
