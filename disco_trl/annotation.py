@@ -44,7 +44,7 @@ from .rows import (
     parquet_features,
     refuse_clash,
 )
-from .scoring import score
+from .scoring import check_sequences, score
 from .tokenization import chat_template_arguments, tokenize
 from .transforms import Sample, Transform, get_transform
 
@@ -189,7 +189,11 @@ class Annotator:
         sequences = []
         for number, row in enumerate(rows, start=first):
             answers.check(row, number)
-            sequences += answers.tokens(row, self.reward.processing_class)
+            try:
+                sequences += answers.tokens(row, self.reward.processing_class)
+            except ValueError as error:
+                columns = " or ".join(map(repr, answers.columns))
+                raise ValueError(f"row {number}, column {columns}: {error}; drop the row, or mend it") from error
         sides = len(answers.columns)
         if [] in sequences:
             number, side = divmod(sequences.index([]), sides)
@@ -197,6 +201,13 @@ class Annotator:
                 f"row {first + number}, column {answers.columns[side]!r}: no tokens; drop the row, or "
                 "check the chat template"
             )
+        for position, sequence in enumerate(sequences):
+            try:
+                check_sequences(self.reward.model, [sequence])
+            except ValueError as error:
+                number, side = divmod(position, sides)
+                reason = str(error).removeprefix("sequence 0 ")
+                raise ValueError(f"row {first + number}, column {answers.columns[side]!r}: it {reason}") from error
         distribution = score(self.reward.model, sequences, self.reward.tokens_per_batch)
         bad = torch.nonzero(~(distribution.location.isfinite() & distribution.scale.isfinite())).flatten().tolist()
         if bad:
@@ -349,6 +360,8 @@ def _survey(dataset: Dataset | IterableDataset, out: Path, answers: Answers, row
 def _begin(parts: Path, settings: dict[str, Any]) -> None:
     """Make the folder of the parts, or check that those in it belong to these settings."""
     path = parts / "settings.json"
+    if parts.is_symlink():
+        raise ValueError(f"{parts} is a link, and its files would be written and deleted elsewhere; remove it")
     if not path.exists():
         parts.mkdir(parents=True, exist_ok=True)
         unfinished = parts / "settings.json.unfinished"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .data_formats import BadRow, first_of, prompt_messages
-from .judgements import as_number, as_ratings, is_missing
+from .judgements import as_number, as_ratings, is_missing, shown
 from .rows import Row
 
 
@@ -90,7 +90,7 @@ def dialogue(prompt: Any, answer: Any) -> Row:
 def _text(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value:
-        raise BadRow(column, f"{value!r:.60} where a text should be", "fill it in, or drop the row")
+        raise BadRow(column, f"{shown(value)} where a text should be", "fill it in, or drop the row")
     return value
 
 
@@ -99,7 +99,7 @@ def _texts(row: Row, column: str, count: int | None = None) -> list[str]:
     whole = isinstance(value, list) and value and all(isinstance(text, str) and text for text in value)
     if not whole or (count is not None and len(value) != count):  # type: ignore[arg-type]
         wanted = f"{count} answers" if count else "answers"
-        raise BadRow(column, f"{value!r:.60} where a list of {wanted} should be", "fill it in, or drop the row")
+        raise BadRow(column, f"{shown(value)} where a list of {wanted} should be", "fill it in, or drop the row")
     return value  # type: ignore[return-value]
 
 
@@ -215,7 +215,7 @@ def _ties_score(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> 
     for item, of_item, of_weight in zip(items, rewards, weight, strict=True):
         kind, _, number = item.name.partition(":")
         if kind not in gap:
-            raise BadRow("id", f"{item.name!r} of a row of Ties", "it has to begin with ref: or tied:")
+            raise BadRow("id", f"{shown(item.name)} of a row of Ties", "it has to begin with ref: or tied:")
         right, wrong = np.split(of_item, [_right_answers(item)])
         gap[kind][number] = float(right.min() - wrong.max())
         is_right[kind][number] = float(gap[kind][number] > 0)
@@ -301,7 +301,7 @@ def _read_judge_bench(row: Row) -> Item:
     targets = {"A>B": 1.0, "B>A": 0.0, "A=B": 0.5}
     label = _text(row, "label")
     if label not in targets:
-        raise BadRow("label", f"{label!r}", f"it has to be one of {', '.join(targets)}")
+        raise BadRow("label", shown(label), f"it has to be one of {', '.join(targets)}")
     source = str(row.get("source", ""))
     subset = next((name for start, name in JUDGE_BENCH_CATEGORIES.items() if source.startswith(start)), source)
     answers = [dialogue(_text(row, "question"), _text(row, name)) for name in ("response_A", "response_B")]
@@ -315,7 +315,7 @@ def _is_llm_bar(row: Row) -> bool:
 def _read_llm_bar(row: Row) -> Item:
     label = as_number(row["label"])
     if label not in (1, 2):
-        raise BadRow("label", f"{row['label']!r}", "it has to be 1 or 2")
+        raise BadRow("label", shown(row["label"]), "it has to be 1 or 2")
     answers = [dialogue(_text(row, "input"), _text(row, name)) for name in ("output_1", "output_2")]
     return Item(answers, [Comparison(0, 1, float(label == 1))], str(row.get("subset") or ""))
 

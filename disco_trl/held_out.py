@@ -186,7 +186,10 @@ def _tokens(answer: Row, processing_class: Any, number: int) -> tuple[int, ...]:
                 f"row {number}: these are conversations, and the model's tokenizer has no chat template; give it that "
                 "of its training, or evaluate on plain text"
             )
-        ids = tokenize(processing_class, content, **chat_template_arguments(answer))
+        try:
+            ids = tokenize(processing_class, content, **chat_template_arguments(answer))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}; drop the row, or mend it") from error
     if not ids:
         raise ValueError(f"row {number}: an answer without tokens; drop the row, or check the chat template")
     return tuple(ids)

@@ -29,7 +29,7 @@ from .arguments import add_loading_arguments, add_transform_arguments, transform
 from .batching import Batcher, QueueFullError, TooLargeError
 from .distributions import RewardDistribution
 from .reward import DiscoReward, prompt_key
-from .scoring import TOKENS_PER_BATCH
+from .scoring import TOKENS_PER_BATCH, most_positions
 from .tokenization import tokenize
 from .transforms import Transform, get_transform
 
@@ -102,7 +102,7 @@ class Scorer:
     def __init__(self, reward: DiscoReward, limits: Limits, metrics: Metrics):
         self.reward = reward
         self.limits = limits
-        self.max_tokens = limits.max_tokens or _most_positions(reward.model)
+        self.max_tokens = limits.max_tokens or most_positions(reward.model) or TOKENS_PER_BATCH
         self.batcher = Batcher(reward.model, limits.max_queue, limits.max_batch_tokens, metrics.observe_batch)
         metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
         # One thread: tokenizers do not promise to be safe in several, and the event loop must not wait for one.
@@ -220,10 +220,6 @@ def _group_key(item: str | list[Message] | Answer) -> Any:
     if not isinstance(item, Answer) or (item.group is None and item.prompt is None):
         return None
     return item.group if item.group is not None else prompt_key(_plain(item.prompt))  # type: ignore[arg-type]
-
-
-def _most_positions(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS_PER_BATCH
 
 
 def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, name: str = "reward model") -> FastAPI:
