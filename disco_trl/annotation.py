@@ -31,7 +31,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
 from .arguments import add_data_arguments, add_model_arguments, add_transform_arguments, load_reward, transform_options
-from .data import LEGACY_TOKENIZED_PAIR, TEXT_PAIR, TOKENIZED_PAIR, Layout, Problem, find_problem
+from .data import TEXT_PAIR, Layout, Problem, find_problem, tokenized_pair
 from .reward import DiscoReward, process_state
 from .rows import (
     ROWS_AT_ONCE,
@@ -73,9 +73,8 @@ class Answers:
             ValueError: it has no answers, or they are not whole; with the mend.
         """
         names = row.keys()
-        for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR):
-            if names >= set(pair):
-                return cls(pair, "tokenized", False)
+        if (pair := tokenized_pair(names)) is not None:
+            return cls(pair, "tokenized", False)
         if names >= set(TEXT_PAIR):
             columns: tuple[str, ...] = TEXT_PAIR
         elif names >= {"prompt", "completion"}:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .data import tokenized_pair
 from .data_formats import BadRow, first_of, prompt_messages
 from .judgements import as_number, as_ratings, is_missing, shown
 from .rows import Row
@@ -355,8 +356,7 @@ def read_preference(row: Row) -> Item:
         people = 1 / len(pairs)
         comparisons = [Comparison(a, b, float(target), people) for (a, b), target in zip(pairs, targets, strict=True)]
         return Item(answers, comparisons, subset)
-    if "chosen_ids" in row or "chosen_input_ids" in row:
-        sides = ("chosen_ids", "rejected_ids") if "chosen_ids" in row else ("chosen_input_ids", "rejected_input_ids")
+    if (sides := tokenized_pair(row)) is not None:
         answers = [{"ids": list(row[side])} for side in sides]
     else:
         answers = [answer(row[side]) for side in ("chosen", "rejected")]

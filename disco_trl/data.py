@@ -9,7 +9,7 @@ trainer can name the rows of a batch that goes wrong.
 import difflib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -62,6 +62,12 @@ class Layout:
 
     pair: tuple[str, str]
     kind: str  # "tokenized", "standard" or "conversational"
+
+
+def tokenized_pair(names: Container[str]) -> tuple[str, str] | None:
+    """The two columns of token ids, if both of a pair are among the columns: TRL reads these and no text then."""
+    pairs = (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR)
+    return next((pair for pair in pairs if pair[0] in names and pair[1] in names), None)
 
 
 def check_preferences(
@@ -331,6 +337,18 @@ def _text_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
             yield Problem(column, f"{_format_of(text)} in a dataset of plain text", mend)
         elif column != "prompt" and (not text or text.isspace()):
             yield Problem(column, "an empty string", "drop the row or fill in the text")
+        else:
+            yield _unicode_problem(column, text)
+
+
+def _unicode_problem(column: str, text: str) -> Problem | None:
+    """Half of a character of two, a lone surrogate, is in no encoding and no tokenizer's vocabulary."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = f"{shown(text[error.start])} at character {error.start} is half a character"
+        return Problem(column, wrong, "read the text anew with its right encoding, or drop the row")
+    return None
 
 
 def _conversation_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
@@ -367,7 +385,7 @@ def _message_problem(column: str, turn: int, message: Any) -> Problem | None:
         keys = ", ".join(shown(key) for key, value in list(message.items())[:20] if value is not None)
         return Problem(column, f"turn {turn} has no 'role' that is a string (its keys: {keys})", shape)
     if isinstance(content, str):
-        return None
+        return _unicode_problem(column, role) or _unicode_problem(column, content)
     if content is not None:
         wrong = f"turn {turn} ({shown(role)}) has content that is {_format_of(content)}, not a string"
         return Problem(column, wrong, "join the text of its parts into one string")

@@ -28,6 +28,7 @@ from .data import (
     find_problem,
     find_ranking_problem,
     find_special_token,
+    tokenized_pair,
 )
 from .data_report import draw, render, rows_of
 from .data_survey import ROWS_NAMED, SHORTEST_LEAK, DataSurvey, Fingerprints, texts_of
@@ -62,9 +63,8 @@ LENGTH_BIAS = 0.55
 
 def find_layout(row: Row) -> Layout:
     """How a row writes its answers, by what stands in `chosen`, in the first of `completions`, or as tokens."""
-    for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR):
-        if row.keys() >= set(pair):
-            return Layout(pair, "tokenized")
+    if (pair := tokenized_pair(row)) is not None:
+        return Layout(pair, "tokenized")
     answers = row.get("completions")
     answer = answers[0] if isinstance(answers, list) and answers else row.get("chosen")
     return Layout(TEXT_PAIR, "conversational" if isinstance(answer, list) else "standard")

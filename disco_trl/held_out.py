@@ -46,7 +46,13 @@ def detect_kind(row: Row) -> str:
     is_pair = any({f"chosen{suffix}", f"rejected{suffix}"} <= row.keys() for suffix in ("", "_ids", "_input_ids"))
     if (is_pair and "instruction" not in row) or {"completions", "ranks"} <= row.keys():
         return PREFERENCES
-    return detect_format(row)
+    kind = detect_format(row)
+    if kind not in KINDS:
+        raise ValueError(
+            f"rows of the format {kind!r} hold one answer each, and nothing to compare it with; make pairs of them with "
+            "`disco-trl data convert`"
+        )
+    return kind
 
 
 def item_reader(kind: str) -> Callable[[Row, int], list[Item]]:

@@ -69,6 +69,12 @@ def as_number(value: Any) -> float | None:
     return value if type(value) in (int, float) and abs(value) <= LARGEST else None
 
 
+def as_truth(value: Any) -> bool | None:
+    """The value as true or false, which 1 and 0 are as well, or None if it is neither."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return bool(value) if isinstance(value, int | float) and value in (True, False) else None
+
+
 def as_ratings(value: Any) -> list[Any]:
     """The ratings of an answer, whether the column holds one or a list."""
     if is_missing(value):
@@ -99,11 +105,10 @@ def find_problem(row: dict[str, Any]) -> Problem | None:
             wrong = "given together with votes, which say the same thing"
             return Problem("preference_probability", wrong, "remove one of the two from this row")
     if "tie" in there:
-        tie = row["tie"].item() if getattr(row["tie"], "ndim", None) == 0 else row["tie"]
-        if not isinstance(tie, int | float) or tie not in (True, False):
-            return Problem(
-                "tie", f"{shown(tie)} is not true or false", "give true, false, or nothing for a forced choice"
-            )
+        tie = as_truth(row["tie"])
+        if tie is None:
+            wrong = f"{shown(row['tie'])} is not true or false"
+            return Problem("tie", wrong, "give true, false, or nothing for a forced choice")
         if tie and any(votes):
             wrong = "true in a row with votes for either side"
             return Problem("tie", wrong, "give the tied votes a row of their own, with a weight")
@@ -190,7 +195,7 @@ class Survey:
             self.has_ties |= len({rank for rank in ranks if as_number(rank) is not None}) < len(ranks)
             return
         self.has_pairs = True
-        self.has_ties |= not is_missing(row.get("tie")) and bool(row["tie"])
+        self.has_ties |= as_truth(row.get("tie")) is True
         for name in RATINGS:
             ratings = [rating for rating in as_ratings(row.get(name)) if as_number(rating) is not None]
             self.has_several_ratings |= len(ratings) >= 2

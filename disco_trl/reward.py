@@ -388,7 +388,8 @@ def _saved_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} holds no tokenizer that can be loaded; pass the one of its training as processing_class"
+            f"{path} holds no tokenizer that can be loaded; pass the one of its training as processing_class "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 

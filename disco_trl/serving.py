@@ -203,13 +203,14 @@ class Scorer:
             rewards = transform(distribution, group)
         except ValueError as error:
             raise RefusalError(422, str(error), "transform") from None
-        self._check_finite(field, rewards[None], f"is not finite after the transform {transform.name!r}")
+        # Location and scale are finite, so it is the transform's option that takes them out of bounds.
+        self._check_finite(field, rewards[None], f"is not finite after the transform {transform.name!r}", 422)
         return rewards.tolist()
 
-    def _check_finite(self, field: str, rows: torch.Tensor, what: str) -> None:
+    def _check_finite(self, field: str, rows: torch.Tensor, what: str, status: int = 500) -> None:
         bad = torch.nonzero(~rows.isfinite().all(dim=0)).flatten().tolist()
         if bad:
-            raise RefusalError(500, f"the reward {rows[:, bad[0]].tolist()} {what}", f"{field}[{bad[0]}]")
+            raise RefusalError(status, f"the reward {rows[:, bad[0]].tolist()} {what}", f"{field}[{bad[0]}]")
 
 
 def _plain(content: str | list[Message]) -> str | list[dict[str, Any]]:

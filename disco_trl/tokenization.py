@@ -91,7 +91,7 @@ def tokenize_pair(example: dict[str, Any], processing_class: PreTrainedTokenizer
     Token ids of the chosen and of the rejected side of a row of a preference dataset, of any type that TRL documents:
     plain text or messages, with or without a `prompt`, `tools` or `chat_template_kwargs`, or tokenized already.
     """
-    if "chosen_ids" in example:
+    if "chosen_ids" in example and "rejected_ids" in example:
         return example["chosen_ids"], example["rejected_ids"]
     sides = []
     for side in ("chosen", "rejected"):
