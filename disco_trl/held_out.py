@@ -49,8 +49,8 @@ def detect_kind(row: Row) -> str:
     kind = detect_format(row)
     if kind not in KINDS:
         raise ValueError(
-            f"rows of the format {kind!r} hold one answer each, and nothing to compare it with; make pairs of them with "
-            "`disco-trl data convert`"
+            f"rows of the format {kind!r} hold one answer each, and nothing to compare it with; make pairs of them "
+            "with `disco-trl data convert`"
         )
     return kind
 
