@@ -344,7 +344,7 @@ def read_preference(row: Row) -> Item:
         # Some datasets repeat the prompt as the conversation's beginning.
         if isinstance(value, list) and isinstance(prompt, str):
             return {"content": value, **extra}
-        return {"content": value if prompt is None else prompt + value, **extra}
+        return {"content": value if is_missing(prompt) else prompt + value, **extra}
 
     subset = str(row[name]) if (name := first_of(row, ("subset", "category", "domain", "source"))) else ""
     if not is_missing(row.get("ranks")):

@@ -193,7 +193,7 @@ def _token_counts(row: Row, tokenizer: Any) -> list[int]:
         return list(map(len, tokenize_pair(there, tokenizer)))
     arguments = chat_template_arguments(row)
     prompt = row.get("prompt")
-    contents = [answer if prompt is None else prompt + answer for answer in row["completions"]]
+    contents = [answer if is_missing(prompt) else prompt + answer for answer in row["completions"]]
     return [len(tokenize(tokenizer, content, **arguments)) for content in contents]
 
 

@@ -697,6 +697,11 @@ COMMAND_ROWS = (
             "holds the token id 1000000000, and the model has the ids 0 to",
         ),
         (
+            "rated answers, which hold no pairs",
+            Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": [{"completion": "a", "ratings": [1, 2]}]}),
+            "rows of the format 'ratings' hold one answer each, and nothing to compare it with; make pairs of them",
+        ),
+        (
             "a verdict that is none",
             Call(
                 "evaluate x.jsonl --model MODEL --out y",
@@ -819,13 +824,12 @@ the third column shows a part of the message. Nothing here runs code that came w
 
 **Special tokens in a text.** A tokenizer takes `<|im_end|>` in a message for the token that ends a turn, wherever it
 comes from. TRL trains on these tokens and scores with them, and disco-trl's tokens are TRL's, so they are neither
-taken out nor escaped: the same text has the same reward in training, in scoring and in TRL. But whoever writes them, a user
-or a policy, can end a turn and begin another one. So it is said: training warns of the first row (`train dataset,
-row 1, column 'rejected': the text holds '<|im_end|>' ...`), `disco-trl data check --model` counts all of them, and
-`DiscoReward`, also behind `disco-trl serve`, warns once. (Policies that TRL trains cannot write the tokens themselves
-into an answer, which is decoded without special tokens, but can spell them.) A text that ends with the end-of-text
-token, and plain text that was rendered before, are as TRL wants them; `POST /get_reward` takes rendered text, in which
-the two cannot be told apart.
+taken out nor escaped: the same text has the same reward in training, in scoring and in TRL. But whoever writes them, a
+user or a policy, can end a turn and begin another one. So it is said: training warns of the first such row,
+`disco-trl data check --model` counts all of them, and `DiscoReward`, also behind `disco-trl serve`, warns once.
+(Policies that TRL trains cannot put the tokens themselves into an answer, which is decoded without special tokens, but
+they can spell them.) A text that ends with the end-of-text token is as TRL wants it. `POST /get_reward` takes rendered
+text, in which the template's tokens and those of a user cannot be told apart; use `/score` with messages.
 
 **Pickles.** An adapter is read from safetensors only. A whole model that has nothing but `pytorch_model.bin` is read
 as tensors, by torch's reader that runs no code; a file with anything else in it is refused. **Code** in a checkpoint
@@ -851,14 +855,8 @@ def shown_input(row: Hostile) -> str:
     if isinstance(given, list):
         text = json.dumps(given[-1], default=repr) if given else "[]"
     elif isinstance(given, Call):
-        contents = [
-            content
-            if isinstance(content, str)
-            else json.dumps(content[-1])
-            if isinstance(content, list)
-            else repr(content)
-            for content in given.files.values()
-        ]
+        as_text = {str: str, list: lambda rows: json.dumps(rows[-1])}
+        contents = [as_text.get(type(content), repr)(content) for content in given.files.values()]
         links = [f"{name} → {target}" for name, target in given.links.items()]
         text = ": ".join([given.command, ", ".join([*map(str.strip, contents), *links])])
     elif isinstance(given, Answers):
