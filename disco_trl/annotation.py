@@ -190,9 +190,9 @@ class Annotator:
             answers.check(row, number)
             try:
                 sequences += answers.tokens(row, self.reward.processing_class)
-            except ValueError as error:
-                columns = " or ".join(map(repr, answers.columns))
-                raise ValueError(f"row {number}, column {columns}: {error}; drop the row, or mend it") from error
+            except ValueError as refusal:
+                places = " or ".join(map(repr, answers.columns))
+                raise ValueError(f"row {number}, column {places}: {refusal}; drop the row, or mend it") from refusal
         sides = len(answers.columns)
         if [] in sequences:
             number, side = divmod(sequences.index([]), sides)
@@ -203,10 +203,10 @@ class Annotator:
         for position, sequence in enumerate(sequences):
             try:
                 check_sequences(self.reward.model, [sequence])
-            except ValueError as error:
+            except ValueError as refusal:
                 number, side = divmod(position, sides)
-                reason = str(error).removeprefix("sequence 0 ")
-                raise ValueError(f"row {first + number}, column {answers.columns[side]!r}: it {reason}") from error
+                reason = str(refusal).removeprefix("sequence 0 ")
+                raise ValueError(f"row {first + number}, column {answers.columns[side]!r}: it {reason}") from refusal
         distribution = score(self.reward.model, sequences, self.reward.tokens_per_batch)
         bad = torch.nonzero(~(distribution.location.isfinite() & distribution.scale.isfinite())).flatten().tolist()
         if bad:

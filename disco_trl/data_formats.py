@@ -332,8 +332,9 @@ def _from_alpaca(row: Row) -> list[Row]:
     history = [] if is_missing(row.get("history")) else row["history"]
     if not isinstance(history, list):
         raise BadRow("history", f"{shown(history)} is not a list", "give pairs of texts")
-    if not is_missing(row.get("system")) or history:
-        messages = [] if not row.get("system") else [{"role": "system", "content": row["system"]}]
+    system = row.get("system")
+    if not is_missing(system) or history:
+        messages = [] if is_missing(system) or system == "" else [{"role": "system", "content": system}]
         for turn in history:
             if not isinstance(turn, list) or len(turn) != 2:
                 raise BadRow("history", f"{shown(turn)} is not a question and its answer", "give pairs of texts")
@@ -353,8 +354,9 @@ def _is_sharegpt(row: Row) -> bool:
 def _from_sharegpt(row: Row) -> list[Row]:
     column = _column(row, ["conversations", "messages"], "the conversation")
     messages = [_message(column, turn) for turn in _list(column, row[column])]
-    if not is_missing(row.get("system")) and row["system"] and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
+    system = row.get("system")
+    if not is_missing(system) and system != "" and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     converted: Row = {"prompt": messages}
     for side in ("chosen", "rejected"):
         converted[side] = [_message(side, row.get(side))]

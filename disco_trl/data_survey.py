@@ -52,7 +52,7 @@ def texts_of(row: Row) -> tuple[str, list[str]]:
         if (sides := tokenized_pair(row)) is not None:
             return "", [" ".join(map(str, row[side])) for side in sides]
         answers = [row["chosen"], row["rejected"]]
-    prompt = row.get("prompt")
+    prompt = None if is_missing(row.get("prompt")) else row["prompt"]
     if prompt is None and all(isinstance(answer, list) for answer in answers):
         same = len(list(takewhile(lambda turns: all(turn == turns[0] for turn in turns), zip(*answers, strict=False))))
         shared = min(same, *(len(answer) - 1 for answer in answers))

@@ -144,8 +144,9 @@ def _ranking_problem(row: dict[str, Any]) -> Problem | None:
     if len(completions) > MOST_RANKED:
         wrong = f"{len(completions)} answers, whose pairs are too many for a batch"
         return Problem("completions", wrong, f"give at most {MOST_RANKED}, or cut the ranking into several rows")
-    if (bad := next((rank for rank in ranks if as_number(rank) is None), None)) is not None:
-        return Problem("ranks", f"{shown(bad)} is not a rank", "give finite numbers, 1 for the best")
+    bad = [rank for rank in ranks if as_number(rank) is None]
+    if bad:
+        return Problem("ranks", f"{shown(bad[0])} is not a rank", "give finite numbers, 1 for the best")
     given = [name for name in (*VOTES, "preference_probability", "tie", *RATINGS) if not is_missing(row.get(name))]
     if given:
         wrong = "speaks of a chosen and a rejected answer in a row of ranked ones"

@@ -299,6 +299,7 @@ def _read_settings(path: str) -> Any:
 def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator[None]:
     """Say of which checkpoint it is that a file cannot be read, where a reader only says what it met in it."""
     mend = "download or save the checkpoint again"
+    configuration: tuple[type[Exception], ...] = (RecursionError, json.JSONDecodeError, *of_configuration)
     try:
         yield
     except SafetensorError as error:
@@ -308,7 +309,7 @@ def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator
             f"{path}: its pickled weights hold more than tensors, so reading them might run code, and they were not "
             "read; save the model as safetensors where you trust it"
         ) from error
-    except (RecursionError, json.JSONDecodeError, *of_configuration) as error:
+    except configuration as error:
         raise ValueError(f"{path}: its configuration is not what it should be ({error}); {mend}") from error
 
 

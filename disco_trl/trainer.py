@@ -188,7 +188,8 @@ class DiscoRewardTrainer(RewardTrainer):
                 found = surveyed if dataset is train_dataset else survey(dataset)
                 check_answerable(dataset, name, found, known)
 
-        known_tokens = self._reward_model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = self._reward_model.get_input_embeddings()
+        known_tokens = embeddings.weight.shape[0]
         if self.train_dataset is not None:
             self.train_dataset = check_token_ids(self.train_dataset, "train", known_tokens)
         if isinstance(self.eval_dataset, dict):

@@ -152,65 +152,223 @@ MODEL_ROWS = (
     *refused(
         "trainer",
         ("no rows", [], "train dataset: it is empty; check its path, split and filters"),
-        ("an empty answer", [PAIR | {"chosen": ""}], "row 0, column 'chosen': an empty string; drop the row"),
-        ("an answer of spaces", [PAIR | {"rejected": " \n\t"}], "row 0, column 'rejected': an empty string; drop the"),
-        ("no answer", [PAIR, PAIR | {"rejected": None}], "row 1, column 'rejected': None; drop the row or fill in"),
-        ("no messages", [CHAT, CHAT | {"chosen": []}], "row 1, column 'chosen': no messages; put the answer there"),
-        ("a number for an answer", [{"chosen": 7, "rejected": 8}], "row 0, column 'chosen': a value of type int in"),
-        ("an object for an answer", [PAIR | {"chosen": {"a": "b"}}], "column 'chosen': a value of type dict in a"),
-        ("text among conversations", [CHAT, CHAT | {"chosen": "Four."}], "row 1, column 'chosen': a string in a"),
-        ("a message without a role", [CHAT | {"chosen": [{"content": "a"}]}], "turn 0 has no 'role' that is a string"),
-        ("a number for a message's text", [CHAT | {"chosen": said(4)}], "turn 0 ('assistant') has content that is a"),
+        (
+            "an empty answer",
+            [PAIR | {"chosen": ""}],
+            "train dataset, row 0, column 'chosen': an empty string; drop the row or fill in the text",
+        ),
+        (
+            "an answer of spaces",
+            [PAIR | {"rejected": " \n\t"}],
+            "train dataset, row 0, column 'rejected': an empty string; drop the row or fill in the text",
+        ),
+        (
+            "no answer",
+            [PAIR, PAIR | {"rejected": None}],
+            "train dataset, row 1, column 'rejected': None; drop the row or fill in the text",
+        ),
+        (
+            "no messages",
+            [CHAT, CHAT | {"chosen": []}],
+            "train dataset, row 1, column 'chosen': no messages; put the answer there, or drop the row",
+        ),
+        (
+            "a number for an answer",
+            [{"chosen": 7, "rejected": 8}],
+            "train dataset, row 0, column 'chosen': a value of type int in a dataset of plain text; "
+            "write every row and column the same way as 'chosen' of row 0: a string, or a list of "
+            "messages",
+        ),
+        (
+            "an object for an answer",
+            [PAIR | {"chosen": {"a": "b"}}],
+            "train dataset, row 0, column 'chosen': a value of type dict in a dataset of plain text; "
+            "write every row and column the same way as 'chosen' of row 0: a string, or a list of "
+            "messages",
+        ),
+        (
+            "text among conversations",
+            [CHAT, CHAT | {"chosen": "Four."}],
+            "train dataset, row 1, column 'chosen': a string in a dataset of conversations; make it "
+            '[{"role": "assistant", "content": ...}], or every row and column a string',
+        ),
+        (
+            "a message without a role",
+            [CHAT | {"chosen": [{"content": "a"}]}],
+            "train dataset, row 0, column 'chosen': turn 0 has no 'role' that is a string (its keys: "
+            '\'content\'); write each turn as {"role": ..., "content": ...}',
+        ),
+        (
+            "a number for a message's text",
+            [CHAT | {"chosen": said(4)}],
+            "train dataset, row 0, column 'chosen': turn 0 ('assistant') has content that is a value "
+            "of type int, not a string; join the text of its parts into one string",
+        ),
         (
             "terminal control in a role",
             [CHAT | {"chosen": [{"role": "\x1b]0;x\x07", "content": 4}]}],
-            r"turn 0 ('\x1b]0;x\x07') has content that is a value of type int",
+            "train dataset, row 0, column 'chosen': turn 0 ('\\x1b]0;x\\x07') has content that is a "
+            "value of type int, not a string; join the text of its parts into one string",
         ),
-        ("negative votes", [PAIR | {"chosen_votes": -1, "rejected_votes": 2}], "-1 is not a number of votes; give a"),
-        ("half a vote", [PAIR | {"chosen_votes": 0.5, "rejected_votes": 2}], "0.5 is not a number of votes; give a"),
-        ("votes for one side", [PAIR | {"chosen_votes": 3}], "column 'rejected_votes': missing where 'chosen_votes'"),
-        ("endless votes", [PAIR | {"chosen_votes": INF, "rejected_votes": 0}], "inf is not a number of votes; give a"),
-        ("a probability above 1", [PAIR | {"preference_probability": 1.01}], "1.01 is not a probability; give P(ch"),
-        ("a probability below 0", [PAIR | {"preference_probability": -0.1}], "-0.1 is not a probability; give P(ch"),
-        ("true for a probability", [PAIR | {"preference_probability": True}], "True is not a probability; give P(ch"),
-        ("a word for a rating", [PAIR | {"chosen_rating": "good"}], "'good' is not a rating; give a finite number"),
+        (
+            "negative votes",
+            [PAIR | {"chosen_votes": -1, "rejected_votes": 2}],
+            "train dataset, row 0, column 'chosen_votes': -1 is not a number of votes; give a whole number, 0 or more",
+        ),
+        (
+            "half a vote",
+            [PAIR | {"chosen_votes": 0.5, "rejected_votes": 2}],
+            "train dataset, row 0, column 'chosen_votes': 0.5 is not a number of votes; give a whole "
+            "number, 0 or more",
+        ),
+        (
+            "votes for one side",
+            [PAIR | {"chosen_votes": 3}],
+            "train dataset, row 0, column 'rejected_votes': missing where 'chosen_votes' is given; "
+            "give both, or neither",
+        ),
+        (
+            "endless votes",
+            [PAIR | {"chosen_votes": INF, "rejected_votes": 0}],
+            "train dataset, row 0, column 'chosen_votes': inf is not a number of votes; give a whole "
+            "number, 0 or more",
+        ),
+        (
+            "a probability above 1",
+            [PAIR | {"preference_probability": 1.01}],
+            "train dataset, row 0, column 'preference_probability': 1.01 is not a probability; give "
+            "P(chosen ≻ rejected), from 0 to 1",
+        ),
+        (
+            "a probability below 0",
+            [PAIR | {"preference_probability": -0.1}],
+            "train dataset, row 0, column 'preference_probability': -0.1 is not a probability; give "
+            "P(chosen ≻ rejected), from 0 to 1",
+        ),
+        (
+            "true for a probability",
+            [PAIR | {"preference_probability": True}],
+            "train dataset, row 0, column 'preference_probability': True is not a probability; give "
+            "P(chosen ≻ rejected), from 0 to 1",
+        ),
+        (
+            "a word for a rating",
+            [PAIR | {"chosen_rating": "good"}],
+            "train dataset, row 0, column 'chosen_rating': 'good' is not a rating; give a finite "
+            "number, or a list of them",
+        ),
         (
             "NaN among ratings",
             [PAIR | {"chosen_rating": [5.0, 4.0, NAN]}],
-            "nan is not a rating; give a finite number",
+            "train dataset, row 0, column 'chosen_rating': nan is not a rating; give a finite number,"
+            " or a list of them",
         ),
-        ("an infinite rating", [PAIR | {"rejected_rating": -INF}], "-inf is not a rating; give a finite number, or"),
-        ("a rating beyond float32", [PAIR | {"chosen_rating": 1e300}], "1e+300 is not a rating; give a finite numb"),
+        (
+            "an infinite rating",
+            [PAIR | {"rejected_rating": -INF}],
+            "train dataset, row 0, column 'rejected_rating': -inf is not a rating; give a finite "
+            "number, or a list of them",
+        ),
+        (
+            "a rating beyond float32",
+            [PAIR | {"chosen_rating": 1e300}],
+            "train dataset, row 0, column 'chosen_rating': 1e+300 is not a rating; give a finite "
+            "number, or a list of them",
+        ),
         (
             "more ratings than can be told apart",
             [PAIR | {"chosen_rating": n / 7, "chosen": f"{n}"} for n in range(102)],
-            "102 different ratings, where 2 to 101 can be told apart; round them",
+            "train dataset, columns 'chosen_rating' and 'rejected_rating': 102 different ratings, "
+            "where 2 to 101 can be told apart; round them, or give all there can be in rating_values",
             "102 rows, each with another `chosen_rating`",
         ),
-        ("a negative weight", [PAIR | {"weight": -0.5}], "row 0, column 'weight': -0.5 is negative; give 0 or more"),
-        ("an infinite weight", [PAIR | {"weight": INF}], "inf is not a finite number; give every row a number (1.0"),
-        ("a weight beyond float32", [PAIR | {"weight": 1e300}], "1e+300 is not a finite number; give every row a nu"),
-        ("a margin beyond float32", [PAIR | {"margin": -1e39}], "-1e+39 is not a finite number; give every row a nu"),
-        ("NaN for a margin", [PAIR | {"margin": NAN}], "row 0, column 'margin': nan is not a finite number; give ev"),
-        ("a word for a tie", [PAIR | {"tie": "yes"}], "column 'tie': 'yes' is not true or false; give true, false"),
+        (
+            "a negative weight",
+            [PAIR | {"weight": -0.5}],
+            "train dataset, row 0, column 'weight': -0.5 is negative; give 0 or more; 0 leaves the row out",
+        ),
+        (
+            "an infinite weight",
+            [PAIR | {"weight": INF}],
+            "train dataset, row 0, column 'weight': inf is not a finite number; give every row a "
+            "number (1.0 for an ordinary row)",
+        ),
+        (
+            "a weight beyond float32",
+            [PAIR | {"weight": 1e300}],
+            "train dataset, row 0, column 'weight': 1e+300 is not a finite number; give every row a "
+            "number (1.0 for an ordinary row)",
+        ),
+        (
+            "a margin beyond float32",
+            [PAIR | {"margin": -1e39}],
+            "train dataset, row 0, column 'margin': -1e+39 is not a finite number; give every row a "
+            "number (0.0 for no margin)",
+        ),
+        (
+            "NaN for a margin",
+            [PAIR | {"margin": NAN}],
+            "train dataset, row 0, column 'margin': nan is not a finite number; give every row a "
+            "number (0.0 for no margin)",
+        ),
+        (
+            "a word for a tie",
+            [PAIR | {"tie": "yes"}],
+            "train dataset, row 0, column 'tie': 'yes' is not true or false; give true, false, or "
+            "nothing for a forced choice",
+        ),
         (
             "a tie that somebody won",
             [PAIR | {"tie": True, "chosen_votes": 1, "rejected_votes": 0}],
-            "column 'tie': true in a row with votes for either side; give the tied votes a row of their own",
+            "train dataset, row 0, column 'tie': true in a row with votes for either side; give the "
+            "tied votes a row of their own, with a weight",
         ),
-        ("ranks without answers", [{"ranks": [1, 2]}], "column 'completions': missing where 'ranks' is given; give"),
-        ("fewer ranks than answers", [RANKING | {"ranks": [1, 2]}], "column 'ranks': 2 ranks of 3 completions; give"),
-        ("lists for ranks", [RANKING | {"ranks": [[1], [2], [3]]}], "column 'ranks': [1] is not a rank; give finite"),
-        ("NaN for a rank", [RANKING | {"ranks": [1.0, NAN, 2.0]}], "column 'ranks': nan is not a rank; give finite"),
-        ("one answer alone", [RANKING | {"completions": ["a"], "ranks": [1]}], "one answer alone cannot be ranked;"),
-        ("a text for a list of answers", [RANKING | {"completions": "abc"}], "'abc' is not a list; give a list with"),
+        (
+            "ranks without answers",
+            [{"ranks": [1, 2]}],
+            "train dataset, row 0, column 'completions': missing where 'ranks' is given; give both, or neither",
+        ),
+        (
+            "fewer ranks than answers",
+            [RANKING | {"ranks": [1, 2]}],
+            "train dataset, row 0, column 'ranks': 2 ranks of 3 completions; give each completion its rank",
+        ),
+        (
+            "lists for ranks",
+            [RANKING | {"ranks": [[1], [2], [3]]}],
+            "train dataset, row 0, column 'ranks': [1] is not a rank; give finite numbers, 1 for the best",
+        ),
+        (
+            "NaN for a rank",
+            [RANKING | {"ranks": [1.0, NAN, 2.0]}],
+            "train dataset, row 0, column 'ranks': nan is not a rank; give finite numbers, 1 for the best",
+        ),
+        ("no rank", [RANKING | {"ranks": [1, None, 2]}], "column 'ranks': None is not a rank; give finite"),
+        (
+            "one answer alone",
+            [RANKING | {"completions": ["a"], "ranks": [1]}],
+            "train dataset, row 0, column 'completions': one answer alone cannot be ranked; drop the "
+            "row, or give two or more",
+        ),
+        (
+            "a text for a list of answers",
+            [RANKING | {"completions": "abc"}],
+            "train dataset, row 0, column 'completions': 'abc' is not a list; give a list with an "
+            "entry for each answer",
+        ),
         (
             "a ranking of 100,000 answers",
             [RANKING | {"completions": [f"{n}" for n in range(100_000)], "ranks": list(range(100_000))}],
-            "column 'completions': 100000 answers, whose pairs are too many for a batch; give at most 256, or cut",
+            "train dataset, row 0, column 'completions': 100000 answers, whose pairs are too many for"
+            " a batch; give at most 256, or cut the ranking into several rows",
             '`{"completions": [100,000 texts], "ranks": [100,000 numbers]}`',
         ),
-        ("tools that are no list", [CHAT | {"tools": "5"}], "column 'tools': 5 where a list of tools should be; wri"),
+        (
+            "tools that are no list",
+            [CHAT | {"tools": "5"}],
+            "train dataset, row 0, column 'tools': 5 where a list of tools should be; write it with "
+            "json.dumps, or give a list",
+        ),
         (
             "tools nested too deeply",
             [CHAT | {"tools": DEEP}],
@@ -235,21 +393,43 @@ MODEL_ROWS = (
             ],
             "does not take it (SecurityError: access to attribute '__class__' of 'list' object is unsafe.)",
         ),
-        ("a negative token", [IDS | {"chosen_ids": [1, -100]}], "token id -100 is negative; remove padding and label"),
-        ("fractions for tokens", [IDS | {"chosen_ids": [1.5]}], "token ids must be integers, but these are of type f"),
+        (
+            "a negative token",
+            [IDS | {"chosen_ids": [1, -100]}],
+            "train dataset, row 0, column 'chosen_ids': token id -100 is negative; remove padding and"
+            " label masks: give plain ids",
+        ),
+        (
+            "fractions for tokens",
+            [IDS | {"chosen_ids": [1.5]}],
+            "train dataset, row 0, column 'chosen_ids': token ids must be integers, but these are of "
+            "type float; give a list of integers",
+        ),
         (
             "a token that the model has not",
             [IDS, IDS | {"chosen_ids": [5, 10**9]}],
-            "row 1, column 'chosen_ids': the token id 1000000000, where the model has the ids 0 to",
+            "train dataset, row 1, column 'chosen_ids': the token id 1000000000, where the model has "
+            "the ids 0 to 392; tokenize with the model's own tokenizer",
         ),
-        ("sides that are alike", [PAIR | {"rejected": "Four."}], "no pair is left of 1: 1 have identical sides after"),
+        (
+            "sides that are alike",
+            [PAIR | {"rejected": "Four."}],
+            "train dataset: no pair is left of 1: 1 have identical sides after tokenization; check "
+            "that the chat template renders the last turn and that the sides differ",
+        ),
         (
             "a text of a million tokens",
             [PAIR | {"chosen": "a " * 500_000}],
-            "no pair is left of 1: 1 have a side of more than max_length=1024 tokens; raise max_length",
+            "train dataset: no pair is left of 1: 1 have a side of more than max_length=1024 tokens; "
+            "raise max_length (None keeps all)",
             '`{"chosen": "a a a ..."}`, 1,000,000 characters and half as many tokens or more',
         ),
-        ("a column of the trainer's own", [PAIR | {"row_index": 3}], "column 'row_index': the trainer keeps its own"),
+        (
+            "a column of the trainer's own",
+            [PAIR | {"row_index": 3}],
+            "train dataset, column 'row_index': the trainer keeps its own row numbers under this "
+            'name; dataset.rename_column("row_index", "my_row_index")',
+        ),
     ),
     *computed(
         "trainer",
@@ -281,33 +461,50 @@ MODEL_ROWS = (
         (
             "bytes for an answer",
             [PAIR | {"chosen": b"\xff"}],
-            "column 'chosen': a value of type bytes in a dataset of",
+            "train dataset, row 0, column 'chosen': a value of type bytes in a dataset of plain text;"
+            " write every row and column the same way as 'chosen' of row 0: a string, or a list of "
+            "messages",
         ),
         (
             "half a character",
             [PAIR | {"chosen": "Four\ud800"}],
-            r"'\ud800' at character 4 is half a character; read th",
+            "train dataset, row 0, column 'chosen': '\\ud800' at character 4 is half a character; read"
+            " the text anew with its right encoding, or drop the row",
         ),
         (
             "half a character in a message",
             [CHAT | {"chosen": said("\udc00")}],
-            r"'\udc00' at character 0 is half a ch",
+            "train dataset, row 0, column 'chosen': '\\udc00' at character 0 is half a character; read"
+            " the text anew with its right encoding, or drop the row",
         ),
-        ("a number of 401 digits", [PAIR | {"weight": HUGE}], "is not a finite number; give every row a number (1.0"),
+        (
+            "a number of 401 digits",
+            [PAIR | {"weight": HUGE}],
+            "train dataset, row 0, column 'weight': "
+            "100000000000000000000000000000000000000000000000000000000000 is not a finite number; "
+            "give every row a number (1.0 for an ordinary row)",
+        ),
         (
             "a number too long to print",
             [PAIR | {"chosen_votes": 10**5000, "rejected_votes": 0}],
-            "column 'chosen_votes': a value of type int that is too large to show is not a number of votes; give a",
+            "train dataset, row 0, column 'chosen_votes': a value of type int that is too large to "
+            "show is not a number of votes; give a whole number, 0 or more",
             '`{"chosen_votes": 1000...}`, 5,001 digits',
         ),
-        ("a token that the model has not", [IDS | {"chosen_ids": [5, 10**9]}], "the token id 1000000000, where the"),
+        (
+            "a token that the model has not",
+            [IDS | {"chosen_ids": [5, 10**9]}],
+            "train dataset, row 0, column 'chosen_ids': the token id 1000000000, where the model has "
+            "the ids 0 to 392; tokenize with the model's own tokenizer",
+        ),
     ),
     *refused(
         "checkpoint",
         (
             "pickled code for weights",
             Checkpoint(files={"pytorch_model.bin": pickled_code}, without=("model.safetensors",)),
-            "its pickled weights hold more than tensors, so reading them might run code, and they were not read",
+            "its pickled weights hold more than tensors, so reading them might run code, and they "
+            "were not read; save the model as safetensors where you trust it",
         ),
         (
             "an adapter with pickled weights only",
@@ -339,25 +536,32 @@ MODEL_ROWS = (
         (
             "NaN in the head",
             Checkpoint(tensors={"score.weight": filled(NAN, 1, 16)}),
-            "score.weight holds values that",
+            "score.weight holds values that are not finite, so its rewards would be none; go back to "
+            "an earlier checkpoint of its training",
         ),
         (
             "infinity in the scale",
             Checkpoint(tensors={"score.scale.mean_hidden": filled(INF, 16)}),
-            "score.scale.mean_hidden holds values that are not finite, so its rewards would be none; go back to",
+            "score.scale.mean_hidden holds values that are not finite, so its rewards would be none; "
+            "go back to an earlier checkpoint of its training",
         ),
         (
             "a head of another shape",
             Checkpoint(tensors={"score.weight": filled(1.0, 3, 16)}),
-            "score.weight has shape [3, 16] in its files, where config.json makes it [1, 16]",
+            "score.weight has shape [3, 16] in its files, where config.json makes it [1, 16]; the two"
+            " belong to different models: save the model again with its own config",
         ),
         ("weights cut off", Checkpoint(files={"model.safetensors": lambda: b"\x20\0\0\0\0\0\0\0{"}), "not whole"),
         (
             "settings that are a text",
             Checkpoint(config={"disco": "yes"}),
-            "its reward settings are 'yes', and have to",
+            "its reward settings are 'yes', and have to be an object; save it again",
         ),
-        ("settings without a family", Checkpoint(config={"disco": {"fixed_scale": 1.0}}), "lack 'reward_family'; sav"),
+        (
+            "settings without a family",
+            Checkpoint(config={"disco": {"fixed_scale": 1.0}}),
+            "its reward settings lack 'reward_family'; save it again",
+        ),
         (
             "a list for a family",
             Checkpoint(config={"disco": {"reward_family": ["normal"], "fixed_scale": None}}),
@@ -380,7 +584,8 @@ MODEL_ROWS = (
                     "disco": {"reward_family": "normal", "fixed_scale": None, "likelihood": {"rating_values": [2, 1]}}
                 }
             ),
-            "its reward settings say likelihood={'rating_values': [2, 1]}, which has to be settings as training",
+            "its reward settings say likelihood={'rating_values': [2, 1]}, which has to be settings "
+            "as training writes them; save it again",
         ),
         (
             "a config that is a list",
@@ -397,7 +602,8 @@ MODEL_ROWS = (
         (
             "an adapter of no base",
             Checkpoint("adapter", files={"adapter_config.json": "[]"}),
-            "its configuration is not what it should be",
+            "its configuration is not what it should be ('list' object is not a mapping); download or"
+            " save the checkpoint again",
         ),
     ),
     *computed(
@@ -413,20 +619,41 @@ MODEL_ROWS = (
     ),
     *refused(
         "DiscoReward",
-        ("prompts and answers of other numbers", Answers(["a"], []), "1 prompts but 0 completions; they go together"),
-        ("None", Answers([None], [None]), "row 0: the prompt is a NoneType and the completion a NoneType; both must"),
-        ("bytes", Answers([b"a"], [b"b"]), "row 0: the prompt is a bytes and the completion a bytes; both must be te"),
+        (
+            "prompts and answers of other numbers",
+            Answers(["a"], []),
+            "1 prompts but 0 completions; they go together row by row",
+        ),
+        (
+            "None",
+            Answers([None], [None]),
+            "row 0: the prompt is a NoneType and the completion a NoneType; both must be texts, or "
+            "both lists of messages",
+        ),
+        (
+            "bytes",
+            Answers([b"a"], [b"b"]),
+            "row 0: the prompt is a bytes and the completion a bytes; both must be texts, or both lists of messages",
+        ),
         (
             "a text and messages",
             Answers(["a", "a"], ["b", said("b")]),
-            "row 1: the prompt is a str and the completion",
+            "row 1: the prompt is a str and the completion a list; both must be texts, or both lists of messages",
         ),
-        ("texts for messages", Answers([["a"]], [["b"]]), "row 0: turn 0 is 'a', not a message; write it as"),
-        ("a message without a role", Answers([[{"content": "a"}]], [said("b")]), "row 0: turn 0 is {'content': 'a'},"),
+        (
+            "texts for messages",
+            Answers([["a"]], [["b"]]),
+            'row 0: turn 0 is \'a\', not a message; write it as {"role": ..., "content": ...}',
+        ),
+        (
+            "a message without a role",
+            Answers([[{"content": "a"}]], [said("b")]),
+            "row 0: turn 0 is {'content': 'a'}, not a message; write it as {\"role\": ..., \"content\": ...}",
+        ),
         (
             "a number for a message's text",
             Answers([QUESTION], [said(4)]),
-            "row 0: turn 1 has 4 for its content, where",
+            "row 0: turn 1 has 4 for its content, where a text should be; write it as one",
         ),
         (
             "an image",
@@ -443,12 +670,13 @@ MODEL_ROWS = (
         (
             "too few tools",
             Answers([QUESTION] * 2, [said("b")] * 2, {"tools": [None]}),
-            "1 tools but 2 prompts; they g",
+            "1 tools but 2 prompts; they go together row by row",
         ),
         (
             "a text beyond the model's positions",
             Answers([""], ["a " * 3000]),
-            "tokens, and the model has 2048 positions (max_position_embeddings in its config.json); leave it out, or",
+            "sequence 0 has 3002 tokens, and the model has 2048 positions (max_position_embeddings in"
+            " its config.json); leave it out, or cut the text yourself",
             "3,000 words for a model of 2,048 positions",
         ),
     ),
@@ -469,7 +697,11 @@ COMMAND_ROWS = (
     *refused(
         "data check",
         ("an empty file", Call("data check x.jsonl", {"x.jsonl": ""}), "DATA x.jsonl: the file is empty"),
-        ("rows without columns", Call("data check x.jsonl", {"x.jsonl": "{}\n"}), "the data is empty; check its path"),
+        (
+            "rows without columns",
+            Call("data check x.jsonl", {"x.jsonl": "{}\n"}),
+            "the data is empty; check its path and split",
+        ),
         ("binary for JSON", Call("data check x.jsonl", {"x.jsonl": bytes(range(256))}), "JSON parse error: The docum"),
         ("binary for Parquet", Call("data check x.parquet", {"x.parquet": b"\xff" * 99}), "Parquet magic bytes not f"),
         ("a pickle", Call("data check x.pkl", {"x.pkl": b"\x80\x04."}), "cannot tell what kind of file this is"),
@@ -493,19 +725,25 @@ COMMAND_ROWS = (
                 "data check x.jsonl",
                 {"x.jsonl": '{"chosen": "a", "rejected": "b", "x": ' + "[" * 2000 + "]" * 2000 + "}"},
             ),
-            "nested too deeply",
+            "DATA x.jsonl: cannot be read: a value in it is nested too deeply",
             '`{"chosen": "a", "rejected": "b", "x": [[[[...`',
         ),
-        ("a number for answers", Call("data check x.jsonl", {"x.jsonl": '{"completions": 5, "ranks": [1]}'}), "5 is"),
+        (
+            "a number for answers",
+            Call("data check x.jsonl", {"x.jsonl": '{"completions": 5, "ranks": [1]}'}),
+            "column 'completions': 5 is not a list; give a list with an entry for each answer (row 0)",
+        ),
         (
             "an object for answers",
             Call("data check x.jsonl", {"x.jsonl": '{"completions": {"a": "b"}, "ranks": [1]}'}),
-            "{'a': 'b'} is not a list; give a list with an entry for each answer",
+            "column 'completions': {'a': 'b'} is not a list; give a list with an entry for each answer (row 0)",
         ),
         (
             "a split out of the folder",
             Call("data check x.jsonl --split ../../etc/passwd", {"x.jsonl": [PAIR]}),
-            "--split: the dataset has no split '../../etc/passwd'; it has 'train'",
+            "--split: the dataset has no split '../../etc/passwd'; it has 'train'. Either pass "
+            "--split with one of these names, or put the data in a folder as train.jsonl and "
+            "../../etc/passwd.jsonl and pass the folder.",
         ),
         (
             "a configuration out of the folder",
@@ -540,7 +778,7 @@ COMMAND_ROWS = (
                 "data convert x.jsonl --out y.jsonl",
                 {"x.jsonl": [{"instruction": "a", "chosen": "b", "rejected": "c", "history": 5}]},
             ),
-            "row 0, column 'history': 5 is not a list; give pairs of texts",
+            "row 0, column 'history': 5 is not a list; give pairs of texts (or skip all such rows with --skip-bad)",
         ),
         (
             "a tool call nested too deeply",
@@ -585,18 +823,22 @@ COMMAND_ROWS = (
                 "data convert x.jsonl --out y.jsonl",
                 {"x.jsonl": [{"completions": [f"{n}" for n in range(100_000)], "scores": list(range(100_000))}]},
             ),
-            "row 0, column 'completions': once converted, 100000 answers, whose pairs are too many for a batch; give",
+            "row 0, column 'completions': once converted, 100000 answers, whose pairs are too many "
+            "for a batch; give at most 256, or cut the ranking into several rows (or skip all such "
+            "rows with --skip-bad)",
             '`{"completions": [100,000 texts], "scores": [100,000 numbers]}`',
         ),
         (
             "an infinite score",
             Call("data convert x.jsonl --out y.jsonl", {"x.jsonl": '{"completions": ["a"], "scores": [Infinity]}'}),
-            "row 0, column 'scores': inf is not a number; give a finite number",
+            "row 0, column 'scores': inf is not a number; give a finite number (or skip all such rows"
+            " with --skip-bad)",
         ),
         (
             "a probability above 1",
             Call("data convert x.jsonl --out y.jsonl", {"x.jsonl": [{"answer_a": "a", "answer_b": "b", "prob_a": 2}]}),
-            "row 0, column 'prob_a': 2 is not a probability; give a number from 0 to 1",
+            "row 0, column 'prob_a': 2 is not a probability; give a number from 0 to 1 (or skip all "
+            "such rows with --skip-bad)",
         ),
         (
             "a number for a prompt",
@@ -604,7 +846,9 @@ COMMAND_ROWS = (
                 "data convert x.jsonl --out y.jsonl",
                 {"x.jsonl": [{"prompt": 7, "response_a": "a", "response_b": "b", "prob_a": 0.5}]},
             ),
-            "row 0, column 'prompt': once converted, a value of type int in a dataset of conversations; make it",
+            "row 0, column 'prompt': once converted, a value of type int in a dataset of "
+            'conversations; make it [{"role": "user", "content": ...}], or every row and column a '
+            "string (or skip all such rows with --skip-bad)",
         ),
     ),
     *refused(
@@ -617,18 +861,18 @@ COMMAND_ROWS = (
         (
             "aliases of aliases of aliases",
             Call("train --config x.yaml", {"x.yaml": LAUGHS}),
-            "x.yaml: its aliases stand for more than 100000 values; write them out",
+            "train: --config x.yaml: its aliases stand for more than 100000 values; write them out",
             "ten lines, each of ten times the one before",
         ),
         (
             "a list that holds itself",
             Call("train --config x.yaml", {"x.yaml": "output_dir: &a [*a]\n"}),
-            "x.yaml: its aliases stand for more than 100000 values; write them out",
+            "train: --config x.yaml: its aliases stand for more than 100000 values; write them out",
         ),
         (
             "a value nested too deeply",
             Call("train --config x.yaml", {"x.yaml": "output_dir: " + "[" * 1500}),
-            "x.yaml: it is nested too deeply, or holds itself",
+            "train: --config x.yaml: it is nested too deeply, or holds itself",
             "`output_dir: [[[[...`, 1,500 deep",
         ),
         ("binary", Call("train --config x.yaml", {"x.yaml": b"\xff\xfe\x00"}), "x.yaml: it cannot be read: 'utf-8'"),
@@ -636,11 +880,16 @@ COMMAND_ROWS = (
     ),
     *refused(
         "score",
-        ("an empty file", Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": ""}), "the file is empty"),
+        (
+            "an empty file",
+            Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": ""}),
+            "DATA x.jsonl: the file is empty",
+        ),
         (
             "no answers",
             Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [{"prompt": "a"}]}),
-            "row 0: no column holds answers (there are 'prompt'); a prompt alone has no answer to score",
+            "row 0: no column holds answers (there are 'prompt'); a prompt alone has no answer to "
+            "score: add its answer as 'completion'",
         ),
         (
             "an empty answer",
@@ -650,12 +899,14 @@ COMMAND_ROWS = (
         (
             "a token that the model has not",
             Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [IDS, IDS | {"rejected_ids": [10**9]}]}),
-            "row 1, column 'rejected_ids': it holds the token id 1000000000, and the model has the ids 0 to",
+            "row 1, column 'rejected_ids': it holds the token id 1000000000, and the model has the "
+            "ids 0 to 392; tokenize with the model's own tokenizer",
         ),
         (
             "a text beyond the model's positions",
             Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [{"text": "ok"}, {"text": "a " * 3000}]}),
-            "tokens, and the model has 2048 positions (max_position_embeddings in its config.json); leave it out, or",
+            "row 1, column 'text': it has 3002 tokens, and the model has 2048 positions "
+            "(max_position_embeddings in its config.json); leave it out, or cut the text yourself",
             "3,000 words for a model of 2,048 positions",
         ),
         (
@@ -675,7 +926,7 @@ COMMAND_ROWS = (
         (
             "an option that is no number",
             Call("score x.jsonl --model MODEL --out y.jsonl --transform lower_bound --k nan", {"x.jsonl": [PAIR]}),
-            "transform 'lower_bound': k=nan must be",
+            "transform 'lower_bound': k=nan must be a finite number of at least 0",
         ),
         (
             "a model out of the folder",
@@ -685,7 +936,11 @@ COMMAND_ROWS = (
     ),
     *refused(
         "evaluate",
-        ("an empty file", Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": ""}), "the file is empty"),
+        (
+            "an empty file",
+            Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": ""}),
+            "DATA x.jsonl: the file is empty",
+        ),
         (
             "an empty answer",
             Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": [PAIR, PAIR | {"chosen": ""}]}),
@@ -694,12 +949,14 @@ COMMAND_ROWS = (
         (
             "a token that the model has not",
             Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": [IDS | {"chosen_ids": [10**9]}]}),
-            "holds the token id 1000000000, and the model has the ids 0 to",
+            "sequence 0 holds the token id 1000000000, and the model has the ids 0 to 392; tokenize "
+            "with the model's own tokenizer",
         ),
         (
             "rated answers, which hold no pairs",
             Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": [{"completion": "a", "ratings": [1, 2]}]}),
-            "rows of the format 'ratings' hold one answer each, and nothing to compare it with; make pairs of them",
+            "rows of the format 'ratings' hold one answer each, and nothing to compare it with; make "
+            "pairs of them with `disco-trl data convert`",
         ),
         (
             "a verdict that is none",
@@ -715,7 +972,8 @@ COMMAND_ROWS = (
                 "evaluate x.jsonl --model MODEL --out y",
                 {"x.jsonl": [RANKING | {"completions": ["a"] * 100_000, "ranks": [1] * 100_000}]},
             ),
-            "row 0, column 'completions': 100000 answers, whose pairs are too many for a batch; give at most 256",
+            "row 0, column 'completions': 100000 answers, whose pairs are too many for a batch; give "
+            "at most 256, or cut the ranking into several rows",
             '`{"completions": [100,000 texts], "ranks": [100,000 numbers]}`',
         ),
     ),
