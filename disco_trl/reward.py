@@ -157,7 +157,8 @@ class DiscoReward(RewardFunction):
     the chat template, with the row's `tools` and `chat_template_kwargs` where the dataset has such columns; other
     columns are ignored. (TRL's own path for a model in `reward_funcs` gives plain texts neither that token nor the
     beginning-of-text token of tokenizers that have one, which makes another reward; for conversations the two agree.)
-    Nothing is truncated. The model runs in evaluation mode and without gradients, whatever the policy is doing.
+    Nothing is truncated; what is longer than the model has positions for is an error. The model runs in evaluation
+    mode and without gradients, whatever the policy is doing.
 
     Beside the metrics of `RewardFunction` it reports how the answers compare with those that the model was trained on:
 

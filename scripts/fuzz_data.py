@@ -227,8 +227,9 @@ class DataPath:
             if not any({f"chosen{suffix}", f"rejected{suffix}"} <= row.keys() for suffix in ("_ids", "_input_ids")):
                 return
         layout = find_layout(row)
-        if find_row_problem(row, layout) is not None:
-            return
+        problem = find_row_problem(row, layout)
+        if problem is not None:
+            raise ValueError(problem)
         read = {name: value for name, value in row.items() if value is not None}
         if is_missing(row.get("completions")):
             if layout.kind == "tokenized":
@@ -262,7 +263,9 @@ class DataPath:
             known.recognise(row)
             converted = Converter(known.convert, Report(name), skip_bad=True)(row, 0)
             for answer in converted if name == "ratings" else ():
-                Converter(known.convert, Report(name), skip_bad=True).pair((0, answer), (0, answer), False)
+                converted = Converter(known.convert, Report(name), skip_bad=True).pair((0, answer), (0, answer), False)
+            for sound in converted:
+                self.train(sound)
         detect_format(row)
 
     def evaluate(self, row: Row) -> None:

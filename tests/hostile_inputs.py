@@ -1077,8 +1077,9 @@ ABOUT = """\
 # Bad data, and what becomes of it
 
 Made by `python tests/hostile_inputs.py > docs/hostile_inputs.md`; every row is put through the code that users run by
-`tests/test_hostile_inputs.py`. What is refused names the row, the column and the mend, and leaves no output behind;
-the third column shows a part of the message. Nothing here runs code that came with data or a checkpoint.
+`tests/test_hostile_inputs.py`. A message names the row, the column and the mend; where it ends in another library's
+words, only its beginning is here. What is refused leaves the files that were there as they were. Nothing runs code that
+came with data or a checkpoint.
 
 **Special tokens in a text.** A tokenizer takes `<|im_end|>` in a message for the token that ends a turn, wherever it
 comes from. TRL trains on these tokens and scores with them, and disco-trl's tokens are TRL's, so they are neither
