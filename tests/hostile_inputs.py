@@ -551,7 +551,11 @@ MODEL_ROWS = (
             "score.weight has shape [3, 16] in its files, where config.json makes it [1, 16]; the two"
             " belong to different models: save the model again with its own config",
         ),
-        ("weights cut off", Checkpoint(files={"model.safetensors": lambda: b"\x20\0\0\0\0\0\0\0{"}), "not whole"),
+        (
+            "weights cut off",
+            Checkpoint(files={"model.safetensors": lambda: b"\x20\0\0\0\0\0\0\0{"}),
+            "its weights are not whole (",
+        ),
         (
             "settings that are a text",
             Checkpoint(config={"disco": "yes"}),
@@ -602,8 +606,7 @@ MODEL_ROWS = (
         (
             "an adapter of no base",
             Checkpoint("adapter", files={"adapter_config.json": "[]"}),
-            "its configuration is not what it should be ('list' object is not a mapping); download or"
-            " save the checkpoint again",
+            "its configuration is not what it should be (",
         ),
     ),
     *computed(
@@ -979,9 +982,18 @@ COMMAND_ROWS = (
     ),
     *refused(
         "server",
-        ("no JSON", Request("/score", b"\x00", 400), "the body is not JSON: "),
-        ("JSON nested too deeply", Request("/score", DEEP, 400), "error parsing the body", "`[[[[...`, 100,000 deep"),
-        ("a number of 5,001 digits", Request("/score", f'{{"seed": 1{"0" * 5000}}}', 400), "error parsing the body"),
+        ("no JSON", Request("/score", b"\x00", 400), "the body is not JSON: Expecting value"),
+        (
+            "JSON nested too deeply",
+            Request("/score", DEEP, 400),
+            "There was an error parsing the body",
+            "`[[[[...`, 100,000 deep",
+        ),
+        (
+            "a number of 5,001 digits",
+            Request("/score", f'{{"seed": 1{"0" * 5000}}}', 400),
+            "There was an error parsing the body",
+        ),
         (
             "tools nested too deeply",
             Request(
@@ -992,19 +1004,31 @@ COMMAND_ROWS = (
             "cannot be tokenized",
             '`{"items": [{"completion": [{"role": "a"}], "tools": [{"a": [[[[...`, 800 deep',
         ),
-        ("no items", Request("/score", '{"items": []}', 422), "at least 1 item"),
-        ("a number for an item", Request("/score", '{"items": [7]}', 422), "must be a text, a list of messages, or"),
+        (
+            "no items",
+            Request("/score", '{"items": []}', 422),
+            "List should have at least 1 item after validation, not 0",
+        ),
+        (
+            "a number for an item",
+            Request("/score", '{"items": [7]}', 422),
+            "must be a text, a list of messages, or an object with 'completion' and maybe 'prompt'",
+        ),
         ("half a character", Request("/score", '{"items": ["\\ud800"]}', 422), "cannot be tokenized"),
-        ("half a character in a key", Request("/score", '{"items": ["a"], "\\ud800": 1}', 422), ""),
+        (
+            "half a character in a key",
+            Request("/score", '{"items": ["a"], "\\ud800": 1}', 422),
+            "the body must be a JSON object, sent with Content-Type: application/json",
+        ),
         (
             "an image",
             Request("/score", '{"items": [[{"role": "u", "content": [{"url": "file:///etc"}]}]]}', 422),
-            "must hold text only",
+            "must hold text only: a list of {'type': 'text', 'text': ...}",
         ),
         (
             "a model of the client's choice",
             Request("/score", '{"items": ["a"], "model": "../../etc"}', 422),
-            "not permitt",
+            "Extra inputs are not permitted",
         ),
         (
             "a chat template of the client's",
@@ -1013,45 +1037,45 @@ COMMAND_ROWS = (
                 '{"items": [{"completion": [{"role": "a"}], "chat_template_kwargs": {"chat_template": "x"}}]}',
                 422,
             ),
-            "is no variable of the chat template",
+            "'chat_template' is no variable of the chat template and cannot be set here",
         ),
         ("a path out of the server", Request("/score/..%2f..%2fetc/passwd", "{}", 404), "Not Found"),
         (
             "NaN for an option",
             Request("/score", '{"items": ["a"], "transform": "lower_bound", "k": NaN}', 422),
-            "finite",
+            "transform 'lower_bound': k=nan must be a finite number of at least 0",
         ),
         (
             "an option beyond float32",
             Request("/score", '{"items": ["a"], "transform": "lower_bound", "k": 1e308}', 422),
-            "is not finite after the transform 'lower_bound'",
+            "the reward [-inf] is not finite after the transform 'lower_bound'",
         ),
         (
             "a seed beyond 64 bits",
             Request("/score", f'{{"items": ["a"], "transform": "sample", "seed": {10**30}}}', 422),
-            "must be an integer from 0 to",
+            "transform 'sample': seed=1000000000000000000000000000000 must be an integer from 0 to 2⁶³ - 1",
         ),
         (
             "a pair of other items",
             Request("/score", '{"items": ["a"], "pairs": [[0, -1]]}', 422),
-            "must hold two of the indices 0 to 0",
+            "pair 0: [0, -1] must hold two of the indices 0 to 0",
         ),
         (
             "a body of two megabytes",
             Request("/score", '{"items": ["' + "a" * 2**21 + '"]}', 413),
-            "larger than 1048576 bytes",
+            "the body is larger than 1048576 bytes; send fewer texts at once",
             "a text of 2 MiB",
         ),
         (
             "a text beyond the model's positions",
             Request("/score", '{"items": ["' + "a " * 3000 + '"]}', 422),
-            "2048 are the most in one text",
+            "3002 tokens, and 2048 are the most in one text",
             "3,000 words",
         ),
         (
             "2,000 texts at once",
             Request("/get_reward", json.dumps({"query": ["a"] * 2000}), 413),
-            "1024 are the most in one request",
+            "2000 texts, and 1024 are the most in one request",
             '`{"query": [2,000 texts]}`',
         ),
     ),
@@ -1077,9 +1101,9 @@ ABOUT = """\
 # Bad data, and what becomes of it
 
 Made by `python tests/hostile_inputs.py > docs/hostile_inputs.md`; every row is put through the code that users run by
-`tests/test_hostile_inputs.py`. A message names the row, the column and the mend; where it ends in another library's
-words, only its beginning is here. What is refused leaves the files that were there as they were. Nothing runs code that
-came with data or a checkpoint.
+`tests/test_hostile_inputs.py`. A message names the row, the column and the mend; where it goes on in another library's
+words, only its beginning is here. What is refused leaves the files that were there as they were. No code that came
+with data or a checkpoint is run.
 
 **Special tokens in a text.** A tokenizer takes `<|im_end|>` in a message for the token that ends a turn, wherever it
 comes from. TRL trains on these tokens and scores with them, and disco-trl's tokens are TRL's, so they are neither
