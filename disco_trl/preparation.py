@@ -254,7 +254,7 @@ def check_token_ids(dataset: Dataset | IterableDataset, dataset_name: str, known
         dataset_name (`str`):
             Name used in the error.
         known (`int`):
-            How many embeddings the model has; 0 if that cannot be told (DeepSpeed has spread them out).
+            How many token ids the model knows; 0 if that cannot be told.
 
     Returns:
         The dataset, of a stream one that checks.

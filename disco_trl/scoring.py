@@ -64,7 +64,7 @@ def check_sequences(model: Any, sequences: Sequence[list[int]]) -> None:
     accelerator in an assertion, which takes the process with it), in memory that is not there, or in a reward for
     positions that the model was never trained on.
     """
-    known = model.get_input_embeddings().weight.shape[0]
+    known = vocabulary_size(model)
     positions = most_positions(model)
     for index, sequence in enumerate(sequences):
         if positions is not None and len(sequence) > positions:
@@ -78,6 +78,14 @@ def check_sequences(model: Any, sequences: Sequence[list[int]]) -> None:
                 f"sequence {index} holds the token id {token}, and the model has the ids 0 to {known - 1}; tokenize "
                 "with the model's own tokenizer"
             )
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many token ids a model knows; 0 if that cannot be told."""
+    embeddings = model.get_input_embeddings()
+    # Not the weight's shape, where there is another way: FSDP and DeepSpeed leave a process a part of it.
+    size = getattr(embeddings, "num_embeddings", None)
+    return int(size or getattr(getattr(embeddings, "weight", None), "shape", [0])[0])
 
 
 def most_positions(model: Any) -> int | None:

@@ -102,7 +102,8 @@ class Scorer:
     def __init__(self, reward: DiscoReward, limits: Limits, metrics: Metrics):
         self.reward = reward
         self.limits = limits
-        self.max_tokens = limits.max_tokens or most_positions(reward.model) or TOKENS_PER_BATCH
+        bounds = filter(None, (limits.max_tokens, most_positions(reward.model)))
+        self.max_tokens = min(bounds, default=TOKENS_PER_BATCH)
         self.batcher = Batcher(reward.model, limits.max_queue, limits.max_batch_tokens, metrics.observe_batch)
         metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
         # One thread: tokenizers do not promise to be safe in several, and the event loop must not wait for one.

@@ -46,6 +46,7 @@ from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
 from .preparation import check_token_ids, expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
+from .scoring import vocabulary_size
 from .search import Beginning, space_around
 
 
@@ -188,8 +189,7 @@ class DiscoRewardTrainer(RewardTrainer):
                 found = surveyed if dataset is train_dataset else survey(dataset)
                 check_answerable(dataset, name, found, known)
 
-        embeddings: Any = self._reward_model.get_input_embeddings()
-        known_tokens = embeddings.weight.shape[0]
+        known_tokens = vocabulary_size(self._reward_model)
         if self.train_dataset is not None:
             self.train_dataset = check_token_ids(self.train_dataset, "train", known_tokens)
         if isinstance(self.eval_dataset, dict):
