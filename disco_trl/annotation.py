@@ -31,7 +31,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
 from .arguments import add_data_arguments, add_model_arguments, add_transform_arguments, load_reward, transform_options
-from .data import LEGACY_TOKENIZED_PAIR, TEXT_PAIR, TOKENIZED_PAIR, Layout, Problem, find_problem
+from .data import TEXT_PAIR, Layout, Problem, find_problem, tokenized_pair
 from .reward import DiscoReward, process_state
 from .rows import (
     ROWS_AT_ONCE,
@@ -44,7 +44,7 @@ from .rows import (
     parquet_features,
     refuse_clash,
 )
-from .scoring import score
+from .scoring import check_sequences, score
 from .tokenization import chat_template_arguments, tokenize
 from .transforms import Sample, Transform, get_transform
 
@@ -73,9 +73,8 @@ class Answers:
             ValueError: it has no answers, or they are not whole; with the mend.
         """
         names = row.keys()
-        for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR):
-            if names >= set(pair):
-                return cls(pair, "tokenized", False)
+        if (pair := tokenized_pair(names)) is not None:
+            return cls(pair, "tokenized", False)
         if names >= set(TEXT_PAIR):
             columns: tuple[str, ...] = TEXT_PAIR
         elif names >= {"prompt", "completion"}:
@@ -189,7 +188,11 @@ class Annotator:
         sequences = []
         for number, row in enumerate(rows, start=first):
             answers.check(row, number)
-            sequences += answers.tokens(row, self.reward.processing_class)
+            try:
+                sequences += answers.tokens(row, self.reward.processing_class)
+            except ValueError as refusal:
+                places = " or ".join(map(repr, answers.columns))
+                raise ValueError(f"row {number}, column {places}: {refusal}; drop the row, or mend it") from refusal
         sides = len(answers.columns)
         if [] in sequences:
             number, side = divmod(sequences.index([]), sides)
@@ -197,6 +200,13 @@ class Annotator:
                 f"row {first + number}, column {answers.columns[side]!r}: no tokens; drop the row, or "
                 "check the chat template"
             )
+        for position, sequence in enumerate(sequences):
+            try:
+                check_sequences(self.reward.model, [sequence])
+            except ValueError as refusal:
+                number, side = divmod(position, sides)
+                reason = str(refusal).removeprefix("sequence 0 ")
+                raise ValueError(f"row {first + number}, column {answers.columns[side]!r}: it {reason}") from refusal
         distribution = score(self.reward.model, sequences, self.reward.tokens_per_batch)
         bad = torch.nonzero(~(distribution.location.isfinite() & distribution.scale.isfinite())).flatten().tolist()
         if bad:
@@ -349,6 +359,8 @@ def _survey(dataset: Dataset | IterableDataset, out: Path, answers: Answers, row
 def _begin(parts: Path, settings: dict[str, Any]) -> None:
     """Make the folder of the parts, or check that those in it belong to these settings."""
     path = parts / "settings.json"
+    if parts.is_symlink():
+        raise ValueError(f"{parts} is a link, and its files would be written and deleted elsewhere; remove it")
     if not path.exists():
         parts.mkdir(parents=True, exist_ok=True)
         unfinished = parts / "settings.json.unfinished"

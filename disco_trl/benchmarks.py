@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .data import tokenized_pair
 from .data_formats import BadRow, first_of, prompt_messages
-from .judgements import as_number, as_ratings, is_missing
+from .judgements import as_number, as_ratings, is_missing, shown
 from .rows import Row
 
 
@@ -90,7 +91,7 @@ def dialogue(prompt: Any, answer: Any) -> Row:
 def _text(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value:
-        raise BadRow(column, f"{value!r:.60} where a text should be", "fill it in, or drop the row")
+        raise BadRow(column, f"{shown(value)} where a text should be", "fill it in, or drop the row")
     return value
 
 
@@ -99,7 +100,7 @@ def _texts(row: Row, column: str, count: int | None = None) -> list[str]:
     whole = isinstance(value, list) and value and all(isinstance(text, str) and text for text in value)
     if not whole or (count is not None and len(value) != count):  # type: ignore[arg-type]
         wanted = f"{count} answers" if count else "answers"
-        raise BadRow(column, f"{value!r:.60} where a list of {wanted} should be", "fill it in, or drop the row")
+        raise BadRow(column, f"{shown(value)} where a list of {wanted} should be", "fill it in, or drop the row")
     return value  # type: ignore[return-value]
 
 
@@ -215,7 +216,7 @@ def _ties_score(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> 
     for item, of_item, of_weight in zip(items, rewards, weight, strict=True):
         kind, _, number = item.name.partition(":")
         if kind not in gap:
-            raise BadRow("id", f"{item.name!r} of a row of Ties", "it has to begin with ref: or tied:")
+            raise BadRow("id", f"{shown(item.name)} of a row of Ties", "it has to begin with ref: or tied:")
         right, wrong = np.split(of_item, [_right_answers(item)])
         gap[kind][number] = float(right.min() - wrong.max())
         is_right[kind][number] = float(gap[kind][number] > 0)
@@ -301,7 +302,7 @@ def _read_judge_bench(row: Row) -> Item:
     targets = {"A>B": 1.0, "B>A": 0.0, "A=B": 0.5}
     label = _text(row, "label")
     if label not in targets:
-        raise BadRow("label", f"{label!r}", f"it has to be one of {', '.join(targets)}")
+        raise BadRow("label", shown(label), f"it has to be one of {', '.join(targets)}")
     source = str(row.get("source", ""))
     subset = next((name for start, name in JUDGE_BENCH_CATEGORIES.items() if source.startswith(start)), source)
     answers = [dialogue(_text(row, "question"), _text(row, name)) for name in ("response_A", "response_B")]
@@ -315,7 +316,7 @@ def _is_llm_bar(row: Row) -> bool:
 def _read_llm_bar(row: Row) -> Item:
     label = as_number(row["label"])
     if label not in (1, 2):
-        raise BadRow("label", f"{row['label']!r}", "it has to be 1 or 2")
+        raise BadRow("label", shown(row["label"]), "it has to be 1 or 2")
     answers = [dialogue(_text(row, "input"), _text(row, name)) for name in ("output_1", "output_2")]
     return Item(answers, [Comparison(0, 1, float(label == 1))], str(row.get("subset") or ""))
 
@@ -343,7 +344,7 @@ def read_preference(row: Row) -> Item:
         # Some datasets repeat the prompt as the conversation's beginning.
         if isinstance(value, list) and isinstance(prompt, str):
             return {"content": value, **extra}
-        return {"content": value if prompt is None else prompt + value, **extra}
+        return {"content": value if is_missing(prompt) else prompt + value, **extra}
 
     subset = str(row[name]) if (name := first_of(row, ("subset", "category", "domain", "source"))) else ""
     if not is_missing(row.get("ranks")):
@@ -355,8 +356,7 @@ def read_preference(row: Row) -> Item:
         people = 1 / len(pairs)
         comparisons = [Comparison(a, b, float(target), people) for (a, b), target in zip(pairs, targets, strict=True)]
         return Item(answers, comparisons, subset)
-    if "chosen_ids" in row or "chosen_input_ids" in row:
-        sides = ("chosen_ids", "rejected_ids") if "chosen_ids" in row else ("chosen_input_ids", "rejected_input_ids")
+    if (sides := tokenized_pair(row)) is not None:
         answers = [{"ids": list(row[side])} for side in sides]
     else:
         answers = [answer(row[side]) for side in ("chosen", "rejected")]

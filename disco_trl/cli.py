@@ -46,5 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f".{module}", __package__)
     except ImportError as error:  # of an optional dependency; the message names the extra
         sys.exit(f"disco-trl {args.command}: {error}")
-    command.main(rest)
+    try:
+        command.main(rest)
+    except RecursionError:
+        sys.exit(f"disco-trl {args.command}: a value in a file is nested too deeply to be read")
     return 0

@@ -74,7 +74,11 @@ class ScoreClient:
             ) from error
         try:
             answer = response.json()
-        except requests.JSONDecodeError:
+        except (requests.JSONDecodeError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            if response.ok:
+                raise ServerError(f"{self.url}{path} answered with no JSON object: this is not `disco-trl serve`")
             answer = {}
         if not response.ok:
             reason = answer.get("error", response.reason)

@@ -368,7 +368,7 @@ def _run(args: argparse.Namespace) -> None:
         for variant in variants
     ]
     # What is wrong with the data is said before anything is trained.
-    _, held_out = read_data(runs[0][2], AutoTokenizer.from_pretrained(args.model))
+    _, held_out = read_data(runs[0][2], AutoTokenizer.from_pretrained(args.model, trust_remote_code=False))
     if args.search:
         runs = find_settings(runs, args.search)
     results, failures = run_all(runs)

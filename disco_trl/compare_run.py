@@ -185,7 +185,7 @@ def train_and_evaluate(
 def main(path: str) -> None:
     """Do the run that a file describes."""
     run = Run(**json.loads(Path(path).read_text(encoding="utf-8")))
-    processing_class = AutoTokenizer.from_pretrained(run.model)
+    processing_class = AutoTokenizer.from_pretrained(run.model, trust_remote_code=False)
     train, held_out = read_data(run, processing_class)
     if run.search:
         figures = search(run, train, processing_class)

@@ -9,7 +9,7 @@ trainer can name the rows of a batch that goes wrong.
 import difflib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,8 +19,9 @@ from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from .judgements import JUDGEMENT_COLUMNS, RANKING, Problem, is_missing
+from .judgements import JUDGEMENT_COLUMNS, RANKING, Problem, is_missing, shown
 from .judgements import find_problem as find_judgement_problem
+from .tokenization import SpecialTokens
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,12 @@ class Layout:
 
     pair: tuple[str, str]
     kind: str  # "tokenized", "standard" or "conversational"
+
+
+def tokenized_pair(names: Container[str]) -> tuple[str, str] | None:
+    """The two columns of token ids, if both of a pair are among the columns: TRL reads these and no text then."""
+    pairs = (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR)
+    return next((pair for pair in pairs if pair[0] in names and pair[1] in names), None)
 
 
 def check_preferences(
@@ -113,7 +120,12 @@ def check_preferences(
     if layout.kind == "standard":
         _warn_of_unread_prompt(first_row, dataset_name)
 
-    arguments: dict[str, Any] = {"layout": layout, "dataset_name": dataset_name}
+    # One warning, from the process that speaks for all.
+    special = SpecialTokens(processing_class) if PartialState().is_main_process else None
+    if layout.kind == "tokenized":
+        special = None
+    notice = _Notice(special)
+    arguments: dict[str, Any] = {"layout": layout, "dataset_name": dataset_name, "notice": notice}
     if isinstance(dataset, IterableDataset):
         # Without features given, `map` forgets them, and TRL then reads a row each time it asks for the columns.
         features = None if dataset.features is None else Features({**dataset.features, ROW_COLUMN: Value("int64")})
@@ -221,18 +233,53 @@ def _warn_of_unread_prompt(first_row: dict[str, Any], dataset_name: str) -> None
 # The rows
 
 
-def _check_batch(batch: dict[str, list], indices: list[int], layout: Layout, dataset_name: str) -> None:
+@dataclass
+class _Notice:
+    """Warns of the first row whose texts hold a special token; of a stream, each worker does. None: it never does."""
+
+    special: SpecialTokens | None
+
+    def __call__(self, row: dict[str, Any], index: int, dataset_name: str) -> None:
+        found = None if self.special is None else find_special_token(row, self.special)
+        if found is None:
+            return
+        self.special = None
+        column, token = found
+        logger.warning(
+            f"{dataset_name} dataset, row {index}, column '{column}': the text holds {token!r}, which the tokenizer "
+            "takes for the special token, as TRL does: whoever wrote it can end a turn, or begin another. If you "
+            "rendered the text yourself all is well; else take it out. No further row is named; "
+            "`disco-trl data check --model` counts them"
+        )
+
+
+def find_special_token(row: dict[str, Any], special: SpecialTokens) -> tuple[str, str] | None:
+    """The first column of a checked row with a special token in a text, and the token; see `SpecialTokens`."""
+    contents = [(name, row[name]) for name in ("prompt", *TEXT_PAIR) if not is_missing(row.get(name))]
+    if not is_missing(row.get("completions")):
+        contents += [("completions", answer) for answer in row["completions"]]
+    found = ((name, special.find(content)) for name, content in contents)
+    return next(((name, token) for name, token in found if token is not None), None)
+
+
+def _check_batch(
+    batch: dict[str, list], indices: list[int], layout: Layout, dataset_name: str, notice: _Notice
+) -> None:
     columns = {name: batch[name] for name in batch}
     for position, index in enumerate(indices):
-        _number_checked_row({name: values[position] for name, values in columns.items()}, index, layout, dataset_name)
+        row = {name: values[position] for name, values in columns.items()}
+        _number_checked_row(row, index, layout, dataset_name, notice)
 
 
-def _number_checked_row(row: dict[str, Any], index: int, layout: Layout, dataset_name: str) -> dict[str, int]:
+def _number_checked_row(
+    row: dict[str, Any], index: int, layout: Layout, dataset_name: str, notice: _Notice
+) -> dict[str, int]:
     problem = find_problem(row, layout)
     if problem is not None:
         raise ValueError(
             f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.mend}"
         )
+    notice(row, index, dataset_name)
     return {ROW_COLUMN: index}
 
 
@@ -290,6 +337,18 @@ def _text_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
             yield Problem(column, f"{_format_of(text)} in a dataset of plain text", mend)
         elif column != "prompt" and (not text or text.isspace()):
             yield Problem(column, "an empty string", "drop the row or fill in the text")
+        else:
+            yield _unicode_problem(column, text)
+
+
+def _unicode_problem(column: str, text: str) -> Problem | None:
+    """Half of a character of two, a lone surrogate, is in no encoding and no tokenizer's vocabulary."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = f"{shown(text[error.start])} at character {error.start} is half a character"
+        return Problem(column, wrong, "read the text anew with its right encoding, or drop the row")
+    return None
 
 
 def _conversation_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
@@ -323,42 +382,44 @@ def _message_problem(column: str, turn: int, message: Any) -> Problem | None:
         return Problem(column, f"turn {turn} is {_format_of(message)}, not a message", shape)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role.strip():
-        keys = ", ".join(repr(key) for key, value in message.items() if value is not None)
+        keys = ", ".join(shown(key) for key, value in list(message.items())[:20] if value is not None)
         return Problem(column, f"turn {turn} has no 'role' that is a string (its keys: {keys})", shape)
     if isinstance(content, str):
-        return None
+        return _unicode_problem(column, role) or _unicode_problem(column, content)
     if content is not None:
-        wrong = f"turn {turn} ('{role}') has content that is {_format_of(content)}, not a string"
+        wrong = f"turn {turn} ({shown(role)}) has content that is {_format_of(content)}, not a string"
         return Problem(column, wrong, "join the text of its parts into one string")
     if role == "tool" or (role == "assistant" and message.get("tool_calls")):
         return None
     mend = "fill it in (only a tool's turn, and an assistant's with tool_calls, may go without), or drop the row"
-    return Problem(column, f"turn {turn} ('{role}') has no content", mend)
+    return Problem(column, f"turn {turn} ({shown(role)}) has no content", mend)
 
 
 def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> Problem | None:
     """What is wrong with the order of a conversation: the prompt's turns, if any, and those of one side."""
     roles = [message["role"] for _, _, message in turns]
     if "assistant" not in roles:
-        wrong = f"no assistant turn, so there is no answer to reward (roles: {', '.join(map(repr, roles))})"
+        wrong = f"no assistant turn, so there is no answer to reward (roles: {', '.join(map(shown, roles[:20]))})"
         mend = 'end it with {"role": "assistant", "content": ...}, or rename the role that answers to \'assistant\''
         return Problem(side, wrong, mend)
     previous = None
     for (column, turn, _), role in zip(turns, roles, strict=True):
         at_the_front = previous is None or previous in ROLES_AT_THE_FRONT
         if role in ROLES_AT_THE_FRONT and not at_the_front:
-            return Problem(column, f"turn {turn} is '{role}' after '{previous}'", f"move the {role} turn to the front")
+            return Problem(
+                column, f"turn {turn} is '{role}' after {shown(previous)}", f"move the {role} turn to the front"
+            )
         if role in ("assistant", "tool") and at_the_front:
             wrong = f"turn {turn} is '{role}', but nobody has asked anything yet"
             return Problem(column, wrong, "put the user's turn before it, or into a column 'prompt'")
         if role == "tool" and previous not in ("assistant", "tool"):
             mend = "put the assistant's tool call before it"
-            return Problem(column, f"turn {turn} is 'tool' after '{previous}'", mend)
+            return Problem(column, f"turn {turn} is 'tool' after {shown(previous)}", mend)
         previous = role
     column, turn, answer = turns[-1]
     if answer["role"] != "assistant":
         mend = "cut the conversation after the assistant's answer"
-        return Problem(column, f"the last turn is '{answer['role']}', not 'assistant'", mend)
+        return Problem(column, f"the last turn is {shown(answer['role'])}, not 'assistant'", mend)
     if not answer.get("tool_calls") and not answer["content"].strip():
         return Problem(column, f"turn {turn}, the assistant's answer, is empty", "drop the row or fill in the answer")
     return None
@@ -366,11 +427,15 @@ def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> P
 
 def _rendering_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
     """What is wrong with the columns that TRL hands to the chat template."""
-    if isinstance(tools := row.get("tools"), str):
+    tools = row.get("tools")
+    mend = "write it with json.dumps, or give a list"
+    if isinstance(tools, str):
         try:
-            json.loads(tools)
-        except json.JSONDecodeError as error:
-            yield Problem("tools", f"a string that is not JSON ({error})", "write it with json.dumps, or give a list")
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:  # also of numbers too long, or nested too deeply
+            yield Problem("tools", f"a string that is not JSON ({error})", mend)
+    if not is_missing(tools) and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        yield Problem("tools", f"{shown(tools)} where a list of tools should be", mend)
     if "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], dict):
         wrong = f"{_format_of(row['chat_template_kwargs'])} where a dict should be"
         yield Problem("chat_template_kwargs", wrong, "give every row a dict ({} for none)")

@@ -27,12 +27,14 @@ from .data import (
     Layout,
     find_problem,
     find_ranking_problem,
+    find_special_token,
+    tokenized_pair,
 )
 from .data_report import draw, render, rows_of
 from .data_survey import ROWS_NAMED, SHORTEST_LEAK, DataSurvey, Fingerprints, texts_of
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, RANKING, Problem, is_missing
 from .rows import Row, chunks, open_rows
-from .tokenization import chat_template_arguments, tokenize, tokenize_pair
+from .tokenization import SpecialTokens, chat_template_arguments, tokenize, tokenize_pair
 from .train import load_preferences
 
 
@@ -61,10 +63,10 @@ LENGTH_BIAS = 0.55
 
 def find_layout(row: Row) -> Layout:
     """How a row writes its answers, by what stands in `chosen`, in the first of `completions`, or as tokens."""
-    for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR):
-        if row.keys() >= set(pair):
-            return Layout(pair, "tokenized")
-    answer = row.get("chosen") if is_missing(row.get("completions")) else row["completions"][0]
+    if (pair := tokenized_pair(row)) is not None:
+        return Layout(pair, "tokenized")
+    answers = row.get("completions")
+    answer = answers[0] if isinstance(answers, list) and answers else row.get("chosen")
     return Layout(TEXT_PAIR, "conversational" if isinstance(answer, list) else "standard")
 
 
@@ -129,7 +131,10 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     """
     columns: dict[str, None] = {}
     errors = ErrorCounts()
-    survey = DataSurvey(None if tokenizer is None else lambda row: _token_counts(row, tokenizer))
+    counts: list[int] = []
+    survey = DataSurvey(None if tokenizer is None else lambda row: counts)
+    special = None if tokenizer is None else SpecialTokens(tokenizer)
+    with_special_tokens: list[int] = []
     layout = None
     read = 0
     with logging.tqdm(desc="checking", unit="row") as bar:
@@ -140,8 +145,16 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
                     _require_answers(row)
                     layout = find_layout(row)
                 problem = find_row_problem(row, layout)
+                if problem is None and tokenizer is not None:
+                    try:
+                        counts[:] = _token_counts(row, tokenizer)
+                    except ValueError as error:
+                        column = layout.pair[0] if is_missing(row.get("completions")) else "completions"
+                        problem = Problem(column, str(error), "drop the row, or mend it")
                 if problem is None:
                     survey.add(row, read)
+                    if special is not None and layout.kind != "tokenized" and find_special_token(row, special):
+                        with_special_tokens.append(read)
                 else:
                     errors.add(problem, read)
                 read += 1
@@ -158,6 +171,8 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
         },
         **{name: value for name, value in survey.figures().items() if name != "rows"},
     }
+    if with_special_tokens:
+        found["special_tokens"] = {"rows": len(with_special_tokens), "first": with_special_tokens[:ROWS_NAMED]}
     return {"warnings": _warnings(found), **found}, survey
 
 
@@ -178,7 +193,7 @@ def _token_counts(row: Row, tokenizer: Any) -> list[int]:
         return list(map(len, tokenize_pair(there, tokenizer)))
     arguments = chat_template_arguments(row)
     prompt = row.get("prompt")
-    contents = [answer if prompt is None else prompt + answer for answer in row["completions"]]
+    contents = [answer if is_missing(prompt) else prompt + answer for answer in row["completions"]]
     return [len(tokenize(tokenizer, content, **arguments)) for content in contents]
 
 
@@ -229,6 +244,12 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         warnings.append(
             f"{count:,} soft labels are below ½, for the rejected side; the likelihood takes them as they are, but "
             "the logged accuracy calls 'chosen' right"
+        )
+    if special := found.get("special_tokens"):
+        warnings.append(
+            f"{rows_of(special['rows'])} with a special token of the model in a text ({_named(special['first'])}), "
+            "which the tokenizer takes for a real one: whoever wrote it can end a turn, or begin another; take it "
+            "out, unless you rendered the texts yourself"
         )
     longer = found.get("longer_is_chosen")
     if longer and abs(longer["share"] - 0.5) > max(LENGTH_BIAS - 0.5, 3 * longer["standard_error"]):
@@ -285,7 +306,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
-    tokenizer = None if args.model is None else AutoTokenizer.from_pretrained(args.model)
+    tokenizer = None if args.model is None else AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     other = None if args.against is None else _open_other(args)
     found, survey = check_dataset(open_rows(args.data, args.config, args.split), tokenizer)
     if other is not None:

@@ -79,6 +79,21 @@ def detect_format(row: Row) -> str:
     )
 
 
+def rename(row: Row, renamed: dict[str, str]) -> Row:
+    """
+    The row with new names of columns, by their old ones.
+
+    Raises:
+        ValueError: two columns would have one name.
+    """
+    for old, new in renamed.items():
+        if old in row and ((new in row and new not in renamed) or list(renamed.values()).count(new) > 1):
+            raise ValueError(
+                f"--rename {old}={new}: another column is called {new!r} then; rename that one too, or leave this out"
+            )
+    return {renamed.get(name, name): value for name, value in row.items()}
+
+
 class Converter:
     """
     Converts rows, checks what comes out, and counts.
@@ -116,7 +131,7 @@ class Converter:
         Raises:
             ValueError: the row cannot be converted; with row, column and mend.
         """
-        row = {self.renamed.get(name, name): value for name, value in row.items()}
+        row = rename(row, self.renamed)
         try:
             return [self._checked(self._finished(converted)) for converted in self.convert(row)]
         except BadRow as error:
@@ -333,9 +348,12 @@ def _run(args: argparse.Namespace) -> Report:
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError("the data is empty; check its path and split")
+    if unknown := [old for old in renamed if old not in first_row]:
+        there = ", ".join(map(repr, first_row))
+        raise ValueError(f"--rename {unknown[0]}={renamed[unknown[0]]}: there is no such column (there are {there})")
     name = args.format
     if name == "auto":
-        name = detect_format({renamed.get(column, column): value for column, value in first_row.items()})
+        name = detect_format(rename(first_row, renamed))
     for option, owner in {"pairs": "ratings", "to": "ultrafeedback", "score": "ultrafeedback"}.items():
         if getattr(args, option) is not None and name != owner:
             raise ValueError(f"--{option} is for the format {owner}, and this is {name}; leave it out")

@@ -16,7 +16,7 @@ from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
-from .judgements import Problem, as_number, is_missing
+from .judgements import Problem, as_number, is_missing, shown
 from .rows import Row
 
 
@@ -103,22 +103,22 @@ def _answer(column: str, value: Any) -> Any:
         value = next((value[name] for name in ANSWER_TEXTS if value.get(name) is not None), None)
     if isinstance(value, str | list) and value:
         return value
-    raise BadRow(column, f"{value!r:.60} where an answer should be", "give a text, or a list of messages")
+    raise BadRow(column, f"{shown(value)} where an answer should be", "give a text, or a list of messages")
 
 
 def _finite(column: str, value: Any, what: str) -> float:
     try:
         number = as_number(float(value) if isinstance(value, str) else value)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = None
     if number is None:
-        raise BadRow(column, f"{value!r:.60} is not {what}", "give a finite number")
+        raise BadRow(column, f"{shown(value)} is not {what}", "give a finite number")
     return int(number) if number == int(number) else number
 
 
 def _list(column: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise BadRow(column, f"{value!r:.60} is not a list", "give a list with an entry for each answer")
+        raise BadRow(column, f"{shown(value)} is not a list", "give a list with an entry for each answer")
     return value
 
 
@@ -168,7 +168,10 @@ def _ranked(row: Row, answers: list[Any], ranks: Sequence[float]) -> list[Row]:
 
 def ranks_of_scores(scores: list[float]) -> list[int]:
     """Rank of each score, 1 the highest; equal scores share the best of their ranks."""
-    return [1 + sum(other > score for other in scores) for score in scores]
+    rank_of: dict[float, int] = {}
+    for rank, score in enumerate(sorted(scores, reverse=True), start=1):
+        rank_of.setdefault(score, rank)
+    return [rank_of[score] for score in scores]
 
 
 def _has_list(row: Row, of: type | tuple[type, ...] = (str, list, dict)) -> str | None:
@@ -202,9 +205,10 @@ def _from_ranking(row: Row) -> list[Row]:
         return _ranked(row, answers, ranks_of_scores(numbers))
     if column in ORDERS:
         if sorted(numbers) != list(range(len(answers))):
-            wrong = f"{values} is not an order of the answers 0 to {len(answers) - 1}"
+            wrong = f"{shown(values)} is not an order of the answers 0 to {len(answers) - 1}"
             raise BadRow(column, wrong, "give each answer's position in the list once, the best first")
-        numbers = [1 + numbers.index(position) for position in range(len(answers))]
+        rank_of = {position: rank for rank, position in enumerate(numbers, start=1)}
+        numbers = [rank_of[position] for position in range(len(answers))]
     return _ranked(row, answers, numbers)
 
 
@@ -242,7 +246,7 @@ def _from_ultrafeedback(row: Row, score: str = "overall_score") -> list[Row]:
 def _ultrafeedback_score(column: str, completion: Any, score: str) -> list[float]:
     """The score in a list of one, or an empty list where the judge could not tell."""
     if not isinstance(completion, dict):
-        raise BadRow(column, f"{completion!r:.60} is no answer with its scores", "drop the row")
+        raise BadRow(column, f"{shown(completion)} is no answer with its scores", "drop the row")
     value = completion.get(score)
     if value is None and isinstance(annotations := completion.get("annotations"), dict):
         value = annotations.get(score)
@@ -325,12 +329,15 @@ def _is_alpaca(row: Row) -> bool:
 def _from_alpaca(row: Row) -> list[Row]:
     instruction = _column(row, ["instruction"], "the instruction")
     prompt = row[instruction] if is_missing(row.get("input")) else f"{row[instruction]}\n{row['input']}".rstrip("\n")
-    history = row.get("history") or []
-    if not is_missing(row.get("system")) or history:
-        messages = [] if not row.get("system") else [{"role": "system", "content": row["system"]}]
+    history = [] if is_missing(row.get("history")) else row["history"]
+    if not isinstance(history, list):
+        raise BadRow("history", f"{shown(history)} is not a list", "give pairs of texts")
+    system = row.get("system")
+    if not is_missing(system) or history:
+        messages = [] if is_missing(system) or system == "" else [{"role": "system", "content": system}]
         for turn in history:
             if not isinstance(turn, list) or len(turn) != 2:
-                raise BadRow("history", f"{turn!r:.60} is not a question and its answer", "give pairs of texts")
+                raise BadRow("history", f"{shown(turn)} is not a question and its answer", "give pairs of texts")
             messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
         prompt = [*messages, {"role": "user", "content": prompt}]
     sides = row["output"] if isinstance(row.get("output"), list) else [row.get("chosen"), row.get("rejected")]
@@ -347,8 +354,9 @@ def _is_sharegpt(row: Row) -> bool:
 def _from_sharegpt(row: Row) -> list[Row]:
     column = _column(row, ["conversations", "messages"], "the conversation")
     messages = [_message(column, turn) for turn in _list(column, row[column])]
-    if not is_missing(row.get("system")) and row["system"] and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
+    system = row.get("system")
+    if not is_missing(system) and system != "" and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     converted: Row = {"prompt": messages}
     for side in ("chosen", "rejected"):
         converted[side] = [_message(side, row.get(side))]
@@ -357,16 +365,16 @@ def _from_sharegpt(row: Row) -> list[Row]:
 
 def _message(column: str, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise BadRow(column, f"{turn!r:.60} is not a message", 'write it as {"from": ..., "value": ...}')
+        raise BadRow(column, f"{shown(turn)} is not a message", 'write it as {"from": ..., "value": ...}')
     role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-        wrong = f"a message from {role!r} with {type(content).__name__} as its text"
+        wrong = f"a message from {shown(role)} with {type(content).__name__} as its text"
         raise BadRow(column, wrong, f"it has to be a text from one of {', '.join(map(repr, ROLES))}")
     if role != "function_call":
         return {"role": ROLES[role], "content": content}
     try:
         calls = json.loads(content)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers too long, or nested too deeply
         raise BadRow(column, f"a function_call that is not JSON ({error})", "write it with json.dumps") from error
     calls = calls if isinstance(calls, list) else [calls]
     return {
@@ -396,7 +404,7 @@ def transcript_messages(column: str, text: str) -> list[dict[str, str]]:
     """
     start, *parts = TURN.split("\n\n" + text.lstrip("\n"))
     if start or not parts:
-        raise BadRow(column, f"{text!r:.60} is no transcript", r'begin it with "\n\nHuman:"')
+        raise BadRow(column, f"{shown(text)} is no transcript", r'begin it with "\n\nHuman:"')
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": roles[role], "content": content.strip()}
@@ -426,7 +434,7 @@ def _from_transcripts(row: Row) -> list[Row]:
     sides = []
     for side in ("chosen", "rejected"):
         if not isinstance(row.get(side), str):
-            raise BadRow(side, f"{row.get(side)!r:.60} is no text", "drop the row, or fill in the transcript")
+            raise BadRow(side, f"{shown(row.get(side))} is no text", "drop the row, or fill in the transcript")
         sides.append(transcript_messages(side, row[side]))
     same = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))))
     # The answer that is judged is the last turn, even where both sides have the same.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import LEGACY_TOKENIZED_PAIR, TOKENIZED_PAIR
+from .data import tokenized_pair
 from .judgements import RATINGS, as_ratings, is_missing
 from .rows import Row
 
@@ -49,11 +49,10 @@ def texts_of(row: Row) -> tuple[str, list[str]]:
     """
     answers = row["completions"] if not is_missing(row.get("completions")) else None
     if answers is None:
-        sides = next((pair for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR) if pair[0] in row), None)
-        if sides is not None:
+        if (sides := tokenized_pair(row)) is not None:
             return "", [" ".join(map(str, row[side])) for side in sides]
         answers = [row["chosen"], row["rejected"]]
-    prompt = row.get("prompt")
+    prompt = None if is_missing(row.get("prompt")) else row["prompt"]
     if prompt is None and all(isinstance(answer, list) for answer in answers):
         same = len(list(takewhile(lambda turns: all(turn == turns[0] for turn in turns), zip(*answers, strict=False))))
         shared = min(same, *(len(answer) - 1 for answer in answers))
@@ -140,7 +139,7 @@ class DataSurvey:
             counts = self.tokens(row)
             self.side_tokens.extend(counts)
             self.longest_side.append(max(counts))
-        if not any(name in row for name in (*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR)):
+        if tokenized_pair(row) is None:
             self.lengths["prompt"].append(len(prompt))
         if not is_missing(row.get("weight")):
             self.terms["weights"] += 1
@@ -155,7 +154,7 @@ class DataSurvey:
             self.lengths["ranked answers"].extend(map(len, answers))
 
     def _add_pair(self, row: Row, number: int, prompt: str, answers: list[str]) -> None:
-        if TOKENIZED_PAIR[0] not in row and LEGACY_TOKENIZED_PAIR[0] not in row:
+        if tokenized_pair(row) is None:
             for side, answer in zip(("chosen", "rejected"), answers, strict=True):
                 self.lengths[side].append(len(answer))
         won, lost = self._compared(row)

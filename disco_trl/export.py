@@ -274,7 +274,7 @@ def _load_tokenizer(path: str, inner: Any) -> PreTrainedTokenizerBase:
     reasons = []
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reasons.append(f"{place}: {error}")
     raise ValueError("the model has no tokenizer, without which it is of no use; save it there. " + " ".join(reasons))

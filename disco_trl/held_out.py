@@ -46,7 +46,13 @@ def detect_kind(row: Row) -> str:
     is_pair = any({f"chosen{suffix}", f"rejected{suffix}"} <= row.keys() for suffix in ("", "_ids", "_input_ids"))
     if (is_pair and "instruction" not in row) or {"completions", "ranks"} <= row.keys():
         return PREFERENCES
-    return detect_format(row)
+    kind = detect_format(row)
+    if kind not in KINDS:
+        raise ValueError(
+            f"rows of the format {kind!r} hold one answer each, and nothing to compare it with; make pairs of them "
+            "with `disco-trl data convert`"
+        )
+    return kind
 
 
 def item_reader(kind: str) -> Callable[[Row, int], list[Item]]:
@@ -186,7 +192,10 @@ def _tokens(answer: Row, processing_class: Any, number: int) -> tuple[int, ...]:
                 f"row {number}: these are conversations, and the model's tokenizer has no chat template; give it that "
                 "of its training, or evaluate on plain text"
             )
-        ids = tokenize(processing_class, content, **chat_template_arguments(answer))
+        try:
+            ids = tokenize(processing_class, content, **chat_template_arguments(answer))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}; drop the row, or mend it") from error
     if not ids:
         raise ValueError(f"row {number}: an answer without tokens; drop the row, or check the chat template")
     return tuple(ids)

@@ -32,6 +32,10 @@ RANKING = ("completions", "ranks")
 JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", "tie", "margin", *RATINGS, "weight")
 MOST_RATING_VALUES = 101
 """Different ratings that are told apart at most: each has a threshold to learn."""
+MOST_RANKED = 256
+"""Answers of a ranking at most: its 32,640 pairs are a batch's rows and columns, and grow with the square."""
+LARGEST = 3.4028234e38
+"""The largest number that float32 holds, in which the likelihood is worked out: beyond it a loss is infinite."""
 
 
 class Problem(NamedTuple):
@@ -49,10 +53,26 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, list) and not value)
 
 
+def shown(value: Any) -> str:
+    """A value as an error shows it: the beginning of its `repr`, which a row might make as long as it likes."""
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a list in a list in a list ...
+        return f"a value of type {type(value).__name__} that is too large to show"
+
+
 def as_number(value: Any) -> float | None:
-    """The value as a finite number, or None if it is none; True and False are not numbers."""
+    """The value as a number that float32 holds too, or None if it is none; True and False are not numbers."""
+    if getattr(value, "ndim", 0):  # an array, and no number
+        return None
     value = value.item() if hasattr(value, "item") else value
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    return value if type(value) in (int, float) and abs(value) <= LARGEST else None
+
+
+def as_truth(value: Any) -> bool | None:
+    """The value as true or false, which 1 and 0 are as well, or None if it is neither."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return bool(value) if isinstance(value, int | float) and value in (True, False) else None
 
 
 def as_ratings(value: Any) -> list[Any]:
@@ -72,22 +92,23 @@ def find_problem(row: dict[str, Any]) -> Problem | None:
     votes = [as_number(row[name]) for name in VOTES if name in there]
     for name, number in zip((name for name in VOTES if name in there), votes, strict=True):
         if number is None or number < 0 or number != int(number):
-            return Problem(name, f"{row[name]!r} is not a number of votes", "give a whole number, 0 or more")
+            return Problem(name, f"{shown(row[name])} is not a number of votes", "give a whole number, 0 or more")
     if len(votes) == 1:
         (absent,) = set(VOTES) - there
         return Problem(absent, f"missing where {(set(VOTES) & there).pop()!r} is given", "give both, or neither")
     if "preference_probability" in there:
         number = as_number(row["preference_probability"])
         if number is None or not 0 <= number <= 1:
-            wrong = f"{row['preference_probability']!r} is not a probability"
+            wrong = f"{shown(row['preference_probability'])} is not a probability"
             return Problem("preference_probability", wrong, "give P(chosen ≻ rejected), from 0 to 1")
         if votes:
             wrong = "given together with votes, which say the same thing"
             return Problem("preference_probability", wrong, "remove one of the two from this row")
     if "tie" in there:
-        tie = row["tie"].item() if hasattr(row["tie"], "item") else row["tie"]
-        if tie not in (True, False):
-            return Problem("tie", f"{tie!r} is not true or false", "give true, false, or nothing for a forced choice")
+        tie = as_truth(row["tie"])
+        if tie is None:
+            wrong = f"{shown(row['tie'])} is not true or false"
+            return Problem("tie", wrong, "give true, false, or nothing for a forced choice")
         if tie and any(votes):
             wrong = "true in a row with votes for either side"
             return Problem("tie", wrong, "give the tied votes a row of their own, with a weight")
@@ -96,13 +117,13 @@ def find_problem(row: dict[str, Any]) -> Problem | None:
     for name, mend in (("margin", "0.0 for no margin"), ("weight", "1.0 for an ordinary row")):
         # A margin has to be in every row, as in TRL; a weight need not.
         if name in row and (name in there or name == "margin") and as_number(row[name]) is None:
-            return Problem(name, f"{row[name]!r} is not a finite number", f"give every row a number ({mend})")
+            return Problem(name, f"{shown(row[name])} is not a finite number", f"give every row a number ({mend})")
     if "weight" in there and row["weight"] < 0:
         return Problem("weight", f"{row['weight']!r} is negative", "give 0 or more; 0 leaves the row out")
     for name in RATINGS:
         for rating in as_ratings(row.get(name)):
             if as_number(rating) is None:
-                return Problem(name, f"{rating!r} is not a rating", "give a finite number, or a list of them")
+                return Problem(name, f"{shown(rating)} is not a rating", "give a finite number, or a list of them")
     is_ranking = not all(is_missing(row.get(name)) for name in RANKING)
     return _ranking_problem(row) if is_ranking else None
 
@@ -113,15 +134,19 @@ def _ranking_problem(row: dict[str, Any]) -> Problem | None:
             other = RANKING[1 - RANKING.index(name)]
             return Problem(name, f"missing where {other!r} is given", "give both, or neither")
         if not isinstance(row[name], list):
-            return Problem(name, f"{row[name]!r:.60} is not a list", "give a list with an entry for each answer")
+            return Problem(name, f"{shown(row[name])} is not a list", "give a list with an entry for each answer")
     completions, ranks = (row[name] for name in RANKING)
     if len(completions) != len(ranks):
         wrong = f"{len(ranks)} ranks of {len(completions)} completions"
         return Problem("ranks", wrong, "give each completion its rank")
     if len(completions) < 2:
         return Problem("completions", "one answer alone cannot be ranked", "drop the row, or give two or more")
-    if (bad := next((rank for rank in ranks if as_number(rank) is None), None)) is not None:
-        return Problem("ranks", f"{bad!r} is not a rank", "give finite numbers, 1 for the best")
+    if len(completions) > MOST_RANKED:
+        wrong = f"{len(completions)} answers, whose pairs are too many for a batch"
+        return Problem("completions", wrong, f"give at most {MOST_RANKED}, or cut the ranking into several rows")
+    bad = [rank for rank in ranks if as_number(rank) is None]
+    if bad:
+        return Problem("ranks", f"{shown(bad[0])} is not a rank", "give finite numbers, 1 for the best")
     given = [name for name in (*VOTES, "preference_probability", "tie", *RATINGS) if not is_missing(row.get(name))]
     if given:
         wrong = "speaks of a chosen and a rejected answer in a row of ranked ones"
@@ -167,10 +192,11 @@ class Survey:
         ranks = row.get("ranks")
         if isinstance(ranks, list) and ranks:
             self.ranking_sizes.add(len(ranks))
-            self.has_ties |= len({*ranks}) < len(ranks)
+            # (What is no number may not be hashable either.)
+            self.has_ties |= len({rank for rank in ranks if as_number(rank) is not None}) < len(ranks)
             return
         self.has_pairs = True
-        self.has_ties |= not is_missing(row.get("tie")) and bool(row["tie"])
+        self.has_ties |= as_truth(row.get("tie")) is True
         for name in RATINGS:
             ratings = [rating for rating in as_ratings(row.get(name)) if as_number(rating) is not None]
             self.has_several_ratings |= len(ratings) >= 2

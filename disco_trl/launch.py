@@ -5,7 +5,7 @@ import sys
 from accelerate.commands.launch import launch_command, launch_command_parser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from .train import make_parser, refuse_unknown_arguments
+from .train import check_config_file, make_parser, refuse_unknown_arguments
 
 
 def main(argv: list[str]) -> None:
@@ -16,6 +16,7 @@ def main(argv: list[str]) -> None:
     the YAML file) goes to the launcher, the rest to the training processes.
     """
     parser = make_parser(prog="disco-trl train")
+    check_config_file(parser.prog, argv)
     *_, launcher_keys, launcher_argv = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )

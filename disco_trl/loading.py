@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, cast
 import torch
 import transformers
 from accelerate.utils import is_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -100,9 +101,10 @@ def _load_full(
     kwargs.pop("ignore_mismatched_sizes", None)  # a head of another shape is a missing head
     config = copy.deepcopy(kwargs.pop("config", None))  # the caller's own is not ours to change
     if config is None:
-        config, kwargs = AutoConfig.from_pretrained(
-            path, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **hub_kwargs, **kwargs
-        )
+        with _naming_bad_files(path, TypeError):  # a list, say, where an object should be
+            config, kwargs = AutoConfig.from_pretrained(
+                path, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **hub_kwargs, **kwargs
+            )
     is_reward_model = _is_reward_model(config, path)
     stored = getattr(config, "disco", None)
     settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
@@ -123,7 +125,7 @@ def _load_full(
         loading["quantization_config"].llm_int8_skip_modules = [*skipped, *disco.unquantized_modules]
 
     # Weights. Transformers reports a fresh head as if it were a fault; here the check below knows which is one.
-    with _quiet_transformers():
+    with _quiet_transformers(), _naming_bad_files(path):
         model, info = disco.from_pretrained(
             path,
             config=config,
@@ -142,6 +144,7 @@ def _load_full(
         )
     missing = set(info["missing_keys"])
     _check_complete(model, missing, path, is_reward_model, stored is not None, reward_family)
+    _check_finite(model, path)
     model.newly_initialized = tuple(sorted({key.rpartition(".")[0] for key in missing}))
     return model
 
@@ -157,18 +160,19 @@ def _load_adapter(
     from peft import PeftConfig, PeftModel
 
     # Settings
-    peft_config = PeftConfig.from_pretrained(path, **hub_kwargs)
+    with _naming_bad_files(path, TypeError):
+        peft_config = PeftConfig.from_pretrained(path, **hub_kwargs)
     settings_file = _find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
     stored = None
     if settings_file is not None:
-        with open(settings_file, encoding="utf-8") as file:
-            stored = json.load(file)
+        stored = _read_settings(settings_file)
         settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
         reward_family, fixed_scale = settings["reward_family"], settings["fixed_scale"]
     weights_file = _find_file(path, "adapter_model.safetensors", hub_kwargs)
     if weights_file is None:
         raise ValueError(f"{path}: the adapter has no adapter_model.safetensors (pickled weights are not loaded)")
-    shapes = _adapter_shapes(weights_file)
+    with _naming_bad_files(path):
+        shapes = _adapter_shapes(weights_file)
 
     # Base model
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
@@ -204,7 +208,7 @@ def _load_adapter(
     # What training changed in the base model, and an adapter has no config.json to say: vocabulary and padding token
     _resize_vocabulary(base, shapes, peft_config, path)
     if _find_file(path, "tokenizer_config.json", hub_kwargs) is not None:
-        pad_token_id = AutoTokenizer.from_pretrained(path, **hub_kwargs).pad_token_id
+        pad_token_id = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs).pad_token_id
         if pad_token_id is not None:
             base.config.get_text_config().pad_token_id = pad_token_id
 
@@ -215,6 +219,7 @@ def _load_adapter(
     model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
     if is_scalar:
         base._convert_heads(base.config.disco)
+    _check_finite(base, path)
     keep_to_one_family(model)
     return model
 
@@ -264,8 +269,7 @@ def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
     settings_file = _find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
     weights_file = _find_file(path, "adapter_model.safetensors", hub_kwargs)
     if settings_file is not None:
-        with open(settings_file, encoding="utf-8") as file:
-            other = resolve_settings(json.load(file), where=path)
+        other = resolve_settings(_read_settings(settings_file), where=path)
         if other != own:
             raise ValueError(
                 f"{path}: the adapter was trained with {_settings_in_words(other)}, but this model and its adapters "
@@ -282,6 +286,31 @@ def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
 
 def _find_file(path: str, name: str, hub_kwargs: dict[str, Any]) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+def _read_settings(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); save the adapter again") from error
+
+
+@contextlib.contextmanager
+def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator[None]:
+    """Say of which checkpoint it is that a file cannot be read, where a reader only says what it met in it."""
+    mend = "download or save the checkpoint again"
+    configuration: tuple[type[Exception], ...] = (RecursionError, json.JSONDecodeError, *of_configuration)
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights are not whole ({error}); {mend}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: its pickled weights hold more than tensors, so reading them might run code, and they were not "
+            "read; save the model as safetensors where you trust it"
+        ) from error
+    except configuration as error:
+        raise ValueError(f"{path}: its configuration is not what it should be ({error}); {mend}") from error
 
 
 def _settings_in_words(settings: dict[str, Any]) -> str:
@@ -402,6 +431,17 @@ def _check_complete(
             f"{path}: its files hold a scale, but config.json does not name the family ('disco' is missing there); "
             "pass reward_family= if you know it"
         )
+
+
+def _check_finite(model: Any, path: str) -> None:
+    """Raise a `ValueError` if a reward head holds what is no number, before it makes every reward one."""
+    for name, head in model.named_reward_heads():
+        for key, tensor in head.state_dict().items():
+            if not tensor.is_meta and not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"{path}: {name}.{key} holds values that are not finite, so its rewards would be none; go back to "
+                    "an earlier checkpoint of its training"
+                )
 
 
 def _first_few(keys: list[str]) -> str:

@@ -8,12 +8,15 @@ does, and the pairs that no reward can tell apart; it reads Arrow's arrays where
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -31,7 +34,7 @@ from .data import (
     find_ranking_problem,
 )
 from .judgements import RANKING, is_missing
-from .tokenization import chat_template_arguments, tokenize
+from .tokenization import chat_template_arguments, tokenize, tokenize_pair
 
 
 # Not accelerate's logger: it raises in a spawned dataloader worker, where no accelerate state exists, and streaming
@@ -68,8 +71,11 @@ def expand_rankings(dataset: Dataset | IterableDataset, dataset_name: str) -> Da
     if "ranks" not in first_row or RANKED_IDS in first_row:
         return dataset
     features = dataset.features
-    if features is not None:
-        answer = features["completions"].feature
+    # What is no list of answers is for the row's check to refuse.
+    answer = None if features is None else getattr(features.get("completions"), "feature", None)
+    if answer is None:
+        features = None
+    else:
         features = Features({**features, **{side: features.get(side) or answer for side in TEXT_PAIR}})
     return dataset.map(_best_and_worst, with_indices=True, features=features, fn_kwargs={"dataset_name": dataset_name})
 
@@ -118,11 +124,15 @@ def tokenize_rankings(
     def token_ids(row: dict[str, Any]) -> dict[str, Any]:
         if is_missing(row.get("ranks")):
             return {RANKED_IDS: None}
+        with naming_the_row(dataset_name, row, "completions"):
+            return {RANKED_IDS: ids_of_answers(row)}
+
+    def ids_of_answers(row: dict[str, Any]) -> list[list[int]]:
         arguments = chat_template_arguments(row)
         answers = row["completions"]
         if not is_missing(row.get("prompt")):
             answers = [row["prompt"] + answer for answer in answers]
-        return {RANKED_IDS: [tokenize(processing_class, answer, **arguments) for answer in answers]}
+        return [tokenize(processing_class, answer, **arguments) for answer in answers]
 
     features = dataset.features
     if features is not None:
@@ -169,7 +179,7 @@ def tokenize_pairs(
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
         return dataset.map(
-            _Tokenization(processing_class),
+            _Tokenization(processing_class, dataset_name),
             batched=True,
             num_proc=num_proc,
             desc=f"Tokenizing {dataset_name} dataset",
@@ -232,7 +242,67 @@ def filter_pairs(
     return dataset.select(kept)
 
 
+def check_token_ids(dataset: Dataset | IterableDataset, dataset_name: str, known: int) -> Dataset | IterableDataset:
+    """
+    Raise a `ValueError` if a row holds a token that the model has no embedding of: of a `Dataset` now, of a stream
+    when the row is read. Left alone it is an index out of range at some step, and on an accelerator the end of the
+    process.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Tokenized dataset.
+        dataset_name (`str`):
+            Name used in the error.
+        known (`int`):
+            How many token ids the model knows; 0 if that cannot be told.
+
+    Returns:
+        The dataset, of a stream one that checks.
+    """
+    if not known:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(partial(_has_known_tokens, dataset_name=dataset_name, known=known))
+    names = [name for name in (*TOKENIZED_PAIR, RANKED_IDS) if name in dataset.column_names]
+    start = 0
+    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
+            ids = batch[name].combine_chunks()
+            while pa.types.is_list(ids.type) or pa.types.is_large_list(ids.type):
+                ids = ids.flatten()
+            if len(ids) and (pc.max(ids).as_py() or 0) >= known:
+                for row in dataset.with_format(None).select(range(start, start + len(batch))):
+                    _has_known_tokens(row, dataset_name, known)
+        start += len(batch)
+    return dataset
+
+
+def _has_known_tokens(row: dict[str, Any], dataset_name: str, known: int) -> bool:
+    answers = [(name, row.get(name)) for name in TOKENIZED_PAIR]
+    answers += [(RANKED_IDS, ids) for ids in as_list(row.get(RANKED_IDS)) or ()]
+    for name, ids in answers:
+        if not is_missing(ids) and max(as_list(ids)) >= known:
+            number = f" {int(row[ROW_COLUMN])}" if ROW_COLUMN in row else ""
+            raise ValueError(
+                f"{dataset_name} dataset, row{number}, column '{name}': the token id {max(as_list(ids))}, where the "
+                f"model has the ids 0 to {known - 1}; tokenize with the model's own tokenizer"
+            )
+    return True
+
+
 # Tokens
+
+
+@contextmanager
+def naming_the_row(dataset_name: str, row: Any, column: str) -> Iterator[None]:
+    """Say of which row it is that a text cannot be tokenized."""
+    try:
+        yield
+    except ValueError as error:
+        number = f" {int(row[ROW_COLUMN])}" if ROW_COLUMN in row else ""
+        raise ValueError(
+            f"{dataset_name} dataset, row{number}, column '{column}': {error}; drop the row, or mend it"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -240,9 +310,22 @@ class _Tokenization:
     """What `map` does to a batch. By its version, tokens in the cache are found by no other one."""
 
     processing_class: PreTrainedTokenizerBase
+    dataset_name: str = ""
     version: str = __version__
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
+        try:
+            return self._tokens_of(batch)
+        except Exception:
+            # One row's text or template is at fault, and only tokenized by itself does it say which one's.
+            for values in zip(*(batch[name] for name in batch), strict=True):
+                row = dict(zip(batch, values, strict=True))
+                read = {name: value for name, value in row.items() if value is not None}
+                with naming_the_row(self.dataset_name, row, "chosen' or 'rejected"):
+                    tokenize_pair(read, self.processing_class)
+            raise
+
+    def _tokens_of(self, batch: Any) -> dict[str, list[Any]]:
         is_conversational = isinstance(batch["chosen"][0], list)
         columns = {name: batch[name] for name in ("tools", "chat_template_kwargs") if name in batch}
         # Plain text reads neither column.

@@ -28,10 +28,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .distributions import RewardDistribution, get_family
 from .heads import ScaleHead
+from .judgements import shown
 from .loading import load_trained
 from .modeling import DiscoRewardModel
 from .scoring import TOKENS_PER_BATCH, run_in_batches
-from .tokenization import chat_template_arguments, tokenize
+from .tokenization import SpecialTokens, chat_template_arguments, tokenize
 from .transforms import Transform, get_transform, group_members
 
 
@@ -156,7 +157,8 @@ class DiscoReward(RewardFunction):
     the chat template, with the row's `tools` and `chat_template_kwargs` where the dataset has such columns; other
     columns are ignored. (TRL's own path for a model in `reward_funcs` gives plain texts neither that token nor the
     beginning-of-text token of tokenizers that have one, which makes another reward; for conversations the two agree.)
-    Nothing is truncated. The model runs in evaluation mode and without gradients, whatever the policy is doing.
+    Nothing is truncated; what is longer than the model has positions for is an error. The model runs in evaluation
+    mode and without gradients, whatever the policy is doing.
 
     Beside the metrics of `RewardFunction` it reports how the answers compare with those that the model was trained on:
 
@@ -238,6 +240,9 @@ class DiscoReward(RewardFunction):
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; they go together row by row")
         read = {name: columns[name] for name in ("tools", "chat_template_kwargs") if columns.get(name) is not None}
+        for name, values in read.items():
+            if len(values) != len(prompts):
+                raise ValueError(f"{len(values)} {name} but {len(prompts)} prompts; they go together row by row")
         sequences = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
@@ -245,13 +250,28 @@ class DiscoReward(RewardFunction):
                     f"row {row}: the prompt is a {type(prompt).__name__} and the completion a "
                     f"{type(completion).__name__}; both must be texts, or both lists of messages"
                 )
-            arguments = chat_template_arguments({name: values[row] for name, values in read.items()})
             content: Any = prompt + completion  # type: ignore[operator]
-            if isinstance(content, list) and not all(map(_is_text, content)):
-                # Most templates of text models would write the block out as Python prints it.
-                raise ValueError(f"row {row}: a message holds more than text, and a reward model reads text only")
-            sequences.append(tokenize(self.processing_class, content, **arguments))
+            if isinstance(content, list):
+                _check_messages(content, row)
+            try:
+                arguments = chat_template_arguments({name: values[row] for name, values in read.items()})
+                sequences.append(tokenize(self.processing_class, content, **arguments))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"row {row}: {error}") from error
+            self._warn_of_special_token(content, row)
         return sequences
+
+    def _warn_of_special_token(self, content: Content, row: int) -> None:
+        if "special token" in self._warned:
+            return
+        token = SpecialTokens(self.processing_class).find(content)
+        if token is not None:
+            self._warn_once(
+                "special token",
+                f"row {row}: the text holds {token!r}, which the tokenizer takes for the special token, as TRL does: "
+                "whoever wrote it can end a turn, or begin another, and be rewarded for that. Unless you rendered the "
+                "text yourself, look at it, and take it out. No further row is named",
+            )
 
     def map(self, dataset: Any, prefix: str = "") -> Any:
         """A `datasets.Dataset` or `IterableDataset` with columns added that say what its answers are worth.
@@ -365,16 +385,33 @@ def _saved_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if not path:
         raise ValueError("this model was not loaded from a path; pass processing_class, the tokenizer of its training")
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        # Not None, the default: with it a tokenizer with code of its own asks at the terminal whether to run it.
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} holds no tokenizer that can be loaded; pass the one of its training as processing_class"
+            f"{path} holds no tokenizer that can be loaded; pass the one of its training as processing_class "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
-def _is_text(message: dict[str, Any]) -> bool:
-    content = message.get("content")
-    return not isinstance(content, list) or all(part.get("type") == "text" for part in content)
+def _check_messages(messages: list[Any], row: int) -> None:
+    """Raise a `ValueError` for what most chat templates would write out as Python prints it."""
+    for turn, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"row {row}: turn {turn} is {shown(message)}, not a message; write it as "
+                '{"role": ..., "content": ...}'
+            )
+        content = message.get("content")
+        if isinstance(content, list) and not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            raise ValueError(f"row {row}: a message holds more than text, and a reward model reads text only")
+        if not isinstance(content, str | list | None):
+            raise ValueError(
+                f"row {row}: turn {turn} has {shown(content)} for its content, where a text should be; write it as one"
+            )
 
 
 def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:

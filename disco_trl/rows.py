@@ -96,7 +96,7 @@ def check_output(path: Path) -> None:
     """Raise a `ValueError` unless rows can be written to that path, which must not exist yet."""
     if path.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"--out {path}: its name must end in .parquet or .jsonl")
-    if path.exists():
+    if os.path.lexists(path):  # a link to nowhere too
         raise ValueError(f"--out {path} exists already; delete it, or choose another name")
 
 
@@ -129,6 +129,8 @@ class RowWriter:
 
     def __enter__(self) -> RowWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Of a run that was killed; or a link, through which another file would be overwritten.
+        self._unfinished.unlink(missing_ok=True)
         if self.features is None:
             self._file: Any = self._unfinished.open("w", encoding="utf-8")
         else:

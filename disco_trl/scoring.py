@@ -58,6 +58,41 @@ def _pad(sequences: list[list[int]], pad_token_id: int) -> dict[str, torch.Tenso
     }
 
 
+def check_sequences(model: Any, sequences: Sequence[list[int]]) -> None:
+    """
+    Raise a `ValueError` if a model cannot read a sequence. It would end in an index that is out of range (on an
+    accelerator in an assertion, which takes the process with it), in memory that is not there, or in a reward for
+    positions that the model was never trained on.
+    """
+    known = vocabulary_size(model)
+    positions = most_positions(model)
+    for index, sequence in enumerate(sequences):
+        if positions is not None and len(sequence) > positions:
+            raise ValueError(
+                f"sequence {index} has {len(sequence)} tokens, and the model has {positions} positions "
+                "(max_position_embeddings in its config.json); leave it out, or cut the text yourself"
+            )
+        if known and not 0 <= min(sequence) <= max(sequence) < known:
+            token = max(sequence) if min(sequence) >= 0 else min(sequence)
+            raise ValueError(
+                f"sequence {index} holds the token id {token}, and the model has the ids 0 to {known - 1}; tokenize "
+                "with the model's own tokenizer"
+            )
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many token ids a model knows; 0 if that cannot be told."""
+    embeddings = model.get_input_embeddings()
+    # Not the weight's shape, where there is another way: FSDP and DeepSpeed leave a process a part of it.
+    size = getattr(embeddings, "num_embeddings", None)
+    return int(size or getattr(getattr(embeddings, "weight", None), "shape", [0])[0])
+
+
+def most_positions(model: Any) -> int | None:
+    """The longest text that a model can read, in tokens; None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
+
+
 @torch.no_grad()
 def run_in_batches(
     model: Any,
@@ -80,13 +115,14 @@ def run_in_batches(
 
     Raises:
         ValueError: if `model.config.pad_token_id` is not set, without which no classifier finds the last token, or if
-            a sequence is empty.
+            a sequence is empty, longer than the model has positions for, or holds a token that the model has not.
     """
     pad_token_id = model.config.get_text_config().pad_token_id
     if pad_token_id is None:
         raise ValueError("model.config.pad_token_id is None; set it to the tokenizer's pad_token_id")
     if [] in sequences:
         raise ValueError(f"sequence {sequences.index([])} is empty: there is no last token to read a reward at")
+    check_sequences(model, sequences)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

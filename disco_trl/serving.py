@@ -29,7 +29,7 @@ from .arguments import add_loading_arguments, add_transform_arguments, transform
 from .batching import Batcher, QueueFullError, TooLargeError
 from .distributions import RewardDistribution
 from .reward import DiscoReward, prompt_key
-from .scoring import TOKENS_PER_BATCH
+from .scoring import TOKENS_PER_BATCH, most_positions
 from .tokenization import tokenize
 from .transforms import Transform, get_transform
 
@@ -102,7 +102,8 @@ class Scorer:
     def __init__(self, reward: DiscoReward, limits: Limits, metrics: Metrics):
         self.reward = reward
         self.limits = limits
-        self.max_tokens = limits.max_tokens or _most_positions(reward.model)
+        bounds = filter(None, (limits.max_tokens, most_positions(reward.model)))
+        self.max_tokens = min(bounds, default=TOKENS_PER_BATCH)
         self.batcher = Batcher(reward.model, limits.max_queue, limits.max_batch_tokens, metrics.observe_batch)
         metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
         # One thread: tokenizers do not promise to be safe in several, and the event loop must not wait for one.
@@ -203,13 +204,14 @@ class Scorer:
             rewards = transform(distribution, group)
         except ValueError as error:
             raise RefusalError(422, str(error), "transform") from None
-        self._check_finite(field, rewards[None], f"is not finite after the transform {transform.name!r}")
+        # Location and scale are finite, so it is the transform's option that takes them out of bounds.
+        self._check_finite(field, rewards[None], f"is not finite after the transform {transform.name!r}", 422)
         return rewards.tolist()
 
-    def _check_finite(self, field: str, rows: torch.Tensor, what: str) -> None:
+    def _check_finite(self, field: str, rows: torch.Tensor, what: str, status: int = 500) -> None:
         bad = torch.nonzero(~rows.isfinite().all(dim=0)).flatten().tolist()
         if bad:
-            raise RefusalError(500, f"the reward {rows[:, bad[0]].tolist()} {what}", f"{field}[{bad[0]}]")
+            raise RefusalError(status, f"the reward {rows[:, bad[0]].tolist()} {what}", f"{field}[{bad[0]}]")
 
 
 def _plain(content: str | list[Message]) -> str | list[dict[str, Any]]:
@@ -220,10 +222,6 @@ def _group_key(item: str | list[Message] | Answer) -> Any:
     if not isinstance(item, Answer) or (item.group is None and item.prompt is None):
         return None
     return item.group if item.group is not None else prompt_key(_plain(item.prompt))  # type: ignore[arg-type]
-
-
-def _most_positions(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS_PER_BATCH
 
 
 def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, name: str = "reward model") -> FastAPI:

@@ -4,10 +4,13 @@ Arguments, YAML configs and defaults are those of TRL's own reward script, plus 
 things are added: `--dataset_name` may be a local file, and a misspelt argument is an error wherever it stands.
 """
 
+import csv
 import difflib
+import glob
+import gzip
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +58,43 @@ def refuse_unknown_arguments(parser: "TrlParser", remaining: Iterable[str]) -> N
             sys.exit(f"{parser.prog}: unknown argument {option} (in a config file: {option[2:]}); {mend}")
 
 
+MOST_VALUES = 100_000
+"""Values in a config file at most, those that aliases repeat counted each time."""
+
+
+def check_config_file(prog: str, arguments: Sequence[str]) -> None:
+    """
+    Exit with a message if the YAML file of `--config` cannot be read, or would not fit into memory once it is written
+    out: a few lines of aliases of aliases are billions of values.
+
+    Tags that make Python objects are refused by the reader, which is YAML's safe one.
+    """
+    if "--config" not in arguments[:-1]:
+        return
+    import yaml
+
+    path = arguments[arguments.index("--config") + 1]
+    try:
+        values = _count_values(yaml.safe_load(Path(path).read_text(encoding="utf-8")), {})
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"{prog}: --config {path}: it cannot be read: {error}")
+    except RecursionError:
+        sys.exit(f"{prog}: --config {path}: it is nested too deeply, or holds itself")
+    if values > MOST_VALUES:
+        sys.exit(f"{prog}: --config {path}: its aliases stand for more than {MOST_VALUES} values; write them out")
+
+
+def _count_values(value: Any, counts: dict[int, int]) -> int:
+    """How many values there are when nothing is shared; `counts` holds those of the lists and dicts by their ids."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in counts:
+        counts[id(value)] = MOST_VALUES + 1  # if it is met again inside of itself, there is no end
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        counts[id(value)] = 1 + sum(_count_values(part, counts) for part in parts)
+    return counts[id(value)]
+
+
 def load_preferences(
     name: str, config: str | None = None, streaming: bool = False, argument: str = "--dataset_name"
 ) -> Any:
@@ -80,8 +120,11 @@ def load_preferences(
         FileNotFoundError: a local path that does not exist.
         ValueError: a local file of a kind that is not read.
     """
-    from datasets import DatasetDict, IterableDatasetDict, load_dataset
+    from datasets import DatasetDict, IterableDatasetDict
     from datasets.data_files import get_data_patterns
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        return _load_dataset(f"{argument} {name}", *args, streaming=streaming, **kwargs)
 
     path = Path(name)
     is_url = "://" in name
@@ -90,20 +133,54 @@ def load_preferences(
     if not is_url and not path.exists() and (suffix is not None or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"{argument} {name}: there is no such file or folder (looked in {Path.cwd()}).")
     if suffix is not None and not path.is_dir():
-        return load_dataset(_BUILDER_OF_SUFFIX[suffix], name=config, data_files=name, streaming=streaming)
+        if not is_url:
+            _refuse_odd_file(path, suffix, argument)
+        # A name like a[1].jsonl is no pattern: read as one it would match other files, or none.
+        files = name if is_url else glob.escape(name)
+        return load_dataset(_BUILDER_OF_SUFFIX[suffix], name=config, data_files=files)
     if path.is_file():
         raise ValueError(
             f"{argument} {name}: cannot tell what kind of file this is; its name should end in one of "
             f"{', '.join(_BUILDER_OF_SUFFIX)}."
         )
     if not path.is_dir() or config is not None or (path / "README.md").exists():
-        return load_dataset(name, name=config, streaming=streaming)
+        return load_dataset(name, name=config)
     # All splits together would need the same columns; one at a time they do not.
     splits = {
-        str(split): load_dataset(name, data_files=files, streaming=streaming)["train"]
+        str(split): load_dataset(name, data_files=files)["train"]
         for split, files in get_data_patterns(str(path.resolve())).items()
     }
     return (IterableDatasetDict if streaming else DatasetDict)(splits)
+
+
+def _load_dataset(what: str, *args: Any, **kwargs: Any) -> Any:
+    """`datasets.load_dataset`, whose own errors say neither what was to be read nor, in one line, what is wrong."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"{what}: cannot be read: {type(cause).__name__}: {str(cause).strip()}") from error
+    except RecursionError as error:
+        raise ValueError(f"{what}: cannot be read: a value in it is nested too deeply") from error
+
+
+def _refuse_odd_file(path: Path, suffix: str, argument: str) -> None:
+    """Raise a `ValueError` for what the readers would crash on, or not mind."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{argument} {path}: the file is empty")
+    if suffix in (".csv", ".csv.gz"):
+        opened: Any = gzip.open if suffix == ".csv.gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+            columns = next(csv.reader([file.readline(2**20)]), [])
+        # The second of a name would be read as another column, chosen.1, and so not at all.
+        if twice := sorted({column for column in columns if columns.count(column) > 1}):
+            raise ValueError(
+                f"{argument} {path}: column {twice[0]!r} stands there twice; rename or remove one of them"
+            )
 
 
 def choose_split(dataset: Any, split: str, argument: str) -> Any:
@@ -220,6 +297,7 @@ def train(
 def main() -> None:
     """Train as `sys.argv` says."""
     parser = make_parser()
+    check_config_file(parser.prog, sys.argv[1:])
     *arguments, launcher_keys, remaining = parser.parse_args_and_config(
         return_remaining_strings=True, separate_remaining_strings=True
     )

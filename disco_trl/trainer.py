@@ -44,8 +44,9 @@ from .metrics import pair_figures, summarize
 from .model_card import make_model_card
 from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
-from .preparation import expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
+from .preparation import check_token_ids, expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
+from .scoring import vocabulary_size
 from .search import Beginning, space_around
 
 
@@ -187,6 +188,16 @@ class DiscoRewardTrainer(RewardTrainer):
             if isinstance(dataset, Dataset | IterableDataset):
                 found = surveyed if dataset is train_dataset else survey(dataset)
                 check_answerable(dataset, name, found, known)
+
+        known_tokens = vocabulary_size(self._reward_model)
+        if self.train_dataset is not None:
+            self.train_dataset = check_token_ids(self.train_dataset, "train", known_tokens)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: check_token_ids(dataset, name, known_tokens) for name, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = check_token_ids(self.eval_dataset, "eval", known_tokens)
 
         # TRL (1.12 to 1.16) casts every trainable parameter of a quantized model to bfloat16, the head included. Its
         # float32 values are put back, not the rounded ones cast up.

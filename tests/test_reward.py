@@ -220,10 +220,9 @@ def test_no_gradients_no_dropout_and_all_modes_as_before(model_with_dropout, rew
 
 def test_modes_are_restored_after_an_error(model_with_dropout):
     reward = DiscoReward(model_with_dropout.train())
-    with pytest.raises(IndexError):
-        # A token that the model does not have
-        reward.processing_class.add_tokens(["☃"])
-        reward(prompts=["☃"], completions=[""])
+    model_with_dropout.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reward(prompts=["a"], completions=["b"])
     assert all(module.training for module in model_with_dropout.modules())
 
 
