@@ -95,6 +95,8 @@ class HeadMemory:
         self._pairs = 0
         self.seen = 0
         """Pairs that were ever added."""
+        self.factor: float | None = None
+        """What the locations were multiplied by, with those of the head, when that was calibrated."""
 
     @torch.no_grad()
     def add(
@@ -133,6 +135,12 @@ class HeadMemory:
         self.seen += count
         while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
             self._pairs -= len(self._batches.popleft())
+
+    def rescale(self, factor: float) -> None:
+        """Go along with a head whose locations were multiplied by a factor."""
+        for batch in self._batches:
+            batch.location.mul_(factor)
+        self.factor = factor * (1.0 if self.factor is None else self.factor)
 
     def predictions(self) -> Predictions | None:
         """All that is kept, or None if that is nothing."""
@@ -192,17 +200,58 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions, respons
     factor = problem(predictions).log_factor(weight).exp().item()
     with torch.no_grad():
         head.scale.weight.copy_((weight / unit)[None])
-        head.weight.mul_(factor)
-        if head.bias is not None:
-            head.bias.mul_(factor)
+    _multiply_locations(head, factor)
     return factor
 
 
+@torch.no_grad()
+def recalibrate_unit(head: DiscoHead, family: Family, predictions: Predictions, responses: Responses) -> float:
+    """
+    Fit the unit of the locations again, in place, for a head that knows its own errors.
+
+    P(a ≻ b) counts the error of each answer. The factor that :func:`calibrate` found stands for all that the model had
+    wrong, these errors included; with both, the probabilities would be too modest.
+
+    Args:
+        head: calibrated, with its :class:`~disco_trl.heads.EpistemicHead` fitted.
+        family, responses: as for :func:`calibrate`.
+        predictions: in advance, in the units that the head has now.
+
+    Returns:
+        The factor that the locations were multiplied by.
+    """
+    assert head.epistemic is not None
+    states = predictions.hidden_states
+    errors = head.epistemic(states.to(head.weight.device)).cpu().double()
+    features = states.double() - head.scale.mean_hidden.cpu().double()
+    problem = _Problem(features, predictions, family, head.scale.unit_scale, responses, errors)
+    with torch.enable_grad():
+        factor = problem.log_factor(head.scale.weight[0].cpu().double()).exp().item()
+    _multiply_locations(head, factor)
+    return factor
+
+
+@torch.no_grad()
+def _multiply_locations(head: DiscoHead, factor: float) -> None:
+    head.weight.mul_(factor)
+    if head.bias is not None:
+        head.bias.mul_(factor)
+
+
 class _Problem:
-    """−log likelihood of predictions as a function of the scale's weight `[H]` and the log of the factor."""
+    """
+    −log likelihood of predictions as a function of the scale's weight `[H]` and the log of the factor. Errors of the
+    locations, `[P, 2]`, do not take the factor.
+    """
 
     def __init__(
-        self, features: Tensor, predictions: Predictions, family: Family, unit_scale: float, responses: Responses
+        self,
+        features: Tensor,
+        predictions: Predictions,
+        family: Family,
+        unit_scale: float,
+        responses: Responses,
+        location_error: Tensor | None = None,
     ):
         self.features = features
         self.location = predictions.location.double()
@@ -211,6 +260,7 @@ class _Problem:
         self.family = family
         self.unit_scale = unit_scale
         self.responses = responses
+        self.location_error = location_error
 
     def loss(self, weight: Tensor, log_factor: Tensor) -> Tensor:
         """The sum over pairs, each with its weight."""
@@ -223,6 +273,7 @@ class _Problem:
                 scale[:, side],
                 self.family.name,
                 None if self.shape is None else self.shape[:, side],
+                None if self.location_error is None else self.location_error[:, side],
             )
             for side in (0, 1)
         )
@@ -297,6 +348,7 @@ class Calibration(TrainerCallback):
         if predictions is not None and len(predictions) >= LEAST_PAIRS:
             responses = how_people_answer(model, predictions)
             factor.fill_(calibrate(head, trainer._family, predictions, responses))
+            trainer._memory.rescale(factor.item())
         if broadcast(factor) == 0:
             return
         for parameter in (head.weight, head.scale.weight, head.bias):

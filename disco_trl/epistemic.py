@@ -25,7 +25,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .calibration import Predictions, how_people_answer, why_not_fitted
+from .calibration import Predictions, how_people_answer, recalibrate_unit, why_not_fitted
 from .distributions import Family, RewardDistribution
 from .heads import DiscoHead
 from .judgements import Judgements
@@ -144,5 +144,9 @@ class Posterior(TrainerCallback):
             pairs = trainer._memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
             responses = how_people_answer(model, predictions)
             fit_posterior(model._head, trainer._family, predictions.in_hindsight(), responses, pairs)
-        for tensor in model._head.epistemic.buffers():
-            broadcast(tensor)
+            if trainer._memory.factor is not None:
+                trainer._memory.rescale(recalibrate_unit(model._head, trainer._family, predictions, responses))
+                trainer.log({"calibration_factor_with_errors": trainer._memory.factor})
+        for tensor in (model._head.weight.data, model._head.bias, *model._head.epistemic.buffers()):
+            if tensor is not None:
+                broadcast(tensor)

@@ -9,8 +9,8 @@ from tiny_training import disco_trainer, furthest, logged, preferences, weights
 from torch import nn
 
 from disco_trl import DiscoReward, DiscoRewardModel
-from disco_trl.calibration import Predictions
-from disco_trl.distributions import FAMILIES, get_family
+from disco_trl.calibration import LEAST_PAIRS, Predictions, recalibrate_unit
+from disco_trl.distributions import FAMILIES, RewardDistribution, get_family
 from disco_trl.epistemic import curvature, fit_posterior, prior_precision
 from disco_trl.heads import DiscoHead
 from disco_trl.judgements import Judgements
@@ -233,6 +233,68 @@ def test_before_training_ends_nothing_is_claimed(tmp_path, tiny_llama_dir, tiny_
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
     assert resumed._memory.seen == trainer._memory.seen == len(trainer.train_dataset)
     assert furthest(weights(resumed.model), weights(trainer.model)) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
+    head, family = make_head(12, name), get_family(name)
+    predictions = simulate(head, 300, name)
+    fit_posterior(head, family, predictions, Responses())
+    states = predictions.hidden_states
+    before = head.weight.detach().clone()
+
+    def likelihood(factor: float) -> float:
+        errors = head.epistemic(states).double()
+        with torch.no_grad():
+            columns = head(states, with_scale=True).double()
+            location = factor * (states @ before.T).squeeze(-1).double()
+        shape = family.shape_from_raw(columns[..., 2:]) if family.shape_names else None
+        sides = [
+            RewardDistribution(
+                location[:, side],
+                columns[:, side, 1],
+                name,
+                None if shape is None else shape[:, side],
+                errors[:, side],
+            )
+            for side in (0, 1)
+        ]
+        return sides[0].log_prob_greater(sides[1]).sum().item()
+
+    factor = recalibrate_unit(head, family, predictions, Responses())
+    assert factor > 1  # the errors alone would make the probabilities more modest than the choices are
+    torch.testing.assert_close(head.weight.detach(), factor * before)
+    assert likelihood(factor) > max(likelihood(factor * 0.97), likelihood(factor * 1.03), likelihood(1.0))
+
+
+def test_a_calibrated_run_counts_the_errors_once(tmp_path, tiny_llama_dir, tiny_tokenizer):
+    def in_favour_of_best(row: dict, number: int) -> dict:
+        """The answer that ends with "best" is preferred, but for each fifth pair."""
+        better, worse = f"{row['chosen']} best", row["rejected"]
+        return {"chosen": worse, "rejected": better} if number % 5 == 0 else {"chosen": better, "rejected": worse}
+
+    data = preferences(rows=LEAST_PAIRS + 88).map(in_favour_of_best, with_indices=True)
+    options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
+    trainer = disco_trainer(
+        tmp_path,
+        model=tiny_llama_dir,
+        processing_class=tiny_tokenizer,
+        train_dataset=data,
+        epistemic=True,
+        **options,
+    )
+    trainer.train()
+    logs = trainer.state.log_history
+    (calibrated,) = (log["calibration_factor"] for log in logs if "calibration_factor" in log)
+    name = "calibration_factor_with_errors"
+    (counted,) = (log[name] for log in logs if name in log)
+    assert counted > calibrated > 0
+    assert trainer._memory.factor == counted
+    # What is kept has gone along with the head; its latest predictions are nearly what the head says now.
+    predictions = trainer._memory.predictions()[slice(-8, None)]
+    with torch.no_grad():
+        now = trainer.model.score(predictions.hidden_states).squeeze(-1)
+    torch.testing.assert_close(predictions.location, now, rtol=0.05, atol=0.05)
 
 
 def test_other_weights_than_those_of_the_end_get_none(tmp_path, tiny_llama_dir, tiny_tokenizer, caplog):
