@@ -40,7 +40,7 @@ from .epistemic import MOST_DIRECTIONS, Posterior
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, check_answerable, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
-from .metrics import pair_figures, summarize
+from .metrics import pair_figures, summarize, summarize_rewards
 from .model_card import make_model_card
 from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
@@ -245,6 +245,8 @@ class DiscoRewardTrainer(RewardTrainer):
         if args.epistemic:
             self.add_callback(Posterior(self))
 
+        self._evaluated: list[torch.Tensor] = []  # figures of the pairs of an evaluation
+
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
         self.add_callback(_FiniteGradientGuard(self))
@@ -363,22 +365,29 @@ class DiscoRewardTrainer(RewardTrainer):
 
         responses = self._reward_model.responses_of(outputs)
         log_likelihoods = log_likelihood(self._family, chosen, rejected, judgements, responses)
-        loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods).mean().to(rewards.location)
+        # What accelerate repeats to even out the last batches counts in training, as with TRL's trainer and any other.
+        real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
+        loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)
         if self.args.center_rewards_coefficient is not None:
-            center = torch.mean((chosen.location + rejected.location) ** 2)
+            center = torch.mean((chosen.location + rejected.location)[real] ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
         if mode == "train" and self._pairs_per_batch is not None:
             # The losses of batches are averaged, whatever their size; a pair is to weigh the same in each.
             loss = loss * (len(log_likelihoods) / self._pairs_per_batch)
 
         with torch.no_grad():
-            figures = self.accelerator.gather_for_metrics(pair_figures(chosen, rejected, judgements))
+            figures = self.accelerator.gather(pair_figures(chosen, rejected, judgements))
+            figures = figures[: self._real_pairs(len(figures))]
             learned = {"location_error": rewards.location_error, **vars(responses)}
-            metrics = summarize(figures) | {
+            metrics = {
                 name: value.mean().item()
                 for name, value in learned.items()
                 if value is not None and name != "thresholds"
             }
+            if mode == "train":
+                metrics |= summarize(figures)
+            else:
+                self._evaluated.append(figures)  # of the whole evaluation, for `log`
         if "accuracy" in metrics:  # TRL's counts pairs in which the chosen side is ahead, whoever won the votes
             self._metrics[mode]["accuracy"].pop()
         for name, metric in metrics.items():
@@ -395,6 +404,37 @@ class DiscoRewardTrainer(RewardTrainer):
             if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
+
+    def _real_pairs(self, pairs: int, process: bool = False) -> int:
+        """
+        How many of the pairs in hand are no repetitions: accelerate evens out the last batches of several processes
+        with rows from the beginning, which come last.
+
+        Args:
+            pairs: gathered from all processes, or with `process` those of this one.
+        """
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        # In training the Trainer fetches all batches of an optimizer step before it computes the first of them.
+        is_last = state.end_of_dataloader and (not self.model.training or state.sync_gradients)
+        if processes == 1 or not is_last or state.remainder <= 0:
+            return pairs
+        total = pairs * processes if process else pairs
+        # (A row may be a ranking, which is several pairs, of one number in all rows.)
+        real = total * state.remainder // state.active_dataloader.total_batch_size
+        return min(max(real - pairs * self.accelerator.process_index, 0), pairs) if process else min(real, pairs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated.clear()  # of predictions, which are not logged
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._evaluated and not self.model.training:
+            # Over all pairs at once: the mean of batches' means would hang on the sizes of the batches.
+            figures = torch.cat(self._evaluated)
+            for name, value in (summarize(figures) | summarize_rewards(figures)).items():
+                self._metrics["eval"][name] = [value]
+            self._evaluated.clear()
+        super().log(logs, start_time)
 
     def train(  # type: ignore[override]  # the rest goes through `kwargs`
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
