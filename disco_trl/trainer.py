@@ -7,13 +7,15 @@ that fixes the unit of reward, and checks what goes in.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
@@ -47,6 +49,7 @@ from .prefix_sharing import prepare
 from .preparation import expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
 from .search import Beginning, space_around
+from .sharding import check_parallelism, head_as_its_own_unit
 
 
 logger = get_logger(__name__)
@@ -138,6 +141,21 @@ class DiscoRewardTrainer(RewardTrainer):
                 "stream; set per_device_train_batch_size instead, or load the dataset without streaming=True"
             )
 
+        # Processes: what they may not divide among each other
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        if args.accelerator_config.dispatch_batches is None and any(
+            isinstance(dataset, IterableDataset) for dataset in evaluated.values()
+        ):
+            # accelerate's default for a stream. TRL (1.12 to 1.16) sees to it where the training data are one.
+            args.accelerator_config.dispatch_batches = False
+        from_launcher = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")  # what the Accelerator looks at
+        check_parallelism(
+            args.world_size,
+            getattr(args, "parallelism_config", None) or (ParallelismConfig() if from_launcher else None),
+            getattr(args.deepspeed_plugin, "deepspeed_config", None),
+            args.accelerator_config.dispatch_batches,
+        )
+
         # What there is to learn beside the rewards
         surveyed = survey(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else Survey()
         likelihood = _likelihood_settings(args, surveyed)
@@ -182,7 +200,6 @@ class DiscoRewardTrainer(RewardTrainer):
             keep_to_one_family(self.model)
 
         known = self._reward_model.config.disco.get("likelihood", {})
-        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         for name, dataset in [("train", train_dataset), *evaluated.items()]:
             if isinstance(dataset, Dataset | IterableDataset):
                 found = surveyed if dataset is train_dataset else survey(dataset)
@@ -251,6 +268,20 @@ class DiscoRewardTrainer(RewardTrainer):
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
         self.add_callback(_FiniteGradientGuard(self))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # (Tensor parallelism may have come with the model.)
+        check_parallelism(parallelism=getattr(self.accelerator, "parallelism_config", None))
+        if getattr(self.accelerator, "is_fsdp2", False):
+            prepare_for_accelerate = self.accelerator.prepare
+
+            @functools.wraps(prepare_for_accelerate)
+            def prepare_with_head(*args: Any, **kwargs: Any) -> Any:
+                with head_as_its_own_unit():
+                    return prepare_for_accelerate(*args, **kwargs)
+
+            self.accelerator.prepare = prepare_with_head
+
     def _why_no_prefix_sharing(self) -> str | None:
         if self.args.torch_compile:
             return "with torch_compile each shape of a batch would be compiled anew"
@@ -258,9 +289,6 @@ class DiscoRewardTrainer(RewardTrainer):
             return "a batch of one row cannot be split among the devices of one process (use accelerate launch)"
         if self.accelerator.dispatch_batches:
             return "dispatch_batches=True cuts batches apart between the sequences"
-        parallelism: Any = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            return "context and sequence parallelism split a row among devices"
         return prepare(self.model)
 
     def _prepare_dataset(
@@ -435,6 +463,11 @@ class DiscoRewardTrainer(RewardTrainer):
                 self._metrics["eval"][name] = [value]
             self._evaluated.clear()
         super().log(logs, start_time)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # With DeepSpeed the Trainer casts what is not whole-numbered to the type of the weights. Here these are
+        # margins, weights and soft labels, none of which the model sees.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def train(  # type: ignore[override]  # the rest goes through `kwargs`
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
