@@ -42,5 +42,5 @@ trainer.train()
 trainer.save_model()
 
 # The adapter was trained on the quantized weights, so that is the base to use it on; to merge it into the weights as
-# they were, see docs/distributed.md and `disco-trl export`.
+# they were, see docs/distributed.md, and `disco-trl export`.
 print("The adapter is in runs/qlora: DiscoRewardModel.from_pretrained('runs/qlora', quantization_config=...)")
