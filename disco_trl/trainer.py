@@ -143,17 +143,18 @@ class DiscoRewardTrainer(RewardTrainer):
 
         # Processes: what they may not divide among each other
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        if args.accelerator_config.dispatch_batches is None and any(
+        accelerator_config: Any = args.accelerator_config
+        if accelerator_config.dispatch_batches is None and any(
             isinstance(dataset, IterableDataset) for dataset in evaluated.values()
         ):
             # accelerate's default for a stream. TRL (1.12 to 1.16) sees to it where the training data are one.
-            args.accelerator_config.dispatch_batches = False
+            accelerator_config.dispatch_batches = False
         from_launcher = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")  # what the Accelerator looks at
         check_parallelism(
             args.world_size,
             getattr(args, "parallelism_config", None) or (ParallelismConfig() if from_launcher else None),
             getattr(args.deepspeed_plugin, "deepspeed_config", None),
-            args.accelerator_config.dispatch_batches,
+            accelerator_config.dispatch_batches,
         )
 
         # What there is to learn beside the rewards
@@ -262,7 +263,8 @@ class DiscoRewardTrainer(RewardTrainer):
         if args.epistemic:
             self.add_callback(Posterior(self))
 
-        self._evaluated: list[torch.Tensor] = []  # figures of the pairs of an evaluation
+        # Figures of the pairs of an evaluation, for when it is logged
+        self._evaluated: list[torch.Tensor] = []
 
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
