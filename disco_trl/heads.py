@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import initialization as init
 
@@ -82,7 +83,9 @@ class ScaleHead(nn.Module):
         if self.fixed_scale is not None:
             return hidden_states.new_full((*hidden_states.shape[:-1], 1), self.fixed_scale)
         dtype = hidden_states.dtype
-        raw = F.linear(hidden_states - self.mean_hidden.to(dtype), self.weight.to(dtype))
+        # In pieces it is seen here by `track` alone: FSDP2 puts a head together while that is called, with its parts.
+        weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
+        raw = F.linear(hidden_states - self.mean_hidden.to(dtype), weight.to(dtype))
         return self.unit_scale * _within_bounds(raw)
 
     @torch.no_grad()

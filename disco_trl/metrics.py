@@ -9,12 +9,13 @@ from .judgements import Judgements
 
 
 def pair_figures(chosen: RewardDistribution, rejected: RewardDistribution, judgements: Judgements) -> Tensor:
-    """Figures of B pairs, `[B, 6]`. (In pairs: accelerate cuts an incomplete last batch to as many rows.)"""
+    """Figures of B pairs, `[B, 8]`. (In pairs, of which those that a process has only to fill up can be left out.)"""
     log_prob = chosen.log_prob_greater(rejected)
     votes = judgements.wins + judgements.losses
     log_votes = judgements.wins * log_prob + judgements.losses * rejected.log_prob_greater(chosen)
     agreed = torch.where(chosen.location > rejected.location, judgements.wins, judgements.losses)
-    return torch.stack([log_votes, votes, agreed, log_prob.exp(), chosen.scale, rejected.scale], dim=-1)
+    locations = [chosen.location.to(log_prob), rejected.location.to(log_prob)]
+    return torch.stack([log_votes, votes, agreed, log_prob.exp(), chosen.scale, rejected.scale, *locations], dim=-1)
 
 
 def summarize(figures: Tensor) -> dict[str, float]:
@@ -24,7 +25,7 @@ def summarize(figures: Tensor) -> dict[str, float]:
     `accuracy` and `nll` are per vote, and left out where nobody voted (ratings alone); the others are per pair and
     per answer.
     """
-    log_votes, votes, agreed, prob, *scales = figures.T
+    log_votes, votes, agreed, prob, *scales = figures[:, :6].T
     scale = torch.cat(scales)
     compared = {"accuracy": agreed.sum() / votes.sum(), "nll": -log_votes.sum() / votes.sum()}
     metrics = {
@@ -35,3 +36,9 @@ def summarize(figures: Tensor) -> dict[str, float]:
         "scale_max": scale.max(),
     }
     return {name: value.item() for name, value in metrics.items()}
+
+
+def summarize_rewards(figures: Tensor) -> dict[str, float]:
+    """TRL's means of the rewards, of :func:`pair_figures`."""
+    chosen, rejected = figures[:, 6:].T
+    return {"mean_reward": ((chosen + rejected) / 2).mean().item(), "margin": (chosen - rejected).mean().item()}

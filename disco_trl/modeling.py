@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.modeling_utils import set_zero3_state
 
 from .distributions import RewardDistribution, get_family
 from .heads import THREAD, DiscoHead, EpistemicHead, LikelihoodHead, ScaleHead, ShapeHead
@@ -404,7 +405,9 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[
 
 def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, tuple[str, ...]]:
     """Name of the layer that gives the one logit, and `unquantized_modules`, from an instance without memory."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    # Under ZeRO-3 transformers would take the backbone to pieces and initialize them, which have no data to copy to;
+    # inside of `set_zero3_state` it takes somebody else to have seen to that.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), set_zero3_state():
         model = stock(copy.deepcopy(config))
     backbone = getattr(model, model.base_model_prefix, None)
     inside = set(backbone.modules()) if backbone is not None and backbone is not model else set()

@@ -7,13 +7,15 @@ that fixes the unit of reward, and checks what goes in.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
@@ -40,7 +42,7 @@ from .epistemic import MOST_DIRECTIONS, Posterior
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, check_answerable, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
-from .metrics import pair_figures, summarize
+from .metrics import pair_figures, summarize, summarize_rewards
 from .model_card import make_model_card
 from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
@@ -48,6 +50,7 @@ from .preparation import check_token_ids, expand_rankings, filter_pairs, tokeniz
 from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
 from .scoring import vocabulary_size
 from .search import Beginning, space_around
+from .sharding import check_parallelism, head_as_its_own_unit
 
 
 logger = get_logger(__name__)
@@ -139,6 +142,22 @@ class DiscoRewardTrainer(RewardTrainer):
                 "stream; set per_device_train_batch_size instead, or load the dataset without streaming=True"
             )
 
+        # Processes: what they may not divide among each other
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        accelerator_config: Any = args.accelerator_config
+        if accelerator_config.dispatch_batches is None and any(
+            isinstance(dataset, IterableDataset) for dataset in evaluated.values()
+        ):
+            # accelerate's default for a stream. TRL (1.12 to 1.16) sees to it where the training data are one.
+            accelerator_config.dispatch_batches = False
+        from_launcher = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")  # what the Accelerator looks at
+        check_parallelism(
+            args.world_size,
+            getattr(args, "parallelism_config", None) or (ParallelismConfig() if from_launcher else None),
+            getattr(args.deepspeed_plugin, "deepspeed_config", None),
+            accelerator_config.dispatch_batches,
+        )
+
         # What there is to learn beside the rewards
         surveyed = survey(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else Survey()
         likelihood = _likelihood_settings(args, surveyed)
@@ -183,7 +202,6 @@ class DiscoRewardTrainer(RewardTrainer):
             keep_to_one_family(self.model)
 
         known = self._reward_model.config.disco.get("likelihood", {})
-        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         for name, dataset in [("train", train_dataset), *evaluated.items()]:
             if isinstance(dataset, Dataset | IterableDataset):
                 found = surveyed if dataset is train_dataset else survey(dataset)
@@ -256,9 +274,26 @@ class DiscoRewardTrainer(RewardTrainer):
         if args.epistemic:
             self.add_callback(Posterior(self))
 
+        # Figures of the pairs of an evaluation, for when it is logged
+        self._evaluated: list[torch.Tensor] = []
+
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
         self.add_callback(_FiniteGradientGuard(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # (Tensor parallelism may have come with the model.)
+        check_parallelism(parallelism=getattr(self.accelerator, "parallelism_config", None))
+        if getattr(self.accelerator, "is_fsdp2", False):
+            prepare_for_accelerate = self.accelerator.prepare
+
+            @functools.wraps(prepare_for_accelerate)
+            def prepare_with_head(*args: Any, **kwargs: Any) -> Any:
+                with head_as_its_own_unit():
+                    return prepare_for_accelerate(*args, **kwargs)
+
+            self.accelerator.prepare = prepare_with_head
 
     def _why_no_prefix_sharing(self) -> str | None:
         if self.args.torch_compile:
@@ -267,9 +302,6 @@ class DiscoRewardTrainer(RewardTrainer):
             return "a batch of one row cannot be split among the devices of one process (use accelerate launch)"
         if self.accelerator.dispatch_batches:
             return "dispatch_batches=True cuts batches apart between the sequences"
-        parallelism: Any = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            return "context and sequence parallelism split a row among devices"
         return prepare(self.model)
 
     def _prepare_dataset(
@@ -374,22 +406,29 @@ class DiscoRewardTrainer(RewardTrainer):
 
         responses = self._reward_model.responses_of(outputs)
         log_likelihoods = log_likelihood(self._family, chosen, rejected, judgements, responses)
-        loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods).mean().to(rewards.location)
+        # What accelerate repeats to even out the last batches counts in training, as with TRL's trainer and any other.
+        real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
+        loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)
         if self.args.center_rewards_coefficient is not None:
-            center = torch.mean((chosen.location + rejected.location) ** 2)
+            center = torch.mean((chosen.location + rejected.location)[real] ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
         if mode == "train" and self._pairs_per_batch is not None:
             # The losses of batches are averaged, whatever their size; a pair is to weigh the same in each.
             loss = loss * (len(log_likelihoods) / self._pairs_per_batch)
 
         with torch.no_grad():
-            figures = self.accelerator.gather_for_metrics(pair_figures(chosen, rejected, judgements))
+            figures = self.accelerator.gather(pair_figures(chosen, rejected, judgements))
+            figures = figures[: self._real_pairs(len(figures))]
             learned = {"location_error": rewards.location_error, **vars(responses)}
-            metrics = summarize(figures) | {
+            metrics = {
                 name: value.mean().item()
                 for name, value in learned.items()
                 if value is not None and name != "thresholds"
             }
+            if mode == "train":
+                metrics |= summarize(figures)
+            else:
+                self._evaluated.append(figures)  # of the whole evaluation, for `log`
         if "accuracy" in metrics:  # TRL's counts pairs in which the chosen side is ahead, whoever won the votes
             self._metrics[mode]["accuracy"].pop()
         for name, metric in metrics.items():
@@ -406,6 +445,42 @@ class DiscoRewardTrainer(RewardTrainer):
             if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
+
+    def _real_pairs(self, pairs: int, process: bool = False) -> int:
+        """
+        How many of the pairs in hand are no repetitions: accelerate evens out the last batches of several processes
+        with rows from the beginning, which come last.
+
+        Args:
+            pairs: gathered from all processes, or with `process` those of this one.
+        """
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        # In training the Trainer fetches all batches of an optimizer step before it computes the first of them.
+        is_last = state.end_of_dataloader and (not self.model.training or state.sync_gradients)
+        if processes == 1 or not is_last or state.remainder <= 0:
+            return pairs
+        total = pairs * processes if process else pairs
+        # (A row may be a ranking, which is several pairs, of one number in all rows.)
+        real = total * state.remainder // state.active_dataloader.total_batch_size
+        return min(max(real - pairs * self.accelerator.process_index, 0), pairs) if process else min(real, pairs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated.clear()  # of predictions, which are not logged
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._evaluated and not self.model.training:
+            # Over all pairs at once: the mean of batches' means would hang on the sizes of the batches.
+            figures = torch.cat(self._evaluated)
+            for name, value in (summarize(figures) | summarize_rewards(figures)).items():
+                self._metrics["eval"][name] = [value]
+            self._evaluated.clear()
+        super().log(logs, start_time)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # With DeepSpeed the Trainer casts what is not whole-numbered to the type of the weights. Here these are
+        # margins, weights and soft labels, none of which the model sees.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def train(  # type: ignore[override]  # the rest goes through `kwargs`
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any

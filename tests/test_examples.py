@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from reward_server import serve, tiny_reward
+from safetensors.torch import load_file
+from test_train_script import write_pairs
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from disco_trl import DiscoRewardModel
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -50,6 +56,53 @@ def test_ppo(reward_dirs, tiny_llama_dir, tmp_path):
 def test_best_of_n(reward_dirs, tiny_llama_dir, tmp_path):
     shown = run("best_of_n.py", reward_dirs["adapter"], tiny_llama_dir, cwd=tmp_path)
     assert shown.count("The concert in the park") == 3
+
+
+def test_qlora(tiny_qlora_base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run("qlora.py", tiny_qlora_base, str(write_pairs(tmp_path / "pairs.jsonl")), cwd=tmp_path)
+    assert_adapter_of_four_bits(tmp_path / "runs" / "qlora")
+
+
+def test_the_qlora_recipe(tiny_qlora_base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pairs = str(write_pairs(tmp_path / "pairs.jsonl"))
+    command = ["-m", "disco_trl", "train", "--config", str(EXAMPLES / "qlora.yaml")]
+    arguments = ["--model_name_or_path", tiny_qlora_base, "--dataset_name", pairs]
+    options = ["--optim", "adamw_torch", "--use_cpu", "--report_to", "none"]  # as the file says for a CPU
+    result = subprocess.run(
+        [sys.executable, *command, *arguments, *options], cwd=tmp_path, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, result.stderr
+    assert_adapter_of_four_bits(tmp_path / "runs" / "qlora")
+
+
+@pytest.fixture(scope="module")
+def tiny_qlora_base(tiny_llama_dir, tmp_path_factory) -> str:
+    """The tests' tiny Llama, as wide as the blocks in which bitsandbytes packs weights."""
+    path = tmp_path_factory.mktemp("wide")
+    config = AutoConfig.from_pretrained(tiny_llama_dir, hidden_size=64, intermediate_size=64, head_dim=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
+    return str(path)
+
+
+def assert_adapter_of_four_bits(path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["task_type"]) == ("LORA", 16, "SEQ_CLS")
+    loaded = DiscoRewardModel.from_pretrained(
+        path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    assert sum(isinstance(module, Linear4bit) for module in loaded.modules()) == 2 * 7
+    assert {head.weight.dtype for _, head in loaded.get_base_model().named_reward_heads()} == {torch.float32}
+    state = load_file(path / "adapter_model.safetensors")
+    targets = {name.split(".lora_")[0].rpartition(".")[2] for name in state if ".lora_" in name}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert state["base_model.model.score.weight"].dtype == torch.float32
 
 
 def test_serve_client(tiny_llama_dir, tiny_tokenizer, tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_training import disco_trainer, preferences
 
 from disco_trl.distributions import RewardDistribution
 from disco_trl.judgements import Judgements
@@ -47,6 +48,53 @@ def test_nobody_voted():
 def test_figures_of_processes_are_put_together():
     votes = said(wins=[3.0, 1.0, 0.0], losses=[1.0, 5.0, 2.0])
     whole = pair_figures(CHOSEN, REJECTED, votes)
-    assert whole.shape == (3, 6)
+    assert whole.shape == (3, 8)
     parts = torch.cat([whole[:1], whole[1:]])
     assert summarize(parts) == summarize(whole)
+
+
+# What the trainer makes of them
+
+
+def evaluations(tmp_path, model, *batch_sizes: int) -> list[dict[str, float]]:
+    data = {"train_dataset": preferences(), "eval_dataset": preferences(rows=13, seed=1)}
+    found = []
+    for size in batch_sizes:
+        trainer = disco_trainer(tmp_path, model=model, per_device_eval_batch_size=size, **data)
+        with torch.no_grad():
+            trainer.model.score.weight *= 30  # so that pairs differ
+            trainer.model.score.scale.weight += 0.1
+        trainer.predict(trainer.eval_dataset.select(range(3)))  # leaves nothing behind
+        found.append(trainer.evaluate())
+    return found
+
+
+def test_an_evaluation_is_over_pairs_and_not_over_batches(tmp_path, tiny_llama_dir):
+    in_fours, at_once = evaluations(tmp_path, tiny_llama_dir, 4, 13)
+    names = ("nll", "accuracy", "prob_chosen", "scale_mean", "scale_min", "scale_max", "margin", "mean_reward", "loss")
+    for name in names:
+        assert in_fours[f"eval_{name}"] == pytest.approx(at_once[f"eval_{name}"], rel=1e-5, abs=1e-6), name
+    assert in_fours["eval_nll"] == pytest.approx(in_fours["eval_loss"], rel=1e-5)
+    assert abs(in_fours["eval_margin"]) > 1e-3
+
+
+def test_every_accumulated_batch_counts_whole(tmp_path, tiny_llama_dir):
+    """The Trainer fetches the batches of a step before the first is computed, and accelerate then calls each the last
+    of its epoch, which it cuts to the two rows that the real last one has."""
+    trainer = disco_trainer(
+        tmp_path,
+        model=tiny_llama_dir,
+        train_dataset=preferences(rows=6),
+        train_sampling_strategy="sequential",
+        max_steps=1,
+        gradient_accumulation_steps=2,
+    )
+    with torch.no_grad():
+        trainer.model.score.weight *= 30
+    parts = [trainer._prepare_dataset(preferences(rows=6).select(rows), trainer.processing_class, trainer.args, "part")
+             for rows in (range(4), range(4, 6))]  # fmt: skip
+    first, last = (trainer.evaluate(part)["eval_nll"] for part in parts)
+    trainer.train()
+    (nll,) = (log["nll"] for log in trainer.state.log_history if "nll" in log)
+    assert nll == pytest.approx((first + last) / 2, rel=1e-5)
+    assert abs(first - last) > 1e-3

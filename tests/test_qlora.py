@@ -13,6 +13,7 @@ from disco_trl import DiscoRewardModel
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
 
 
 def heads(trainer) -> dict[str, torch.Tensor]:
@@ -95,3 +96,54 @@ def test_a_quantized_peft_model(tmp_path, wider_llama_dir, tiny_tokenizer):
     trainer.train()
     assert {tensor.dtype for tensor in heads(trainer).values()} == {torch.float32}
     assert not torch.equal(base.score.modules_to_save["default"].weight, before["score.modules_to_save.default"])
+
+
+# Other quantization and other adapters, by PEFT as it is
+
+IN_8, IN_4 = (EIGHT_BITS, bitsandbytes.nn.Linear8bitLt), (FOUR_BITS, bitsandbytes.nn.Linear4bit)
+VARIANTS = {
+    "8 bits": (*IN_8, {}),
+    "8 bits, rsLoRA": (*IN_8, {"use_rslora": True}),
+    "4 bits, DoRA": (*IN_4, {"use_dora": True}),
+    "4 bits, rsLoRA": (*IN_4, {"use_rslora": True}),
+    "DoRA": (None, torch.nn.Linear, {"use_dora": True}),
+    "rsLoRA": (None, torch.nn.Linear, {"use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_and_come_back(variant, tmp_path, wider_llama_dir):
+    quantization, layer, options = VARIANTS[variant]
+    trainer = disco_trainer(
+        tmp_path,
+        model=wider_llama_dir,
+        train_dataset=preferences(),
+        quantization_config=quantization,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", **options),
+        learning_rate=1e-2,
+    )
+    config = trainer.model.peft_config["default"]
+    assert {name: getattr(config, name) for name in options} == options
+    layers = {type(module) for name, module in trainer.model.named_modules() if name.endswith("base_layer")}
+    assert layers == {layer}
+
+    before = weights(trainer.model)
+    trainer.train()
+    changed = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, before[name])}
+    for part in ("lora_A", "lora_B", "score.modules_to_save.default.weight", "scale.weight"):
+        assert any(part in name for name in changed), part
+    if options.get("use_dora"):
+        assert any("lora_magnitude_vector" in name for name in changed)
+    assert {tensor.dtype for tensor in heads(trainer).values()} == {torch.float32}
+
+    trainer.save_model()
+    loaded = DiscoRewardModel.from_pretrained(tmp_path, dtype="float32", quantization_config=quantization).eval()
+    assert {module.weight.dtype for _, module in loaded.get_base_model().named_reward_heads()} == {torch.float32}
+    batch = {"input_ids": torch.arange(12).reshape(2, 6) + 5}
+    with torch.no_grad():
+        outputs = [model.eval()(**batch) for model in (trainer.model, loaded)]
+    # With a quantized base TRL keeps the adapter in bfloat16; it comes back in float32.
+    tolerance = 1e-6 if quantization is None else 1e-2
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=0, atol=tolerance)
+    torch.testing.assert_close(outputs[0].scale, outputs[1].scale, rtol=0, atol=tolerance)
+    assert outputs[1].logits.std() > 10 * tolerance
