@@ -3,11 +3,11 @@ Is `disco-trl estimate` right? Real steps of `DiscoRewardTrainer`, and the memor
 
     MALLOC_ARENA_MAX=1 OMP_NUM_THREADS=1 python scripts/measure_memory.py       # half an hour on one core
 
-Each run is a process of its own. It trains a tiny model first, so that libraries, thread pools and kernels' buffers are
-there before anything is counted; then it builds the trainer and takes two steps, the first of which makes the
-optimizer's states. What is compared is the peak of its memory that is no file's (`RssAnon`), beyond what it held before
-the model was loaded. The weights are copied once: those of a checkpoint are pages of its file until they are written
-to, which no accelerator knows.
+Each run is a process of its own. It trains a tiny model first, so that libraries, thread pools and kernels' buffers
+are there before anything is counted; then it builds the trainer and takes two steps, the first of which makes the
+optimizer's states. What is compared is the peak of its memory that is no file's (`RssAnon`), beyond what it held
+before the model was loaded. The weights are copied once: those of a checkpoint are pages of its file until they are
+written to, which no accelerator knows.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Setting:
     gradient_checkpointing: bool
 
 
-SETTINGS = (Setting(2, 256, False), Setting(4, 384, True))
+SETTINGS = (Setting(2, 64, False), Setting(1, 160, True))
 PROMPT_SHARE = 0.5
 
 
@@ -70,7 +70,9 @@ def random_pairs(number: int, length: int, vocabulary: int) -> list[Pair]:
     return [(chosen.tolist(), rejected.tolist()) for chosen, rejected in tokens]
 
 
-def make_trainer(model: str, method: str, setting: Setting, is_shared: bool, folder: str, dtype: str) -> Any:
+def make_trainer(
+    model: str, tokenizer: str, method: str, setting: Setting, is_shared: bool, folder: str, dtype: str
+) -> Any:
     """The trainer of a run of two steps."""
     weight_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     vocabulary = AutoConfig.from_pretrained(model).vocab_size
@@ -100,7 +102,7 @@ def make_trainer(model: str, method: str, setting: Setting, is_shared: bool, fol
         train_dataset=Dataset.from_dict(
             {"chosen_ids": [chosen for chosen, _ in pairs], "rejected_ids": [rejected for _, rejected in pairs]}
         ),
-        processing_class=AutoTokenizer.from_pretrained(small_chat_lm()),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer),
         quantization_config=quantization if method == "qlora" else None,
         peft_config=None if method == "full" else LoraConfig(r=16, target_modules="all-linear"),
     )
@@ -114,10 +116,10 @@ def measure(model: str, method: str, setting: Setting, is_shared: bool, dtype: s
         sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1024}
         AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, **heads)).save_pretrained(tiny)
-        make_trainer(tiny, method, setting, is_shared, folder, dtype).train()
+        make_trainer(tiny, model, method, setting, is_shared, folder, dtype).train()
         _give_back()
         before = held_bytes()
-        trainer = make_trainer(model, method, setting, is_shared, folder, dtype)
+        trainer = make_trainer(model, model, method, setting, is_shared, folder, dtype)
         for parameter in trainer.model.parameters():
             parameter.data = parameter.data.clone()
         _give_back()
