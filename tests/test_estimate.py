@@ -294,10 +294,11 @@ def test_what_cannot_be_estimated_is_an_error(tmp_path, llama_dir):
 def test_a_real_run_holds_what_is_estimated(tmp_path, llama_dir, method, monkeypatch):
     scripts = str(Path(__file__).parents[1] / "scripts")
     monkeypatch.syspath_prepend(scripts)
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     from benchmark_memory import in_fresh_process
-    from measure_memory import Setting, measure, settings_of
+    from measure_memory import MALLOC, Setting, measure, settings_of
 
+    for name, value in MALLOC.items():
+        monkeypatch.setenv(name, value)
     config = AutoConfig.from_pretrained(
         llama_dir, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=8, head_dim=64, vocab_size=8192, max_position_embeddings=256,
