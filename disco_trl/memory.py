@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import disable_dropout_in_model
 
 from . import prefix_sharing
-from .config import DiscoRewardConfig
 from .forest import pack
 from .loading import stock_class
 from .modeling import disco_class, resolve_settings
@@ -448,7 +447,7 @@ class DatalessTrainer:
         Raises:
             ImportError: the optimizer is bitsandbytes', and that is not installed.
         """
-        args = DiscoRewardConfig("unused", optim=self.settings.optim, use_cpu=True, bf16=False, report_to="none")
+        args = TrainingArguments("unused", optim=self.settings.optim, use_cpu=True, report_to="none")
         optimizer_class, kwargs = _optimizer_class(args)
         if self.settings.device == "cuda" and self.settings.optim in ("adamw_torch", "sgd"):
             kwargs["foreach"] = True  # what torch does there by itself
@@ -458,7 +457,9 @@ class DatalessTrainer:
             ]
             for weight in weights:
                 weight.grad = torch.empty_like(weight)
-            optimizer = optimizer_class(weights, **kwargs)
+        # Outside, as bitsandbytes sorts numbers for its tables
+        optimizer = optimizer_class(weights, **kwargs)
+        with self._mode:
             if "8bit" in self.settings.optim:
                 self._start_bitsandbytes(optimizer, weights)
             else:
@@ -479,7 +480,7 @@ class DatalessTrainer:
             optimizer.init_state(optimizer.param_groups[0], weight, 0, index)
 
 
-def _optimizer_class(args: DiscoRewardConfig) -> tuple[Any, dict[str, Any]]:
+def _optimizer_class(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
     try:
         return Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
