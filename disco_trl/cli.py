@@ -11,6 +11,7 @@ from . import __version__
 # name: (module, what it does)
 COMMANDS = {
     "train": ("launch", "train a reward model; takes the arguments of `trl reward` and those of DiscoRewardConfig"),
+    "estimate": ("estimate", "say how many parameters and how much memory training will need"),
     "evaluate": ("evaluate", "say how good a reward model is on held-out data, and how honest; with a report"),
     "compare": ("compare", "train Bradley-Terry and our variants alike, and say which is better"),
     "score": ("annotation", "add location, scale and reward to each row of a dataset"),

@@ -113,7 +113,7 @@ def _load_full(
         settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), beside["likelihood"], path)
     if "epistemic" in beside:
         settings["epistemic"] = beside["epistemic"]
-    stock = _stock_class(config, path, trust_remote_code, hub_kwargs)
+    stock = stock_class(config, path, trust_remote_code, hub_kwargs)
     config.num_labels = 1
     config.disco = settings
     disco = disco_class(stock, config)
@@ -376,9 +376,10 @@ def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
     return False
 
 
-def _stock_class(
+def stock_class(
     config: PreTrainedConfig, path: str, trust_remote_code: bool, hub_kwargs: dict[str, Any]
 ) -> type[PreTrainedModel]:
+    """The sequence classifier of a config's architecture; a `ValueError` if that cannot be a reward model."""
     auto_map = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForSequenceClassification" in auto_map:
         return get_class_from_dynamic_module(auto_map["AutoModelForSequenceClassification"], path, **hub_kwargs)

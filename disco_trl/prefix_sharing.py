@@ -63,7 +63,7 @@ class _Layout:
         """Places in the row of the keys of all paths, one path after another, and where queries and keys begin."""
         if self._varlen is None:
             starts = torch.tensor([0, *self.lengths]).cumsum(0)
-            nodes = torch.arange(int(starts[-1])).split(self.lengths)
+            nodes = torch.arange(sum(self.lengths)).split(self.lengths)
             places = torch.cat([nodes[node] for path in self.paths for node in path])
             key_starts = torch.tensor([0, *self.path_lengths]).cumsum(0)
             self._varlen = (places.to(device), starts.to(device, torch.int32), key_starts.to(device, torch.int32))

@@ -174,7 +174,7 @@ class DiscoRewardTrainer(RewardTrainer):
             if "rating_values" in likelihood:
                 reward_model.start_thresholds(surveyed.ratings)
             if isinstance(peft_config, PeftConfig):  # TRL refuses any other type
-                _save_reward_head(peft_config, reward_model)
+                save_reward_head(peft_config, reward_model)
             for name, head in reward_model.named_reward_heads():
                 head_weights[name] = {key: value.clone() for key, value in head.state_dict().items()}
 
@@ -653,7 +653,7 @@ def _likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, An
     return settings
 
 
-def _save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
+def save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
     """Have PEFT train and save the reward head, and whatever else the checkpoint of the base did not bring."""
     # With any other task type PEFT expects a model that generates, and all-linear takes the head for a target.
     peft_config.task_type = "SEQ_CLS"

@@ -44,7 +44,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return self
-        self._before = self._at_most = _held()
+        self._before = self._at_most = held_bytes()
         self._is_over = threading.Event()
         self._looker = threading.Thread(target=self._look, daemon=True)
         self._looker.start()
@@ -58,14 +58,15 @@ class PeakMemory:
             return
         self._is_over.set()
         self._looker.join()
-        self.peak_bytes = max(self._at_most, _held()) - self._before
+        self.peak_bytes = max(self._at_most, held_bytes()) - self._before
 
     def _look(self) -> None:
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
-            self._at_most = max(self._at_most, _held())
+            self._at_most = max(self._at_most, held_bytes())
 
 
-def _held() -> int:
+def held_bytes() -> int:
+    """Of this process: see :class:`PeakMemory`."""
     status = Path("/proc/self/status")
     found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if found:
