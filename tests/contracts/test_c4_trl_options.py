@@ -204,7 +204,8 @@ def test_several_evaluation_sets(tmp_path, tiny_llama_dir):
         tmp_path,
         model=tiny_llama_dir,
         train_dataset=preferences(),
-        eval_dataset={"short": preferences(rows=6, seed=1), "long": preferences("conversational", rows=6, seed=2)},
+        # Whole batches, over which TRL's means are, and ours are over pairs (tests/test_metrics.py)
+        eval_dataset={"short": preferences(rows=8, seed=1), "long": preferences("conversational", rows=8, seed=2)},
         eval_strategy="steps",
         eval_steps=1,
     )
@@ -214,7 +215,7 @@ def test_several_evaluation_sets(tmp_path, tiny_llama_dir):
 
 def test_evaluation_of_a_dataset_passed_later(tmp_path, tiny_llama_dir):
     ours, theirs = train_both(tmp_path, model=tiny_llama_dir, train_dataset=preferences())
-    for data in (preferences(rows=6, seed=1), {"other": preferences("conversational", rows=6, seed=1)}):
+    for data in (preferences(rows=8, seed=1), {"other": preferences("conversational", rows=8, seed=1)}):
         ours_found, theirs_found = (trainer.evaluate(data) for trainer in (ours, theirs))
         compared = [name for name in theirs_found if "loss" in name or "accuracy" in name or "reward" in name]
         assert len(compared) == 5
