@@ -145,7 +145,9 @@ class FourBitLinear(nn.Linear):
         compute_dtype: that of the products (`bnb_4bit_compute_dtype`).
     """
 
-    def __init__(self, layer: nn.Module, compute_dtype: torch.dtype):
+    absmax: Tensor
+
+    def __init__(self, layer: Any, compute_dtype: torch.dtype):
         nn.Module.__init__(self)
         shape = layer.weight.shape
         self.out_features, self.in_features = shape if isinstance(layer, nn.Linear) else shape[::-1]
@@ -173,7 +175,7 @@ class _FourBitProduct(torch.autograd.Function):
     """The weight is unpacked for each product and not kept; for the backward pass nothing else is saved."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: FourBitLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: Tensor, layer: FourBitLinear) -> Tensor:
         ctx.layer = layer
         scales = input.new_empty(len(layer.absmax), dtype=torch.float32)
         weight = input.new_empty(layer.out_features, layer.in_features)
@@ -181,7 +183,7 @@ class _FourBitProduct(torch.autograd.Function):
         return F.linear(input, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         layer = ctx.layer
         weight = gradient.new_empty(layer.out_features, layer.in_features, dtype=layer.stored_dtype)
         return gradient @ weight.to(gradient.dtype), None
@@ -192,14 +194,14 @@ class _VarlenAttention(torch.autograd.Function):
     number for each query and head. `[T, heads, D]` each; keys and values may have fewer heads."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query)
         log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, log_sum)
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
@@ -425,7 +427,7 @@ class DatalessTrainer:
         gradients = bytes_of(p.grad for p in self._trained if p.grad is not None)
         return StepMemory(live.peak(with_gradients=False), gradients, live.peak())
 
-    def _batch(self, batch_size: int) -> dict[str, Tensor]:
+    def _batch(self, batch_size: int) -> dict[str, Any]:
         """As the trainer's collator makes one of pairs of full length, no two of which have anything in common."""
         length = self.settings.length
         if self.refusal is not None:
