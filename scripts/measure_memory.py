@@ -76,7 +76,7 @@ def random_pairs(number: int, length: int, vocabulary: int) -> list[Pair]:
 
 
 def make_trainer(
-    model: str, tokenizer: str, method: str, setting: Setting, is_shared: bool, folder: str, dtype: str
+    model: str, tokenizer: Any, method: str, setting: Setting, is_shared: bool, folder: str, dtype: str
 ) -> Any:
     """The trainer of a run of two steps."""
     weight_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
@@ -107,7 +107,7 @@ def make_trainer(
         train_dataset=Dataset.from_dict(
             {"chosen_ids": [chosen for chosen, _ in pairs], "rejected_ids": [rejected for _, rejected in pairs]}
         ),
-        processing_class=AutoTokenizer.from_pretrained(tokenizer),
+        processing_class=tokenizer,
         quantization_config=quantization if method == "qlora" else None,
         peft_config=None if method == "full" else LoraConfig(r=16, target_modules="all-linear"),
     )
@@ -116,15 +116,16 @@ def make_trainer(
 def measure(model: str, method: str, setting: Setting, is_shared: bool, dtype: str) -> int:
     """Peak bytes of two steps; call it in a process of its own."""
     quieten()
+    tokenizer = AutoTokenizer.from_pretrained(model)  # of either trainer, and no part of what training holds
     with tempfile.TemporaryDirectory() as folder:
         tiny = str(Path(folder, "tiny"))
         sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1024}
         AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, **heads)).save_pretrained(tiny)
-        make_trainer(tiny, model, method, setting, is_shared, folder, dtype).train()
+        make_trainer(tiny, tokenizer, method, setting, is_shared, folder, dtype).train()
         _give_back()
         before = held_bytes()
-        trainer = make_trainer(model, model, method, setting, is_shared, folder, dtype)
+        trainer = make_trainer(model, tokenizer, method, setting, is_shared, folder, dtype)
         for parameter in trainer.model.parameters():
             parameter.data = parameter.data.clone()
         _give_back()
