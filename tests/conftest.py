@@ -116,6 +116,21 @@ def tiny_llama_dir(tmp_path_factory, _session_tokenizer) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def wider_llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
+    """The same, made as wide as the blocks in which bitsandbytes packs weights for the CPU. Read-only by custom."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path: Path = tmp_path_factory.mktemp("wider-llama")
+    config = AutoConfig.from_pretrained(tiny_llama_dir, hidden_size=64, intermediate_size=64, head_dim=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
+    return str(path)
+
+
 # Checkpoints of `tiny_models`, one for each architecture asked for; read-only by custom.
 
 

@@ -11,7 +11,7 @@ import torch
 from reward_server import serve, tiny_reward
 from safetensors.torch import load_file
 from test_train_script import write_pairs
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from disco_trl import DiscoRewardModel
 
@@ -58,35 +58,23 @@ def test_best_of_n(reward_dirs, tiny_llama_dir, tmp_path):
     assert shown.count("The concert in the park") == 3
 
 
-def test_qlora(tiny_qlora_base, tmp_path):
+def test_qlora(wider_llama_dir, tmp_path):
     pytest.importorskip("bitsandbytes")
-    run("qlora.py", tiny_qlora_base, str(write_pairs(tmp_path / "pairs.jsonl")), cwd=tmp_path)
+    run("qlora.py", wider_llama_dir, str(write_pairs(tmp_path / "pairs.jsonl")), cwd=tmp_path)
     assert_adapter_of_four_bits(tmp_path / "runs" / "qlora")
 
 
-def test_the_qlora_recipe(tiny_qlora_base, tmp_path):
+def test_the_qlora_recipe(wider_llama_dir, tmp_path):
     pytest.importorskip("bitsandbytes")
     pairs = str(write_pairs(tmp_path / "pairs.jsonl"))
     command = ["-m", "disco_trl", "train", "--config", str(EXAMPLES / "qlora.yaml")]
-    arguments = ["--model_name_or_path", tiny_qlora_base, "--dataset_name", pairs]
+    arguments = ["--model_name_or_path", wider_llama_dir, "--dataset_name", pairs]
     options = ["--optim", "adamw_torch", "--use_cpu", "--report_to", "none"]  # as the file says for a CPU
     result = subprocess.run(
         [sys.executable, *command, *arguments, *options], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stderr
     assert_adapter_of_four_bits(tmp_path / "runs" / "qlora")
-
-
-@pytest.fixture(scope="module")
-def tiny_qlora_base(tiny_llama_dir, tmp_path_factory) -> str:
-    """The tests' tiny Llama, as wide as the blocks in which bitsandbytes packs weights."""
-    path = tmp_path_factory.mktemp("wide")
-    config = AutoConfig.from_pretrained(tiny_llama_dir, hidden_size=64, intermediate_size=64, head_dim=32)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
-    return str(path)
 
 
 def assert_adapter_of_four_bits(path: Path) -> None:

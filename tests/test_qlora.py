@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import SCALE_STATE
 from tiny_training import disco_trainer, preferences, weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from disco_trl import DiscoRewardModel
 
@@ -18,18 +18,6 @@ EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
 
 def heads(trainer) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights(trainer.model).items() if ".score." in name}
-
-
-@pytest.fixture(scope="module")
-def wider_llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
-    """The tests' tiny Llama, made as wide as the blocks in which bitsandbytes packs weights for the CPU."""
-    path = tmp_path_factory.mktemp("wider-llama")
-    config = AutoConfig.from_pretrained(tiny_llama_dir, hidden_size=64, intermediate_size=64, head_dim=32)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
