@@ -102,7 +102,8 @@ assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
 contract_tests=()
 for path in tests/contracts tests/handoff tests/test_trainer.py tests/test_reward.py \
     tests/test_preparation.py tests/test_sampling.py tests/test_prefix_sharing_training.py \
-    tests/test_judgements.py tests/test_calibration.py; do
+    tests/test_judgements.py tests/test_calibration.py tests/test_epistemic.py tests/test_metrics.py \
+    tests/test_sharding.py tests/test_crashes.py tests/test_hostile_inputs.py; do
     [[ -e $path ]] && contract_tests+=("$path")
 done
 mark=()
