@@ -45,7 +45,7 @@ class Setting:
     gradient_checkpointing: bool
 
 
-SETTINGS = (Setting(2, 256, False), Setting(2, 384, True))
+SETTINGS = (Setting(2, 64, False), Setting(1, 160, True))
 PROMPT_SHARE = 0.5
 # Glibc's threshold rises by itself to 32 MiB, and what is freed below it stays: small tensors that live on, such as an
 # adapter's gradients, hold the pages around them. A run of a 30-layer model held 400 MiB of such gaps.
