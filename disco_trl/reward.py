@@ -18,6 +18,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -261,10 +262,14 @@ class DiscoReward(RewardFunction):
             self._warn_of_special_token(content, row)
         return sequences
 
+    @cached_property
+    def _special_tokens(self) -> SpecialTokens:
+        return SpecialTokens(self.processing_class)
+
     def _warn_of_special_token(self, content: Content, row: int) -> None:
         if "special token" in self._warned:
             return
-        token = SpecialTokens(self.processing_class).find(content)
+        token = self._special_tokens.find(content)
         if token is not None:
             self._warn_once(
                 "special token",
