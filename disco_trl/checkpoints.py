@@ -1,5 +1,5 @@
 """
-Which checkpoint of a run can be trusted, after the run was killed or its disk was full.
+Which checkpoint of a run can be trusted, after the run was killed or its disk was full; and checkpoints on the Hub.
 
 A checkpoint is a folder of files that are written one after another. One that was cut off in between is torn: a file
 is missing, or ends early. transformers resumes from the folder with the highest number, whatever is in it; here the
@@ -12,9 +12,14 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+
+from .loading import save_adapter_settings
 
 
 logger = get_logger(__name__)
@@ -78,3 +83,14 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             f"every checkpoint in {folder} is torn; remove them, and begin anew without resume_from_checkpoint"
         )
     return None
+
+
+class PushWithSettings(TrainerCallback):
+    """
+    Puts an adapter's settings where a push takes its files from. While training goes on transformers copies there, by
+    a list of names, what belongs to a checkpoint's model, and the list does not have them.
+    """
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.should_save and is_peft_model(model):
+            save_adapter_settings(model, Path(args.output_dir))

@@ -233,13 +233,7 @@ class _OneFamily:
     def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
         saved = cast(Any, super()).save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            model: Any = self
-            settings = json.dumps(model.get_base_model().config.disco, indent=2) + "\n"
-            for name in model.peft_config:
-                # PEFT gives every adapter but the one called "default" a folder of its own.
-                folder = Path(save_directory, "" if name == "default" else name)
-                if folder.is_dir():  # else this adapter was not among those to save
-                    (folder / ADAPTER_SETTINGS_FILE).write_text(settings, encoding="utf-8")
+            save_adapter_settings(self, Path(save_directory))
         return saved
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -261,6 +255,16 @@ def keep_to_one_family(model: Any) -> None:
         model.__class__ = type(
             kind.__name__, (_OneFamily, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__}
         )
+
+
+def save_adapter_settings(model: Any, directory: Path) -> None:
+    """Write :data:`ADAPTER_SETTINGS_FILE` beside each adapter of a `PeftModel` around a disco model."""
+    settings = json.dumps(model.get_base_model().config.disco, indent=2) + "\n"
+    for name in model.peft_config:
+        # PEFT gives every adapter but the one called "default" a folder of its own.
+        folder = directory / ("" if name == "default" else name)
+        if folder.is_dir():  # else this adapter was not among those to save
+            (folder / ADAPTER_SETTINGS_FILE).write_text(settings, encoding="utf-8")
 
 
 def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
 from .calibration import MEMORY_FILE, Calibration, HeadMemory
-from .checkpoints import last_whole_checkpoint, why_torn
+from .checkpoints import PushWithSettings, last_whole_checkpoint, why_torn
 from .collation import ANSWERS, DataCollatorForDiscoPreference
 from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
@@ -280,6 +280,7 @@ class DiscoRewardTrainer(RewardTrainer):
         # Guard against losses and gradients that are not finite
         self._recent_rows: list[int] = []  # of the batches since the last optimizer step
         self.add_callback(_FiniteGradientGuard(self))
+        self.add_callback(PushWithSettings())
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
