@@ -213,6 +213,4 @@ class DiscoRewardConfig(RewardConfig):
     @property
     def groups_by_length(self) -> bool:
         """Whether batches of `per_device_train_batch_size` are to hold pairs of similar length."""
-        strategy = getattr(self, "train_sampling_strategy", None)
-        # In transformers 5.0 it is a field of its own.
-        return strategy == "group_by_length" or bool(getattr(self, "group_by_length", False))
+        return self.train_sampling_strategy == "group_by_length"

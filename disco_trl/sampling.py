@@ -263,7 +263,7 @@ class SamplerEpoch(TrainerCallback):
 
     The Trainer does so too, but not through every wrapper. Where several processes resume in the middle of an epoch, a
     sampler that is not accelerate's own hears nothing (accelerate 1.10 to 1.15) and would give the order of the first
-    epoch; a batch sampler of several processes never does (transformers 5.0).
+    epoch; a batch sampler of several processes never does.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:

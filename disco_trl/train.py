@@ -219,9 +219,7 @@ def train(
     dataset_args: "DatasetMixtureConfig",
 ) -> None:
     """Load the data, train, save to `training_args.output_dir` and, if asked, push to the Hub."""
-    import transformers
     from accelerate.logging import get_logger
-    from packaging.version import Version
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from .trainer import DiscoRewardTrainer
@@ -289,9 +287,7 @@ def train(
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"It is on the Hub as {trainer.hub_model_id}.")
 
-    # Closes the trackers and the process group; older Trainers have no such method and leave both to the exit.
-    if Version(transformers.__version__) >= Version("5.18.0"):
-        trainer.end()
+    trainer.end()  # closes the trackers and the process group
 
 
 def main() -> None:

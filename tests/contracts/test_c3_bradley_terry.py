@@ -11,7 +11,7 @@ beats another is sigmoid((μa - μb) / √(½ + ½)) = sigmoid(μa - μb), so a 
    margins, centred rewards, accumulated gradients, checkpointed activations and evaluation.
 
 The one difference allowed is float32 rounding, since ours works out the pairwise term in float64. It is bounded by
-1e-6 for the loss of one batch (of order 1), by 1e-5 of the largest in its tensor for each gradient, and by 1e-6 for
+1e-6 for the loss of one batch (of order 1), by 1e-5 of the largest in its tensor for each gradient, and by 3e-6 for
 the weights after eight steps of plain gradient descent. AdamW divides each gradient by its own size, and so turns the
 rounding of a gradient near 0 into a part of a step: after eight steps of it what is logged agrees to 1e-4, and the
 weights to a tenth of one step.
@@ -49,7 +49,7 @@ def assert_same_run(ours, theirs) -> None:
     moved = furthest(weights(theirs.model), start)
     difference = furthest(weights(ours.model), weights(theirs.model))
     assert moved > 1e-3
-    assert difference < (1e-6 if theirs.args.optim == "sgd" else theirs.args.learning_rate / 10)
+    assert difference < (3e-6 if theirs.args.optim == "sgd" else theirs.args.learning_rate / 10)
 
 
 @pytest.mark.parametrize(
