@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalPrediction, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
@@ -39,6 +39,7 @@ from .config import DiscoRewardConfig
 from .data import RANKED_IDS, ROW_COLUMN, check_preferences
 from .distributions import get_family
 from .epistemic import MOST_DIRECTIONS, Posterior
+from .guard import FiniteGuard
 from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, check_answerable, survey
 from .likelihood import log_likelihood
 from .loading import keep_to_one_family
@@ -207,15 +208,13 @@ class DiscoRewardTrainer(RewardTrainer):
                 found = surveyed if dataset is train_dataset else survey(dataset)
                 check_answerable(dataset, name, found, known)
 
-        known_tokens = vocabulary_size(self._reward_model)
+        check = functools.partial(check_token_ids, known=vocabulary_size(self._reward_model))
         if self.train_dataset is not None:
-            self.train_dataset = check_token_ids(self.train_dataset, "train", known_tokens)
+            self.train_dataset = check(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {
-                name: check_token_ids(dataset, name, known_tokens) for name, dataset in self.eval_dataset.items()
-            }
+            self.eval_dataset = {name: check(dataset, name) for name, dataset in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
-            self.eval_dataset = check_token_ids(self.eval_dataset, "eval", known_tokens)
+            self.eval_dataset = check(self.eval_dataset, "eval")
 
         # TRL (1.12 to 1.16) casts every trainable parameter of a quantized model to bfloat16, the head included. Its
         # float32 values are put back, not the rounded ones cast up.
@@ -278,8 +277,8 @@ class DiscoRewardTrainer(RewardTrainer):
         self._evaluated: list[torch.Tensor] = []
 
         # Guard against losses and gradients that are not finite
-        self._recent_rows: list[int] = []  # of the batches since the last optimizer step
-        self.add_callback(_FiniteGradientGuard(self))
+        self._guard = FiniteGuard(self)
+        self.add_callback(self._guard)
         self.add_callback(PushWithSettings())
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -436,9 +435,7 @@ class DiscoRewardTrainer(RewardTrainer):
             self._metrics[mode][name].append(metric)
 
         if mode == "train":
-            self._recent_rows += [] if rows is None else rows.tolist()
-            if not torch.isfinite(loss):
-                raise self._not_finite(f"the loss is {loss.item()}")
+            self._guard.check_loss(loss, rows)
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
                 head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
@@ -544,15 +541,6 @@ class DiscoRewardTrainer(RewardTrainer):
         finally:
             self.model_init = None  # type: ignore[assignment]
             self.model = self.model_wrapped = beginning()
-
-    def _not_finite(self, what: str) -> FloatingPointError:
-        rows = ", ".join(map(str, self._recent_rows)) or "unknown (a data collator of your own carries no row_index)"
-        checkpoint = get_last_checkpoint(str(self._output_dir)) if self._output_dir.is_dir() else None
-        return FloatingPointError(
-            f"step {self.state.global_step + 1}: {what}, so training stops before the weights are touched. Rows of "
-            f"the training dataset in this step: {rows}. Last good checkpoint: {checkpoint or 'none saved yet'}. Look "
-            "at these rows, then lower learning_rate or max_grad_norm, or train in bf16 instead of fp16."
-        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -668,21 +656,3 @@ def save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
         if module not in ("score", "classifier", *modules):
             modules.append(module)
     peft_config.modules_to_save = modules or None
-
-
-class _FiniteGradientGuard(TrainerCallback):
-    """Stops before an optimizer step whose gradients are not finite."""
-
-    def __init__(self, trainer: DiscoRewardTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        # In fp16 the scaler skips a step that overflows and lowers its factor: ordinary, and its own business.
-        if trainer.accelerator.scaler is None:
-            gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
-            # Clipping has spread a NaN to every gradient, and an infinite norm has made NaNs of infinite elements: one
-            # norm over all of them tells, at the cost of reading them once.
-            if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-                raise trainer._not_finite("a gradient is not finite")
-        trainer._recent_rows.clear()

@@ -18,6 +18,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from disco_trl.collation import ANSWERS
 from disco_trl.data import ROW_COLUMN
+from disco_trl.guard import FiniteGuard
 from disco_trl.modeling import RewardModelOutput
 
 
@@ -292,11 +293,11 @@ def test_gradients_are_guarded_with_lora(build):
 def test_an_overflow_in_fp16_is_the_scalers_business(build):
     trainer = build()
     trainer.model.score.weight.grad = torch.full_like(trainer.model.score.weight, torch.inf)
-    (guard,) = (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "_FiniteGradientGuard")
-    trainer._recent_rows += [1, 2]
+    (guard,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FiniteGuard))
+    guard.rows += [1, 2]
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
-    assert trainer._recent_rows == []
+    assert guard.rows == []
     trainer.accelerator.scaler = None
     with pytest.raises(FloatingPointError, match="gradient"):
         guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
