@@ -30,7 +30,7 @@ from .distributions import FAMILIES, RewardDistribution
 from .evaluate import versions
 from .evaluation import METRICS, paired_bootstrap
 from .held_out import HeldOut
-from .report import EXPLAINED, Model, Verdict, write_report
+from .report import EXPLAINED, Model, Verdict, add_examples, write_report
 
 
 COMPARED = ("nll", "accuracy", "brier")
@@ -331,6 +331,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--test-split", default="test")
     parser.add_argument("--max-train", type=int, help="train on the first so many rows, shuffled by the seed")
     parser.add_argument("--max-length", type=int, help="leave out rows with a longer answer, in tokens")
+    add_examples(parser)
     parser.add_argument("--keep-models", action="store_true", help="save what was trained")
     args = parser.parse_args(argv)
     try:
@@ -421,4 +422,5 @@ def _report(
     setup |= {f"{name} failed": words.splitlines()[-1] for name, words in failures.items()}
     title = f"{Path(args.model).name}: {len(results)} runs compared"
     ranges = {"brackets": "the range over seeds"} if len(args.seeds) > 1 else {}
-    return write_report(args.out, title, models, by_variant[order[0]][0].rewards, held_out, verdicts, setup, **ranges)
+    rewards = by_variant[order[0]][0].rewards
+    return write_report(args.out, title, models, rewards, held_out, verdicts, setup, examples=args.examples, **ranges)

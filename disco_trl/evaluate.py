@@ -34,7 +34,7 @@ from .evaluation import (
 )
 from .held_out import KINDS, HeldOut
 from .model_card import add_evaluation
-from .report import EXPLAINED, Model, write_report
+from .report import EXPLAINED, Model, add_examples, write_report
 from .rows import open_rows
 from .scoring import score
 
@@ -272,6 +272,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--card", action="store_true", help="also put table and pictures into the model's README.md")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    add_examples(parser)
     parser.add_argument(
         "--plain", action="store_true", help="see a disco checkpoint as tools without disco-trl do: its logit alone"
     )
@@ -318,6 +319,7 @@ def _run(args: argparse.Namespace) -> str:
         rewards,
         held_out,
         setup=setup,
+        examples=args.examples,
     )
     if args.card:
         pictures = [args.out / f"{name}.png" for name in ("reliability", "risk-coverage")]

@@ -8,6 +8,7 @@ and pictures → `report.html` of this package, filled in.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from .rows import Row
 
 
 TEMPLATE = Path(__file__).with_name("report.html")
-EXAMPLES_OF_A_KIND = 2
+EXAMPLES = 2
 LONGEST_TEXT = 600
 
 EXPLAINED = {
@@ -103,6 +104,7 @@ def write_report(
     verdicts: dict[str, dict[str, Verdict]] | None = None,
     setup: dict[str, str] | None = None,
     brackets: str = "95 % intervals of the bootstrap",
+    examples: int = EXAMPLES,
 ) -> Path:
     """
     Write `report.html` and its pictures.
@@ -116,6 +118,7 @@ def write_report(
         verdicts: by model, and by figure, how it differs from the reference.
         setup: what to list of the run: data, command, versions.
         brackets: what `low` and `high` of the figures are.
+        examples: as for :func:`pick_examples`.
     """
     drawings = {
         "reliability": (
@@ -140,7 +143,7 @@ def write_report(
         models=models,
         explained=EXPLAINED,
         pictures={name: Markup(charts.as_svg(draw, text)) for name, (draw, text) in drawings.items()},
-        examples=pick_examples(rewards, held_out),
+        examples=pick_examples(rewards, held_out, examples),
         verdicts=verdicts or {},
         setup=setup or {},
         brackets=brackets,
@@ -150,8 +153,19 @@ def write_report(
     return path
 
 
-def pick_examples(rewards: RewardDistribution, held_out: HeldOut) -> list[Example]:
-    """The comparisons that a model is surest of and right, most torn about, and wrong on with confidence."""
+def add_examples(parser: argparse.ArgumentParser) -> None:
+    """Have a command ask how many examples its report shows."""
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=EXAMPLES,
+        metavar="N",
+        help="of each kind, whose texts the report shows; 0 if they are not to be passed on (default: %(default)s)",
+    )
+
+
+def pick_examples(rewards: RewardDistribution, held_out: HeldOut, each: int = EXAMPLES) -> list[Example]:
+    """`each` comparisons that a model is surest of and right, most torn about, and wrong on with confidence."""
     forecasts = held_out.forecasts(rewards)
     judged = np.flatnonzero(forecasts.weight > 0)
     is_right = forecasts.right[judged] > 0.5
@@ -164,7 +178,7 @@ def pick_examples(rewards: RewardDistribution, held_out: HeldOut) -> list[Exampl
     }
     examples = []
     for kind, order in kinds.items():
-        for place, index in enumerate(_of_different_items(judged[order], held_out)):
+        for place, index in enumerate(_of_different_items(judged[order], held_out, each)):
             sides = [held_out.first[index], held_out.second[index]]
             prob = float(forecasts.prob[index])
             pair = [rewards[[side]] for side in sides]
@@ -183,15 +197,15 @@ def _in_words(share: float, people: float) -> str:
     return f"{share:.0%} of the people asked preferred the first"
 
 
-def _of_different_items(order: np.ndarray, held_out: HeldOut) -> list[int]:
+def _of_different_items(order: np.ndarray, held_out: HeldOut, most: int) -> list[int]:
     seen: set[int] = set()
     chosen = []
-    for index in order:
+    for index in order if most else ():
         texts = {int(held_out.first[index]), int(held_out.second[index])}
         if not texts & seen:
             chosen.append(int(index))
             seen |= texts
-        if len(chosen) == EXAMPLES_OF_A_KIND:
+        if len(chosen) == most:
             break
     return chosen
 

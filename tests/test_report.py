@@ -86,6 +86,7 @@ def test_examples_are_the_surest_the_most_torn_and_the_wrong(held_out):
     ]
     assert [example.answers[0] for example in examples] == [f"this {i}" for i in (23, 0, 2, 3, 1, 22)]
     assert examples[0].prompt == "user: Which?" and len(examples[0].answers[1]) < 700
+    assert [len(pick_examples(rewards_of(held_out, MARGINS), held_out, each)) for each in (1, 0)] == [3, 0]
 
 
 def palettes() -> dict[str, dict[str, str]]:
