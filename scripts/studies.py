@@ -156,19 +156,21 @@ def study(name: str, args: argparse.Namespace) -> str:
                 "" if is_reference else str(compare.paired(results[variant], results[BRADLEY_TERRY], data, "nll"))
             )
             lines.append(f"| {level} | {TITLES[variant]} | " + " | ".join(cells) + " |")
+    style = "o" if any(isinstance(level, str) for level in worlds) else "o-"
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), layout="constrained")
     for axis, what in zip(axes, ("nll", "accuracy", "calibration_error", "risk_coverage_area"), strict=True):
-        for variant in variants:
+        for place, variant in enumerate(variants):
             values = np.array([_values(found[level][variant], what) for level in worlds])
-            axis.plot(
-                list(worlds), values.mean(axis=1), "o-", color=COLORS[variant], label=TITLES[variant], markersize=4
-            )
-            axis.fill_between(list(worlds), values.min(axis=1), values.max(axis=1), color=COLORS[variant], alpha=0.15)
-        axis.set(xlabel=label, ylabel=FIGURES[what][1])
-        if name == "efficiency":
-            axis.set_xscale("log")
+            means = values.mean(axis=1)
+            ranges = np.abs(np.stack([values.min(axis=1), values.max(axis=1)]) - means)
+            at = np.arange(len(worlds)) + 0.04 * place
+            color, title = COLORS[variant], TITLES[variant]
+            axis.errorbar(at, means, yerr=ranges, fmt=style, color=color, label=title, markersize=4, linewidth=1.2)
+        axis.set_ylabel(FIGURES[what][1])
+        axis.set_xticks(np.arange(len(worlds)), [str(level) for level in worlds])
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
+    figure.supxlabel(label, fontsize="medium")
     figure.savefig(args.output / f"{name}.png", dpi=160)
     return "\n".join(lines)
 
