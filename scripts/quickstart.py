@@ -16,6 +16,7 @@ ends with a report: `report.md`, `quickstart.png` and `metrics.json` in the outp
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import platform
@@ -115,21 +116,19 @@ def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     return train, HeldOut(sequences=sides, pairs=np.arange(len(sides)).reshape(-1, 2))
 
 
+@functools.cache  # both trainers are to get the same answer, however busy the machine is
 def bfloat16_is_fast() -> bool:
     """Whether bfloat16 pays: on a CUDA GPU that has it, and on a CPU with instructions for it, which is measured."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.randn(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(5):
+    matrices = [torch.randn(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(5):  # in turn, so that what else the machine does falls on both
+        for matrix, times in zip(matrices, seconds, strict=True):
             start = time.perf_counter()
             matrix @ matrix
             times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+    return min(seconds[0]) < min(seconds[1])
 
 
 def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dict[str, Any]:

@@ -10,7 +10,23 @@ from pathlib import Path
 import pytest
 
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import quickstart
+
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_both_trainers_compute_in_the_same_type_on_a_busy_machine(monkeypatch):
+    # By the clock of the first measurement bfloat16 is fast, by that of a second one it would not be.
+    steps = iter([0, 1, 0, 2] * 5 + [0, 2, 0, 1] * 5)
+    monkeypatch.setattr(quickstart.time, "perf_counter", lambda: next(steps))
+    quickstart.bfloat16_is_fast.cache_clear()
+    try:
+        first, second = (quickstart.training_settings(0, 16, by_length) for by_length in (False, True))
+        assert first["bf16"] == second["bf16"]
+    finally:
+        quickstart.bfloat16_is_fast.cache_clear()
 
 
 def run_quickstart(*arguments: str) -> str:
