@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -90,14 +90,14 @@ def estimate(
     if memory is None:
         return found
     largest = largest_batch(lambda pairs: device.estimate(pairs).total, memory)
-    return Estimate(**{**asdict(found), "fits": found.total <= memory, "largest_batch": largest})
+    return replace(found, fits=found.total <= memory, largest_batch=largest)
 
 
 def _as_sharded(settings: Settings, sharding: str) -> Settings:
     """ZeRO and FSDP compute with weights in bfloat16 where one device would cast them under autocast."""
     if sharding == "none" or settings.dtype == "float32":
         return settings
-    return Settings(**{**asdict(settings), "dtype": "bfloat16"})
+    return replace(settings, dtype="bfloat16")
 
 
 class _Device:

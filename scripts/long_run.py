@@ -5,9 +5,9 @@ Does a long run hold more and more memory? A million streamed pairs through a sm
 
 Pairs of rated tweets are drawn without end, streamed, tokenized, grouped by length and trained on by
 `DiscoRewardTrainer` as any stream is; the model is a random one of two layers with the small LM's tokenizer. It
-saves and evaluates every quarter. What the process holds (`RssAnon`) is looked at after every step, when cycles have
-been collected; it ends with a table and a picture, and fails if the last quarter held more on average than the second
-one by `--allowed` MiB.
+saves and evaluates every quarter. What the process holds (`RssAnon`) is looked at after every step, and cycles are
+collected every ten; it ends with a table and a picture, and fails if the last quarter held more on average than the
+second one by `--allowed` MiB.
 """
 
 import argparse

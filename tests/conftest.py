@@ -117,18 +117,31 @@ def tiny_llama_dir(tmp_path_factory, _session_tokenizer) -> str:
 
 
 @pytest.fixture(scope="session")
-def wider_llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
-    """The same, made as wide as the blocks in which bitsandbytes packs weights for the CPU. Read-only by custom."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def widened_llama_dir(tmp_path_factory, tiny_llama_dir) -> Callable[[int], str]:
+    """`widened_llama_dir(64)` is the same with hidden states of 64 and layers of that many in between, as wide as the
+    blocks in which bitsandbytes packs weights for the CPU. Read-only by custom."""
 
-    path: Path = tmp_path_factory.mktemp("wider-llama")
-    config = AutoConfig.from_pretrained(tiny_llama_dir, hidden_size=64, intermediate_size=64, head_dim=32)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
-    return str(path)
+    @functools.cache
+    def make(intermediate_size: int) -> str:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        path: Path = tmp_path_factory.mktemp("widened-llama")
+        sizes = {"hidden_size": 64, "intermediate_size": intermediate_size, "head_dim": 32}
+        config = AutoConfig.from_pretrained(tiny_llama_dir, **sizes)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wider_llama_dir(widened_llama_dir) -> str:
+    """The smallest of them."""
+    return widened_llama_dir(64)
 
 
 # Checkpoints of `tiny_models`, one for each architecture asked for; read-only by custom.

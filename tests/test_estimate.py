@@ -23,16 +23,10 @@ KNOWN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2
 FLOAT32 = Settings(length=32, dtype="float32", gradient_checkpointing=False, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
+@pytest.fixture
+def llama_dir(widened_llama_dir) -> str:
     """The tests' tiny Llama, made wide enough for blocks of 4-bit weights and of 8-bit states."""
-    path = tmp_path_factory.mktemp("estimated-llama")
-    config = AutoConfig.from_pretrained(tiny_llama_dir, hidden_size=64, intermediate_size=128, head_dim=32)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
-    return str(path)
+    return widened_llama_dir(128)
 
 
 class GradientBytes(TrainerCallback):
