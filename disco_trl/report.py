@@ -199,14 +199,14 @@ def _in_words(share: float, people: float) -> str:
 
 def _of_different_items(order: np.ndarray, held_out: HeldOut, most: int) -> list[int]:
     seen: set[int] = set()
-    chosen = []
-    for index in order if most else ():
+    chosen: list[int] = []
+    for index in order:
+        if len(chosen) >= most:
+            break
         texts = {int(held_out.first[index]), int(held_out.second[index])}
         if not texts & seen:
             chosen.append(int(index))
             seen |= texts
-        if len(chosen) == most:
-            break
     return chosen
 
 
