@@ -8,11 +8,13 @@ import binascii
 import contextlib
 import hmac
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect
 
 from .scoring import TOKENS_PER_BATCH
 from .wire import RefusalError
@@ -57,7 +59,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "disco_request_seconds",
-            "From the first byte of a request to its answer.",
+            "From the first byte of a request to the end of its answer.",
             ["path"],
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
             registry=self.registry,
@@ -85,7 +87,9 @@ class Gate:
     """ASGI middleware: lets in requests of known clients whose body is within the limits, and watches them leave.
 
     A body is read whole before anything else sees it, and counted while it is read: `Content-Length` may be missing or
-    wrong. A client that disconnects has its request cancelled.
+    wrong. A client that disconnects has its request cancelled. One that is refused may go on sending for what is left
+    of `body_seconds`, and nobody looks at it: a connection closed on bytes that were not read is reset, and the answer
+    may be lost with it (RFC 9112, 9.6).
     """
 
     def __init__(self, app: Any, limits: Limits, metrics: Metrics, token: str | None):
@@ -110,24 +114,29 @@ class Gate:
                 status = str(message["status"])
             await send(message)
 
-        body = bytearray()
+        chunks = _chunks(receive, asyncio.get_running_loop().time() + self.limits.body_seconds)
         try:
-            headers = dict(scope["headers"])
-            self._check_token(scope["path"], headers)
-            if not await self._read(receive, headers, body):
-                return
-            await self._answer(scope, receive, send_and_note_status, bytes(body))
+            await self._admit(scope, receive, send_and_note_status, chunks)
         except RefusalError as refusal:
-            # The rest of the body, if there is one, stays unread, so the connection cannot go on.
-            response = refusal_response(refusal, {"Connection": "close"})
-            await response(scope, receive, send_and_note_status)
+            await _refuse(refusal, send_and_note_status, chunks)
+        except ClientDisconnect:
+            pass
         except Exception:
             status = "500"
             raise
         finally:
-            self._bodies_bytes -= len(body)
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+    async def _admit(self, scope: Any, receive: Any, send: Any, chunks: AsyncIterator[bytes]) -> None:
+        headers = dict(scope["headers"])
+        self._check_token(scope["path"], headers)
+        body = bytearray()
+        try:
+            await self._read(chunks, headers, body)
+            await self._answer(scope, receive, send, bytes(body))
+        finally:
+            self._bodies_bytes -= len(body)
 
     def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self.token is None or path == "/health":
@@ -145,28 +154,20 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _read(self, receive: Any, headers: dict[bytes, bytes], body: bytearray) -> bool:
-        """Fill `body`; False if the client left before its end."""
+    async def _read(self, chunks: AsyncIterator[bytes], headers: dict[bytes, bytes], body: bytearray) -> None:
         limit = self.limits.max_body_bytes
         too_large = RefusalError(413, f"the body is larger than {limit} bytes; send fewer texts at once")
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
             raise too_large
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return False
-                    chunk = message.get("body", b"")
-                    if len(body) + len(chunk) > limit:
-                        raise too_large
-                    if self._bodies_bytes + len(chunk) > self.limits.max_bodies_bytes:
-                        raise RefusalError(503, "too many requests at once", headers={"Retry-After": "1"})
-                    self._bodies_bytes += len(chunk)
-                    body += chunk
-                    if not message.get("more_body", False):
-                        return True
+            async for chunk in chunks:
+                if len(body) + len(chunk) > limit:
+                    raise too_large
+                if self._bodies_bytes + len(chunk) > self.limits.max_bodies_bytes:
+                    raise RefusalError(503, "too many requests at once", headers={"Retry-After": "1"})
+                self._bodies_bytes += len(chunk)
+                body += chunk
         except TimeoutError:
             raise RefusalError(408, f"the body did not arrive in {self.limits.body_seconds:g} s") from None
 
@@ -187,6 +188,34 @@ class Gate:
         finally:
             answering.cancel()
             leaving.cancel()
+
+
+async def _chunks(receive: Any, deadline: float) -> AsyncIterator[bytes]:
+    """A request's body as it arrives; who iterates again goes on where the last one stopped.
+
+    Raises:
+        TimeoutError: the event loop's clock reached `deadline` before the body's end.
+        ClientDisconnect: the client left before its end.
+    """
+    more = True
+    while more:
+        async with asyncio.timeout_at(deadline):
+            message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+async def _refuse(refusal: RefusalError, send: Any, chunks: AsyncIterator[bytes]) -> None:
+    """Send all of the refusal, let the rest of the body go by, and only then end the answer and the connection."""
+    response = refusal_response(refusal, {"Connection": "close"})
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async for _ in chunks:
+            pass
+    await send({"type": "http.response.body"})
 
 
 def refusal_response(refusal: RefusalError, headers: dict[str, str] | None = None) -> JSONResponse:

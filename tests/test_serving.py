@@ -336,10 +336,27 @@ HEAD = b"POST /score HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\
     ids=["announced", "chunked"],
 )
 def test_a_body_is_not_read_beyond_the_limit(reward, parts):
-    with serve(reward, max_body_bytes=1000) as url:
+    with serve(reward, max_body_bytes=1000, body_seconds=0.5) as url:
         answer = raw(url, *parts)
         assert b" 413 " in answer.splitlines()[0] and b"larger than 1000 bytes" in answer
         assert metric(url, "disco_requests_total", path="/score", status="413") == 1
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 20000000", b"Transfer-Encoding: chunked"])
+def test_who_is_refused_may_end_the_body_and_loses_no_answer(reward, length):
+    with serve(reward, max_body_bytes=1000) as url:
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+            connection.sendall(HEAD + length + b"\r\n\r\n")
+            if b"chunked" in length:
+                connection.sendall(b"1312d00\r\n" + b" " * 2000)
+            answer = connection.recv(65536)
+            # Were the connection closed by now, these bytes would be answered by a reset.
+            connection.sendall(b" " * (20_000_000 - 2000 * (b"chunked" in length)))
+            connection.sendall(b"\r\n0\r\n\r\n" * (b"chunked" in length))
+            while chunk := connection.recv(65536):
+                answer += chunk
+        assert b" 413 " in answer.splitlines()[0] and b"larger than 1000 bytes" in answer
 
 
 def test_a_body_that_never_comes_is_not_waited_for(reward):
