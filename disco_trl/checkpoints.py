@@ -19,7 +19,7 @@ from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .loading import save_adapter_settings
+from .adapters import save_adapter_settings
 
 
 logger = get_logger(__name__)

@@ -14,16 +14,22 @@ A row of a preference dataset is one person's forced choice of `chosen`, unless 
 Any of them may be missing (None or NaN) in any row.
 """
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from .config import DiscoRewardConfig
 
 
 VOTES = ("chosen_votes", "rejected_votes")
@@ -159,6 +165,11 @@ def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
     return [(a, b) if ranks[a] <= ranks[b] else (b, a) for a, b in combinations(range(len(ranks)), 2)]
 
 
+def are_some_tied(ranks: Sequence[Any]) -> bool:
+    """Whether some answers of a ranking are equal. (What is no number is for `find_problem` to refuse.)"""
+    return len({as_number(rank) for rank in ranks}) < len(ranks)
+
+
 # Datasets
 
 
@@ -192,8 +203,7 @@ class Survey:
         ranks = row.get("ranks")
         if isinstance(ranks, list) and ranks:
             self.ranking_sizes.add(len(ranks))
-            # (What is no number may not be hashable either.)
-            self.has_ties |= len({rank for rank in ranks if as_number(rank) is not None}) < len(ranks)
+            self.has_ties |= are_some_tied(ranks)
             return
         self.has_pairs = True
         self.has_ties |= as_truth(row.get("tie")) is True
@@ -214,6 +224,39 @@ def survey(dataset: Dataset | IterableDataset) -> Survey:
     # Of a dataset without judgements no row was looked at.
     found.has_pairs |= not found.ranking_sizes
     return found
+
+
+def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
+    """
+    What is learned, or given, of how people answer: the settings of a `disco_trl.heads.LikelihoodHead`.
+
+    Args:
+        args: what the user gives.
+        found: in the training data.
+
+    Raises:
+        ValueError: one rating, or too many different ones.
+    """
+    settings: dict[str, Any] = {}
+    if args.location_error or (args.location_error is None and found.has_several_ratings):
+        settings["location_error"] = True
+    if found.has_ties or args.tie_width is not None:
+        settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
+    if args.label_noise is None:
+        settings["label_noise"] = "learned"
+    elif args.label_noise > 0:
+        settings["label_noise"] = float(args.label_noise)
+    if args.rating_values is not None:
+        settings["rating_values"] = [float(value) for value in args.rating_values]
+    elif found.ratings:
+        settings["rating_values"] = sorted(found.ratings)
+    if not 2 <= len(settings.get("rating_values", (0, 1))) <= MOST_RATING_VALUES:
+        raise ValueError(
+            f"train dataset, columns 'chosen_rating' and 'rejected_rating': {len(settings['rating_values'])} "
+            f"different ratings, where 2 to {MOST_RATING_VALUES} can be told apart; round them, or give all there can "
+            "be in rating_values"
+        )
+    return settings
 
 
 def check_answerable(
@@ -287,19 +330,19 @@ class Judgements:
     rating_counts: Tensor | None = None
 
     @classmethod
-    def forced_choices(cls, count: int, device: torch.device, margin: Tensor | None = None) -> "Judgements":
+    def forced_choices(cls, count: int, device: torch.device, margin: Tensor | None = None) -> Judgements:
         """One vote for each chosen side, as a dataset without any of the columns has."""
         zeros = torch.zeros(count, device=device)
         return cls(zeros + 1, zeros, zeros, zeros, zeros if margin is None else margin, zeros + 1)
 
     @classmethod
-    def of_batch(cls, batch: dict[str, Any]) -> "Judgements | None":
+    def of_batch(cls, batch: dict[str, Any]) -> Judgements | None:
         """Take out of a batch what `to_tensors` put there, if it put anything."""
         table, rating_counts = batch.pop("judgements", None), batch.pop("rating_counts", None)
         return None if table is None else cls.of_table(table, rating_counts)
 
     @classmethod
-    def of_table(cls, table: Tensor, rating_counts: Tensor | None = None) -> "Judgements":
+    def of_table(cls, table: Tensor, rating_counts: Tensor | None = None) -> Judgements:
         """From what :attr:`table` is."""
         wins, losses, ties, tie_allowed, margin, weight = table.unbind(dim=-1)
         return cls(wins, losses, ties, tie_allowed, margin, weight, rating_counts)
@@ -345,7 +388,7 @@ def to_tensors(
         if not is_missing(example.get("ranks")):
             ranks = example["ranks"]
             pairs = ranked_pairs(ranks)
-            allowed = float(len(set(ranks)) < len(ranks))
+            allowed = float(are_some_tied(ranks))
             said = [(0.0, 0.0, 1.0) if ranks[a] == ranks[b] else (1.0, 0.0, 0.0) for a, b in pairs]
         else:
             allowed = float(not is_missing(example.get("tie")))

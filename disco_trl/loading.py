@@ -10,17 +10,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from accelerate.utils import is_peft_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -29,19 +27,22 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import cached_file, find_adapter_config_file, logging
+from transformers.utils import find_adapter_config_file, logging
 
+from .adapters import (
+    ADAPTER_SETTINGS_FILE,
+    HUB_KEYWORDS,
+    adapter_shapes,
+    find_file,
+    keep_to_one_family,
+    read_settings,
+)
 from .heads import DiscoHead
 from .modeling import disco_class, merge_likelihood, resolve_settings
 
 
 logger = logging.get_logger(__name__)
 
-ADAPTER_SETTINGS_FILE = "disco_config.json"
-"""Holds an adapter's `reward_family` and `fixed_scale`. (Not `config.json`: with that beside the adapter,
-`AutoModelForSequenceClassification.from_pretrained(adapter_dir)` would look for a full model there.)"""
-
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 LANGUAGE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 
 
@@ -162,17 +163,17 @@ def _load_adapter(
     # Settings
     with _naming_bad_files(path, TypeError):
         peft_config = PeftConfig.from_pretrained(path, **hub_kwargs)
-    settings_file = _find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
+    settings_file = find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
     stored = None
     if settings_file is not None:
-        stored = _read_settings(settings_file)
+        stored = read_settings(settings_file)
         settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
         reward_family, fixed_scale = settings["reward_family"], settings["fixed_scale"]
-    weights_file = _find_file(path, "adapter_model.safetensors", hub_kwargs)
+    weights_file = find_file(path, "adapter_model.safetensors", hub_kwargs)
     if weights_file is None:
         raise ValueError(f"{path}: the adapter has no adapter_model.safetensors (pickled weights are not loaded)")
     with _naming_bad_files(path):
-        shapes = _adapter_shapes(weights_file)
+        shapes = adapter_shapes(weights_file)
 
     # Base model
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
@@ -207,7 +208,7 @@ def _load_adapter(
 
     # What training changed in the base model, and an adapter has no config.json to say: vocabulary and padding token
     _resize_vocabulary(base, shapes, peft_config, path)
-    if _find_file(path, "tokenizer_config.json", hub_kwargs) is not None:
+    if find_file(path, "tokenizer_config.json", hub_kwargs) is not None:
         pad_token_id = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs).pad_token_id
         if pad_token_id is not None:
             base.config.get_text_config().pad_token_id = pad_token_id
@@ -222,81 +223,6 @@ def _load_adapter(
     _check_finite(base, path)
     keep_to_one_family(model)
     return model
-
-
-class _OneFamily:
-    """A `PeftModel` whose adapters all are of one family and fixed scale, which are saved with each of them.
-
-    A mixin before PEFT's own class.
-    """
-
-    def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
-        saved = cast(Any, super()).save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            save_adapter_settings(self, Path(save_directory))
-        return saved
-
-    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self
-        _check_same_settings(model.get_base_model(), os.fspath(model_id), kwargs)
-        return cast(Any, super()).load_adapter(model_id, adapter_name, *args, **kwargs)
-
-
-def keep_to_one_family(model: Any) -> None:
-    """Make a `PeftModel` around a disco model save family and fixed scale, and refuse adapters of others, in place.
-
-    PEFT neither writes nor reads :data:`ADAPTER_SETTINGS_FILE`: it would put a Cauchy adapter's head beside a normal
-    one's, and the scale of either would be read as the first one's. `set_adapter` and `add_weighted_adapter` take only
-    what `load_adapter` has let in.
-    """
-    if not isinstance(model, _OneFamily):
-        kind = type(model)
-        # It keeps PEFT's name, which is what a user sees and PEFT's model card says.
-        model.__class__ = type(
-            kind.__name__, (_OneFamily, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__}
-        )
-
-
-def save_adapter_settings(model: Any, directory: Path) -> None:
-    """Write :data:`ADAPTER_SETTINGS_FILE` beside each adapter of a `PeftModel` around a disco model."""
-    settings = json.dumps(model.get_base_model().config.disco, indent=2) + "\n"
-    for name in model.peft_config:
-        # PEFT gives every adapter but the one called "default" a folder of its own.
-        folder = directory / ("" if name == "default" else name)
-        if folder.is_dir():  # else this adapter was not among those to save
-            (folder / ADAPTER_SETTINGS_FILE).write_text(settings, encoding="utf-8")
-
-
-def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
-    hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
-    own = base.config.disco
-    settings_file = _find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
-    weights_file = _find_file(path, "adapter_model.safetensors", hub_kwargs)
-    if settings_file is not None:
-        other = resolve_settings(_read_settings(settings_file), where=path)
-        if other != own:
-            raise ValueError(
-                f"{path}: the adapter was trained with {_settings_in_words(other)}, but this model and its adapters "
-                f"with {_settings_in_words(own)}; rewards of the two cannot be compared or merged. Load it on its own"
-            )
-    elif weights_file is not None and any(
-        key.startswith(f"{base.head_name}.scale.") for key in _adapter_shapes(weights_file)
-    ):
-        raise ValueError(
-            f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; put "
-            "that file there if you know the family"
-        )
-
-
-def _find_file(path: str, name: str, hub_kwargs: dict[str, Any]) -> str | None:
-    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-
-
-def _read_settings(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); save the adapter again") from error
 
 
 @contextlib.contextmanager
@@ -315,20 +241,6 @@ def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator
         ) from error
     except configuration as error:
         raise ValueError(f"{path}: its configuration is not what it should be ({error}); {mend}") from error
-
-
-def _settings_in_words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
-
-
-def _adapter_shapes(weights_file: str) -> dict[str, list[int]]:
-    """Names of an adapter's tensors, as they are in the model, and their shapes."""
-    with safe_open(weights_file, framework="pt") as file:
-        # PEFT's own prefix, which prompt learning writes without "model."
-        return {
-            key.removeprefix("base_model.").removeprefix("model."): file.get_slice(key).get_shape()
-            for key in file.keys()
-        }
 
 
 def _resize_vocabulary(base: Any, shapes: dict[str, list[int]], peft_config: Any, path: str) -> None:

@@ -31,10 +31,10 @@ from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import disable_dropout_in_model
 
 from . import prefix_sharing
+from .adapters import save_reward_head
 from .forest import pack
 from .loading import stock_class
 from .modeling import disco_class, resolve_settings
-from .trainer import save_reward_head
 
 
 METHODS = ("full", "lora", "qlora")

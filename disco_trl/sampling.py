@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 
 from .data import RANKED_IDS, TOKENIZED_PAIR
@@ -252,6 +252,30 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         turns[[0, heaviest]] = turns[[heaviest, 0]]
         for turn in turns:
             yield from groups[turn].reshape(self.num_processes, -1).tolist()
+
+
+def with_batches(loader: DataLoader, batches: Sampler[list[int]], accelerator: Any) -> DataLoader:
+    """
+    The same loader with other batches: the Trainer (to transformers 5.23) takes no batch sampler but its own.
+
+    Args:
+        loader: of the Trainer, already prepared.
+        batches: the indices of each.
+        accelerator: of the Trainer.
+    """
+    options = [
+        *("collate_fn", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor"),
+        *("worker_init_fn", "multiprocessing_context", "in_order"),
+    ]
+    other: DataLoader = DataLoader(
+        loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in options}
+    )
+    # accelerate 1.10 refuses to even out batches of various sizes, and there is nothing to even out.
+    even_batches, accelerator.even_batches = accelerator.even_batches, False
+    try:
+        return accelerator.prepare_data_loader(other)
+    finally:
+        accelerator.even_batches = even_batches
 
 
 # Epochs

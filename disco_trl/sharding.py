@@ -65,6 +65,20 @@ def check_parallelism(
             )
 
 
+def keep_head_apart(accelerator: Any) -> None:
+    """With FSDP2, have `accelerator.prepare` make each reward head a unit of its own; else leave it as it is."""
+    if not getattr(accelerator, "is_fsdp2", False):
+        return
+    prepare = accelerator.prepare
+
+    @functools.wraps(prepare)
+    def prepare_with_head(*args: Any, **kwargs: Any) -> Any:
+        with head_as_its_own_unit():
+            return prepare(*args, **kwargs)
+
+    accelerator.prepare = prepare_with_head
+
+
 @contextlib.contextmanager
 def head_as_its_own_unit() -> Iterator[None]:
     """

@@ -32,6 +32,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
+from .adapters import keep_to_one_family, save_reward_head
 from .calibration import MEMORY_FILE, Calibration, HeadMemory
 from .checkpoints import PushWithSettings, last_whole_checkpoint, why_torn
 from .collation import ANSWERS, DataCollatorForDiscoPreference
@@ -40,18 +41,24 @@ from .data import RANKED_IDS, ROW_COLUMN, check_preferences
 from .distributions import get_family
 from .epistemic import MOST_DIRECTIONS, Posterior
 from .guard import FiniteGuard
-from .judgements import JUDGEMENT_COLUMNS, MOST_RATING_VALUES, Judgements, Survey, check_answerable, survey
+from .judgements import JUDGEMENT_COLUMNS, Judgements, Survey, check_answerable, likelihood_settings, survey
 from .likelihood import log_likelihood
-from .loading import keep_to_one_family
 from .metrics import pair_figures, summarize, summarize_rewards
 from .model_card import make_model_card
 from .modeling import DiscoRewardModel, upgrade
 from .prefix_sharing import prepare
 from .preparation import check_token_ids, expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
-from .sampling import LengthGroupedSampler, SamplerEpoch, TokenBudgetBatchSampler, group_stream, pair_lengths
+from .sampling import (
+    LengthGroupedSampler,
+    SamplerEpoch,
+    TokenBudgetBatchSampler,
+    group_stream,
+    pair_lengths,
+    with_batches,
+)
 from .scoring import vocabulary_size
 from .search import Beginning, space_around
-from .sharding import check_parallelism, head_as_its_own_unit
+from .sharding import check_parallelism, keep_head_apart
 
 
 logger = get_logger(__name__)
@@ -161,7 +168,7 @@ class DiscoRewardTrainer(RewardTrainer):
 
         # What there is to learn beside the rewards
         surveyed = survey(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else Survey()
-        likelihood = _likelihood_settings(args, surveyed)
+        likelihood = likelihood_settings(args, surveyed)
 
         # Model and PEFT. TRL builds a string model between seeding and wrapping it, with its own rules for dtype,
         # devices and revision, so that is where ours has to come in.
@@ -285,15 +292,7 @@ class DiscoRewardTrainer(RewardTrainer):
         super().create_accelerator_and_postprocess()
         # (Tensor parallelism may have come with the model.)
         check_parallelism(parallelism=getattr(self.accelerator, "parallelism_config", None))
-        if getattr(self.accelerator, "is_fsdp2", False):
-            prepare_for_accelerate = self.accelerator.prepare
-
-            @functools.wraps(prepare_for_accelerate)
-            def prepare_with_head(*args: Any, **kwargs: Any) -> Any:
-                with head_as_its_own_unit():
-                    return prepare_for_accelerate(*args, **kwargs)
-
-            self.accelerator.prepare = prepare_with_head
+        keep_head_apart(self.accelerator)
 
     def _why_no_prefix_sharing(self) -> str | None:
         if self.args.torch_compile:
@@ -360,20 +359,7 @@ class DiscoRewardTrainer(RewardTrainer):
             drop_last=self.args.dataloader_drop_last,
         )
         self._pairs_per_batch = sampler.pairs_per_batch
-        # The same loader with other batches: the Trainer (to transformers 5.23) takes no batch sampler but its own.
-        options = [
-            *("collate_fn", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor"),
-            *("worker_init_fn", "multiprocessing_context", "in_order"),
-        ]
-        batches: DataLoader = DataLoader(
-            loader.dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in options}
-        )
-        # accelerate 1.10 refuses to even out batches of various sizes, and there is nothing to even out.
-        even_batches, self.accelerator.even_batches = self.accelerator.even_batches, False
-        try:
-            return self.accelerator.prepare_data_loader(batches)
-        finally:
-            self.accelerator.even_batches = even_batches
+        return with_batches(loader, sampler, self.accelerator)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is not None:  # the caller's own
@@ -616,43 +602,3 @@ def _lend_model_class(args: DiscoRewardConfig, adopt: Callable[[Any], None]) -> 
         yield
     finally:
         setattr(trl_reward_trainer, name, original)
-
-
-def _likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
-    """What is learned, or given, of how people answer: the settings of a `disco_trl.heads.LikelihoodHead`."""
-    settings: dict[str, Any] = {}
-    if args.location_error or (args.location_error is None and found.has_several_ratings):
-        settings["location_error"] = True
-    if found.has_ties or args.tie_width is not None:
-        settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
-    if args.label_noise is None:
-        settings["label_noise"] = "learned"
-    elif args.label_noise > 0:
-        settings["label_noise"] = float(args.label_noise)
-    if args.rating_values is not None:
-        settings["rating_values"] = [float(value) for value in args.rating_values]
-    elif found.ratings:
-        settings["rating_values"] = sorted(found.ratings)
-    if not 2 <= len(settings.get("rating_values", (0, 1))) <= MOST_RATING_VALUES:
-        raise ValueError(
-            f"train dataset, columns 'chosen_rating' and 'rejected_rating': {len(settings['rating_values'])} "
-            f"different ratings, where 2 to {MOST_RATING_VALUES} can be told apart; round them, or give all there can "
-            "be in rating_values"
-        )
-    return settings
-
-
-def save_reward_head(peft_config: Any, model: DiscoRewardModel) -> None:
-    """Have PEFT train and save the reward head, and whatever else the checkpoint of the base did not bring."""
-    # With any other task type PEFT expects a model that generates, and all-linear takes the head for a target.
-    peft_config.task_type = "SEQ_CLS"
-    if not hasattr(peft_config, "modules_to_save"):  # prompt learning: the task type alone saves the head
-        return
-    modules = list(peft_config.modules_to_save or [])
-    for name in (model.head_name, *model.newly_initialized):
-        # A head inside a block (RoBERTa's classifier.out_proj) is saved with the whole block. PEFT itself adds the
-        # modules called score and classifier.
-        module = name.split(".")[0] if name.startswith(model.head_name.split(".")[0]) else name
-        if module not in ("score", "classifier", *modules):
-            modules.append(module)
-    peft_config.modules_to_save = modules or None

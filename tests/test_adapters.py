@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from disco_trl import DiscoRewardModel
-from disco_trl.loading import ADAPTER_SETTINGS_FILE
+from disco_trl.adapters import ADAPTER_SETTINGS_FILE
 from disco_trl.scoring import score
 from disco_trl.tokenization import tokenize
 

@@ -40,7 +40,7 @@ from tiny_models import (
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from disco_trl import DiscoRewardModel
-from disco_trl.loading import ADAPTER_SETTINGS_FILE
+from disco_trl.adapters import ADAPTER_SETTINGS_FILE
 from disco_trl.modeling import upgrade
 
 
