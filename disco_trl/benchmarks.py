@@ -318,7 +318,8 @@ def _read_llm_bar(row: Row) -> Item:
     if label not in (1, 2):
         raise BadRow("label", shown(row["label"]), "it has to be 1 or 2")
     answers = [dialogue(_text(row, "input"), _text(row, name)) for name in ("output_1", "output_2")]
-    return Item(answers, [Comparison(0, 1, float(label == 1))], str(row.get("subset") or ""))
+    subset = row.get("subset")
+    return Item(answers, [Comparison(0, 1, float(label == 1))], "" if is_missing(subset) else str(subset))
 
 
 def _summarize_by_subset(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:

@@ -66,7 +66,7 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
 
     def _pairs(self, example: dict[str, Any]) -> list[dict[str, Any]]:
         """The pairs of token sequences that an example stands for, as TRL's collator takes them."""
-        margin = {"margin": example["margin"]} if "margin" in example else {}
+        margin = {"margin": float(example["margin"])} if "margin" in example else {}
         if is_missing(example.get("ranks")):
             sides = [tuple(as_list(example[side]) for side in TOKENIZED_PAIR)]
         else:

@@ -360,7 +360,11 @@ def _from_sharegpt(row: Row) -> list[Row]:
     converted: Row = {"prompt": messages}
     for side in ("chosen", "rejected"):
         converted[side] = [_message(side, row.get(side))]
-    return [converted | ({"tools": row["tools"] or None} if "tools" in row else {})]
+    if "tools" in row:
+        tools = row["tools"]
+        is_empty = is_missing(tools) or (isinstance(tools, str) and not tools)
+        converted["tools"] = None if is_empty else tools
+    return [converted]
 
 
 def _message(column: str, turn: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .data import tokenized_pair
-from .judgements import RATINGS, as_ratings, is_missing
+from .judgements import RATINGS, are_some_tied, as_ratings, is_missing
 from .rows import Row
 
 
@@ -149,7 +149,7 @@ class DataSurvey:
             self._add_pair(row, number, prompt, answers)
         else:
             self.terms["rankings"] += 1
-            self.terms["ranked ties"] += len(set(row["ranks"])) < len(row["ranks"])
+            self.terms["ranked ties"] += are_some_tied(row["ranks"])
             self.ranked.append(len(answers))
             self.lengths["ranked answers"].extend(map(len, answers))
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .judgements import is_missing
+
 
 class SpecialTokens:
     """
@@ -79,11 +81,10 @@ def _tokenize(
 
 def chat_template_arguments(example: dict[str, Any]) -> dict[str, Any]:
     """What a row says to the chat template: its `tools` (a list, or JSON of one) and `chat_template_kwargs`."""
-    tools = example.get("tools")
-    return {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(example.get("chat_template_kwargs") or {}),
-    }
+    tools, kwargs = (
+        None if is_missing(value) else value for value in map(example.get, ("tools", "chat_template_kwargs"))
+    )
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
 
 
 def tokenize_pair(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

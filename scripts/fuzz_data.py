@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -156,6 +157,7 @@ ODD: list[Any] = [
     *({"from": "gpt", "value": "a"}, {"from": ["x"], "value": 1}, {"chat_template": "{{ messages | no_filter }}"}),
     *({"tokenize": False}, {"content": 1}, {"conversation": 1}, {"add_generation_prompt": "x"}, b"\xff", nested(150)),
     *(list(range(300)), ["a"] * 300, torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor([]), object()),
+    *(np.array(1), np.array([1, 2]), np.array([]), np.float32("nan"), np.array([["a", "b"]]), np.bool_(True)),
 ]
 NAMES = sorted({name for row in SOUND for name in row} | {"messages", "text", "source", "category"})
 

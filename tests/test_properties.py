@@ -1,9 +1,11 @@
 """What has to hold whatever comes in: the maths, the collator, the converters, the check of rows."""
 
 import importlib.util
+import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,6 +160,28 @@ def test_a_row_is_sound_or_its_problem_has_a_place_and_a_mend(fuzz, seed):
     if problem is not None:
         assert all(isinstance(part, str) and part for part in problem)
         assert len(problem.wrong) < 1000  # however long the value is
+
+
+PAIR = {"prompt": "Two and two? ", "chosen": "Four.", "rejected": "Five."}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Two and two?"}],
+    **{side: {"from": "gpt", "value": value} for side, value in (("chosen", "Four."), ("rejected", "Five."))},
+}
+LLM_BAR = {"input": "Two and two?", "output_1": "Four.", "output_2": "Five.", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("step", "row"),
+    [
+        ("train", PAIR | {"margin": np.array(1.0)}),
+        ("train", {"completions": ["4", "5", "6"], "ranks": [1, 3, 1], "chat_template_kwargs": math.nan}),
+        ("train", {"completions": ["4", "5", "6"], "ranks": [np.array(1), 3, 1]}),
+        ("convert", SHAREGPT | {"tools": torch.tensor([1, 2])}),
+        ("evaluate", LLM_BAR | {"subset": torch.tensor([1, 2])}),
+    ],
+)
+def test_what_the_fuzzer_found_stays_mended(fuzz, step, row):
+    getattr(fuzz.DataPath(), step)(row)
 
 
 def test_the_fuzzer_tells_a_find_from_a_refusal(fuzz, monkeypatch, capsys):
