@@ -52,10 +52,14 @@ class Problem(NamedTuple):
     mend: str
 
 
+def _plain(value: Any) -> Any:
+    """The number in an array of no dimension, which a stream in the format of NumPy or torch has in its place."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def is_missing(value: Any) -> bool:
     """Whether a row has nothing in a column: None, NaN, or an empty list."""
-    if getattr(value, "ndim", None) == 0:  # a stream in the format of NumPy or torch
-        value = value.item()
+    value = _plain(value)
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, list) and not value)
 
 
@@ -69,15 +73,13 @@ def shown(value: Any) -> str:
 
 def as_number(value: Any) -> float | None:
     """The value as a number that float32 holds too, or None if it is none; True and False are not numbers."""
-    if getattr(value, "ndim", 0):  # an array, and no number
-        return None
-    value = value.item() if hasattr(value, "item") else value
+    value = _plain(value)
     return value if type(value) in (int, float) and abs(value) <= LARGEST else None
 
 
 def as_truth(value: Any) -> bool | None:
     """The value as true or false, which 1 and 0 are as well, or None if it is neither."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    value = _plain(value)
     return bool(value) if isinstance(value, int | float) and value in (True, False) else None
 
 
@@ -86,7 +88,7 @@ def as_ratings(value: Any) -> list[Any]:
     if is_missing(value):
         return []
     value = value.tolist() if hasattr(value, "tolist") else value
-    return value if isinstance(value, list) else [value]
+    return [_plain(rating) for rating in value] if isinstance(value, list) else [value]
 
 
 # Rows

@@ -174,6 +174,7 @@ LLM_BAR = {"input": "Two and two?", "output_1": "Four.", "output_2": "Five.", "l
     ("step", "row"),
     [
         ("train", PAIR | {"margin": np.array(1.0)}),
+        ("train", PAIR | {"chosen_rating": [np.array(1.0), 4], "rejected_rating": 1}),
         ("train", {"completions": ["4", "5", "6"], "ranks": [1, 3, 1], "chat_template_kwargs": math.nan}),
         ("train", {"completions": ["4", "5", "6"], "ranks": [np.array(1), 3, 1]}),
         ("convert", SHAREGPT | {"tools": torch.tensor([1, 2])}),
