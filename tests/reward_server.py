@@ -15,6 +15,11 @@ from disco_trl.gate import Limits
 from disco_trl.serving import create_app
 
 
+QUESTION = [{"role": "user", "content": "How is the film?"}]
+ANSWERS = ["Good.", "People like it a lot, not all of them.", "It is short.", "The answer is Paris, and the piano."]
+MESSAGES = [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
+
+
 def tiny_reward(path: str, tokenizer, transform: str = "mean", **options) -> DiscoReward:
     """A reward function around a tiny model with a head that tells texts apart."""
     return DiscoReward(randomize_heads(DiscoRewardModel.from_pretrained(path)), tokenizer, transform, **options)

@@ -12,7 +12,7 @@ import pytest
 import requests
 import torch
 from datasets import Dataset
-from reward_server import held_up, serve, tiny_reward
+from reward_server import ANSWERS, MESSAGES, QUESTION, held_up, serve, tiny_reward
 from tiny_training import TOOL
 from trl import GRPOConfig, GRPOTrainer
 
@@ -20,11 +20,6 @@ import disco_trl.verl
 from disco_trl.client import RemoteReward, ScoreClient, ServerError
 from disco_trl.tokenization import tokenize
 from disco_trl.transforms import get_transform
-
-
-QUESTION = [{"role": "user", "content": "How is the film?"}]
-ANSWERS = ["Good.", "People like it a lot, not all of them.", "It is short.", "The answer is Paris, and the piano."]
-MESSAGES = [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
 
 
 @pytest.fixture

@@ -14,18 +14,13 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 import torch
-from reward_server import held_up, serve, tiny_reward
+from reward_server import ANSWERS, MESSAGES, QUESTION, held_up, serve, tiny_reward
 from tiny_training import TOOL
 from tokenizers.processors import TemplateProcessing
 
 from disco_trl.serving import RenderedTexts, main
 from disco_trl.tokenization import tokenize
 from disco_trl.transforms import get_transform
-
-
-QUESTION = [{"role": "user", "content": "How is the film?"}]
-ANSWERS = ["Good.", "People like it a lot, not all of them.", "It is short.", "The answer is Paris, and the piano."]
-MESSAGES = [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
 
 
 @pytest.fixture
