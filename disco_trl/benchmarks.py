@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from .data import tokenized_pair
 from .data_formats import BadRow, first_of, prompt_messages
-from .judgements import as_number, as_ratings, is_missing, shown
+from .judgements import as_number, as_ratings, as_truth, is_missing, shown
 from .rows import Row
 
 
@@ -367,11 +367,11 @@ def read_preference(row: Row) -> Item:
 
 def _judged(row: Row) -> Comparison:
     if not is_missing(row.get("chosen_votes")):
-        wins, losses = row["chosen_votes"], row["rejected_votes"]
+        wins, losses = float(row["chosen_votes"]), float(row["rejected_votes"])
         return Comparison(0, 1, wins / (wins + losses) if wins + losses else 0.5, wins + losses)
     if not is_missing(row.get("preference_probability")):
-        return Comparison(0, 1, row["preference_probability"])
-    return Comparison(0, 1, 0.5 if row.get("tie") else 1.0)
+        return Comparison(0, 1, float(row["preference_probability"]))
+    return Comparison(0, 1, 0.5 if as_truth(row.get("tie")) else 1.0)
 
 
 BENCHMARKS = {

@@ -153,6 +153,7 @@ def test_weights_are_repetitions(name):
         ({"preference_probability": 0.6}, 0.6, 1),
         ({"tie": True}, 0.5, 1),
         ({"tie": False}, 1, 1),
+        ({"tie": float("nan")}, 1, 1),
     ],
 )
 def test_what_was_said_of_a_pair(judgement, target, people):

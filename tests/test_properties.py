@@ -179,6 +179,7 @@ LLM_BAR = {"input": "Two and two?", "output_1": "Four.", "output_2": "Five.", "l
         ("train", {"completions": ["4", "5", "6"], "ranks": [np.array(1), 3, 1]}),
         ("convert", SHAREGPT | {"tools": torch.tensor([1, 2])}),
         ("evaluate", LLM_BAR | {"subset": torch.tensor([1, 2])}),
+        ("evaluate", PAIR | {"chosen_votes": np.array(1), "rejected_votes": torch.tensor(1.0)}),
     ],
 )
 def test_what_the_fuzzer_found_stays_mended(fuzz, step, row):
