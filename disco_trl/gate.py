@@ -14,7 +14,6 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from starlette.requests import ClientDisconnect
 
 from .scoring import TOKENS_PER_BATCH
 from .wire import RefusalError
@@ -83,6 +82,10 @@ class Metrics:
         self.model_seconds.inc(seconds)
 
 
+class ClientLeft(Exception):
+    """The client closed its connection before the end of its request."""
+
+
 class Gate:
     """ASGI middleware: lets in requests of known clients whose body is within the limits, and watches them leave.
 
@@ -119,7 +122,7 @@ class Gate:
             await self._admit(scope, receive, send_and_note_status, chunks)
         except RefusalError as refusal:
             await _refuse(refusal, send_and_note_status, chunks)
-        except ClientDisconnect:
+        except ClientLeft:
             pass
         except Exception:
             status = "500"
@@ -195,14 +198,14 @@ async def _chunks(receive: Any, deadline: float) -> AsyncIterator[bytes]:
 
     Raises:
         TimeoutError: the event loop's clock reached `deadline` before the body's end.
-        ClientDisconnect: the client left before its end.
+        ClientLeft: the client left before its end.
     """
     more = True
     while more:
         async with asyncio.timeout_at(deadline):
             message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientDisconnect
+            raise ClientLeft
         yield message.get("body", b"")
         more = message.get("more_body", False)
 
@@ -212,7 +215,7 @@ async def _refuse(refusal: RefusalError, send: Any, chunks: AsyncIterator[bytes]
     response = refusal_response(refusal, {"Connection": "close"})
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    with contextlib.suppress(TimeoutError, ClientDisconnect):
+    with contextlib.suppress(TimeoutError, ClientLeft):
         async for _ in chunks:
             pass
     await send({"type": "http.response.body"})
