@@ -1121,7 +1121,7 @@ is run only where `trust_remote_code=True` is given, and is never asked about at
 **What nobody thought of.** `python scripts/fuzz_data.py --minutes 31 --seed 20261128` put 1,292,980 mutated rows
 through the checks, the converters, evaluation, tokenization and the collator. It and shorter runs before it found
 seven ways to fail other than by a `ValueError`, all by arrays or NaN where numbers, tools or settings should be, and
-all mended (`tests/test_properties.py` keeps them).
+all mended (`tests/test_properties.py` keeps them). Then `--minutes 24 --seed 2`, 1,373,422 rows, found nothing.
 
 **What is not held off.** A chat template in the data (`chat_template_kwargs`) runs in transformers' sandbox, which has
 no way out but sets no limit to its time. JSON whose values are nested hundreds of thousands deep ends the process in
