@@ -362,7 +362,7 @@ def _from_sharegpt(row: Row) -> list[Row]:
         converted[side] = [_message(side, row.get(side))]
     if "tools" in row:
         tools = row["tools"]
-        is_empty = is_missing(tools) or (isinstance(tools, str) and not tools)
+        is_empty = is_missing(tools) or (isinstance(tools, str | dict) and not tools)
         converted["tools"] = None if is_empty else tools
     return [converted]
 

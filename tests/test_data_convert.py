@@ -170,6 +170,8 @@ def test_sharegpt(convert):
         ],
     }
     assert convert([SHAREGPT]) == [FOUR_FIVE]
+    for nothing in (None, "", [], {}, float("nan")):
+        assert FORMATS["sharegpt"].convert(SHAREGPT | {"tools": nothing}) == [FOUR_FIVE | {"tools": None}]
     assert FORMATS["sharegpt"].convert(called) == [
         {
             "prompt": [
