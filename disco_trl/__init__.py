@@ -7,8 +7,8 @@ the name that needs them.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
 
-__version__ = "0.1.0"
 
 __all__ = [
     "DiscoReward",
@@ -22,23 +22,24 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "DiscoReward": "reward",
-    "DiscoRewardConfig": "config",
-    "DiscoRewardModel": "modeling",
-    "DiscoRewardTrainer": "trainer",
-    "RemoteReward": "client",
-    "RewardDistribution": "distributions",
-    "best_of_n": "reward",
-    "get_family": "distributions",
+    "DiscoReward": "rewards.disco_reward",
+    "DiscoRewardConfig": "trainer.reward_config",
+    "DiscoRewardModel": "models.modeling",
+    "DiscoRewardTrainer": "trainer.reward_trainer",
+    "RemoteReward": "serving.client",
+    "RewardDistribution": "distributions.reward_distribution",
+    "best_of_n": "rewards.best_of_n",
+    "get_family": "distributions.reward_distribution",
 }
 
 if TYPE_CHECKING:
-    from .client import RemoteReward
-    from .config import DiscoRewardConfig
-    from .distributions import RewardDistribution, get_family
-    from .modeling import DiscoRewardModel
-    from .reward import DiscoReward, best_of_n
-    from .trainer import DiscoRewardTrainer
+    from .distributions.reward_distribution import RewardDistribution, get_family
+    from .models.modeling import DiscoRewardModel
+    from .rewards.best_of_n import best_of_n
+    from .rewards.disco_reward import DiscoReward
+    from .serving.client import RemoteReward
+    from .trainer.reward_config import DiscoRewardConfig
+    from .trainer.reward_trainer import DiscoRewardTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`python -m disco_trl` is `disco-trl`."""
 
-from .cli import main
+from .cli.main import main
 
 
 raise SystemExit(main())

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
-from disco_trl.train import load_preferences
+from disco_trl.data.files import load_preferences
 
 
 model, dataset = sys.argv[1:]

@@ -13,7 +13,7 @@ P(1st ≻ 2nd) = 1.00   P(3rd ≻ 2nd) = 0.62
 
 import sys
 
-from disco_trl.client import RemoteReward, ScoreClient
+from disco_trl.serving.client import RemoteReward, ScoreClient
 
 
 url = sys.argv[1]

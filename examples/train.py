@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
-from disco_trl.train import load_preferences
+from disco_trl.data.files import load_preferences
 
 
 model, dataset = sys.argv[1:]

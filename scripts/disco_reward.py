@@ -28,7 +28,7 @@ All of it may stand in a YAML file: `--config reward.yaml`. The installed comman
 and starts `accelerate launch` by itself.
 """
 
-from disco_trl.train import main
+from disco_trl.cli.train_reward import main
 
 
 if __name__ == "__main__":

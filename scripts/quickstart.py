@@ -30,21 +30,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import human_ratings
 import numpy as np
 import torch
 from datasets import Dataset
-from human_ratings import RatedText
 from peft import LoraConfig
 from quickstart_report import Report, plot, render
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is a part of the checkout and not of the package
+
+from benchmarks import human_ratings
+from benchmarks.human_ratings import RatedText
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
-from disco_trl.evaluation import Forecasts, centrality, pair_metrics, reliability_curve, spearman
-from disco_trl.scoring import score
-from disco_trl.tokenization import tokenize, tokenize_pair
-from disco_trl.train import choose_split, load_preferences
+from disco_trl.data.files import choose_split, load_preferences
+from disco_trl.data.tokenization import tokenize, tokenize_pair
+from disco_trl.evaluation.metrics import Forecasts, centrality, pair_metrics, reliability_curve, spearman
+from disco_trl.models.inference import score
 
 
 # What a user without disco-trl would write. It runs in a process of its own, so that nothing of disco-trl is there.

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from human_ratings import RatedText
 
+from benchmarks.human_ratings import RatedText
 from disco_trl import RewardDistribution
 
 

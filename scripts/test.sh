@@ -83,7 +83,7 @@ try_wheel() {
         return 1
     }
     "$python" -m pip install --quiet --no-deps --target "$folder/site" "$folder"/dist/*.whl &&
-        cp tests/conftest.py tests/test_package.py tests/test_cli.py "$folder" &&
+        cp tests/conftest.py tests/test_package.py tests/cli/test_main.py "$folder" &&
         (
             # First on the path, hence before the editable checkout.
             export PYTHONPATH=$folder/site
@@ -92,20 +92,17 @@ try_wheel() {
 import disco_trl
 assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
                 "$folder/site/bin/disco-trl" --version &&
-                "$python" -m pytest --quiet -p no:cacheprovider test_package.py test_cli.py
+                "$python" -m pytest --quiet -p no:cacheprovider test_package.py test_main.py
         )
     status=$?
     rm -rf "$folder"
     return $status
 }
 
-contract_tests=()
-for path in tests/contracts tests/handoff tests/test_trainer.py tests/test_reward.py \
-    tests/test_preparation.py tests/test_sampling.py tests/test_prefix_sharing_training.py \
-    tests/test_judgements.py tests/test_calibration.py tests/test_epistemic.py tests/test_metrics.py \
-    tests/test_sharding.py tests/test_crashes.py tests/test_hostile_inputs.py; do
-    [[ -e $path ]] && contract_tests+=("$path")
-done
+contract_tests=(tests/contracts tests/handoff
+    tests/trainer/test_{reward_trainer,calibration,epistemic,metrics,crashes}.py
+    tests/models/test_{prefix_sharing_training,distributed}.py
+    tests/data/test_{preparation,samplers,judgements,hostile_inputs}.py tests/rewards/test_disco_reward.py)
 mark=()
 $fast && mark=(-m "not slow")
 
@@ -118,7 +115,7 @@ if step "environment: newest TRL" environment $newest -e '.[dev]'; then
     step "wheel outside the checkout" try_wheel
 fi
 oldest=.venvs/trl-1.12
-if [[ ${#contract_tests[@]} -gt 0 ]] && step "environment: TRL 1.12" environment $oldest -e '.[test,ppo]'; then
+if step "environment: TRL 1.12" environment $oldest -e '.[test,ppo]'; then
     step "contract tests: TRL 1.12" \
         $oldest/bin/python -m pytest -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
     # At the newest TRL there is no PPOTrainer to run it with.

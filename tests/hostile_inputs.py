@@ -1118,7 +1118,7 @@ text, in which the template's tokens and those of a user cannot be told apart; u
 as tensors, by torch's reader that runs no code; a file with anything else in it is refused. **Code** in a checkpoint
 is run only where `trust_remote_code=True` is given, and is never asked about at the terminal.
 
-**What nobody thought of.** `python scripts/fuzz_data.py --minutes 31 --seed 20261128` put 1,292,980 mutated rows
+**What nobody thought of.** `python -m benchmarks.fuzz_data --minutes 31 --seed 20261128` put 1,292,980 mutated rows
 through the checks, the converters, evaluation, tokenization and the collator. It and shorter runs before it found
 seven ways to fail other than by a `ValueError`, all by arrays or NaN where numbers, tools or settings should be, and
 all mended (`tests/test_properties.py` keeps them). Then `--minutes 24 --seed 2`, 1,373,422 rows, found nothing.

@@ -1,6 +1,8 @@
 """Rows of every type of preference dataset that TRL documents, and datasets made of them."""
 
 import json
+import random
+from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Json
@@ -74,3 +76,18 @@ LEGAL = {
     "tokenized": [TOKENIZED, {"chosen_ids": [0], "rejected_ids": [1]}],
     "tokenized, old names": [LEGACY],
 }
+
+
+def write_pairs(path: Path, number: int = 16) -> Path:
+    rng = random.Random(0)
+    words = ["a", "short", "answer", "about", "films", "and", "people"]
+    with path.open("w") as file:
+        for _ in range(number):
+            chosen, rejected = (" ".join(rng.choices(words, k=length)) for length in (6, 3))
+            prompt = [{"role": "user", "content": "What do you think?"}]
+            row = {
+                "chosen": [*prompt, {"role": "assistant", "content": chosen}],
+                "rejected": [*prompt, {"role": "assistant", "content": rejected}],
+            }
+            file.write(json.dumps(row) + "\n")
+    return path

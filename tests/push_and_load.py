@@ -14,7 +14,7 @@ from tiny_training import disco_trainer, preferences
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from disco_trl import DiscoRewardModel
-from disco_trl.scoring import score
+from disco_trl.models.inference import score
 
 
 TEXTS = ["The answer to the question is short.", "Some people like this film a lot."]

@@ -11,8 +11,8 @@ import uvicorn
 from tiny_models import randomize_heads
 
 from disco_trl import DiscoReward, DiscoRewardModel
-from disco_trl.gate import Limits
-from disco_trl.serving import create_app
+from disco_trl.serving.app import create_app
+from disco_trl.serving.middleware import Limits
 
 
 QUESTION = [{"role": "user", "content": "How is the film?"}]

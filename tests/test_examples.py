@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from preference_rows import write_pairs
 from reward_server import serve, tiny_reward
 from safetensors.torch import load_file
-from test_train_script import write_pairs
 from transformers import BitsAndBytesConfig
 
 from disco_trl import DiscoRewardModel

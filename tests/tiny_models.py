@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from disco_trl import DiscoRewardModel
-from disco_trl.adapters import ADAPTER_SETTINGS_FILE
+from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE
 
 
 # What a learned scale keeps.

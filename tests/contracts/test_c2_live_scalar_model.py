@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.utils import get_reward
 
 from disco_trl import DiscoRewardModel, get_family
-from disco_trl.heads import DiscoHead
+from disco_trl.models.heads import DiscoHead
 
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

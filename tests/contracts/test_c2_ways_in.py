@@ -33,9 +33,10 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
-from disco_trl import DiscoRewardModel, get_family, modeling
-from disco_trl.heads import DiscoHead, ScaleHead
-from disco_trl.modeling import upgrade
+from disco_trl import DiscoRewardModel, get_family
+from disco_trl.models import modeling
+from disco_trl.models.heads import DiscoHead, ScaleHead
+from disco_trl.models.modeling import upgrade
 
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

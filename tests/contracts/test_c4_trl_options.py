@@ -44,7 +44,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer import reward_trainer as trl_reward_trainer
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer
-from disco_trl.prefix_sharing import PREFIX
+from disco_trl.models.prefix_sharing import PREFIX
 
 
 TOKENS = ("chosen_ids", "rejected_ids", "margin")

@@ -40,8 +40,8 @@ from tiny_models import (
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from disco_trl import DiscoRewardModel
-from disco_trl.adapters import ADAPTER_SETTINGS_FILE
-from disco_trl.modeling import upgrade
+from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE
+from disco_trl.models.modeling import upgrade
 
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,0 +1,120 @@
+"""The best of several answers to each prompt of a file: what `disco-trl best-of-n` runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from datasets import List, Value
+from transformers.utils import logging
+
+from ..data.files import Row, RowWriter, check_output, chunks, open_rows, parquet_features, refuse_clash
+from ..rewards.best_of_n import best_of_n
+from .arguments import add_data_arguments, add_model_arguments, add_transform_arguments, load_reward, transform_options
+
+
+ROWS_AT_ONCE = 64
+NEW_COLUMNS = ["best", "best_index", "rewards", "locations", "scales"]
+
+
+def check_candidates(row: Row, number: int, prompt_column: str, candidates_column: str) -> None:
+    """Raise a `ValueError` naming row, column and mend unless the row is a prompt and answers of the same kind."""
+    prompt, candidates = row[prompt_column], row[candidates_column]
+    if not isinstance(prompt, str | list):
+        raise ValueError(
+            f"row {number}, column {prompt_column!r}: {prompt!r} is no text or list of messages; drop the row"
+        )
+    if not isinstance(candidates, list) or not candidates:
+        raise ValueError(
+            f"row {number}, column {candidates_column!r}: a list of at least one answer should be here; drop the row "
+            "or fill in its answers"
+        )
+    for index, candidate in enumerate(candidates):
+        if type(candidate) is not type(prompt):
+            raise ValueError(
+                f"row {number}, column {candidates_column!r}: answer {index} is a {type(candidate).__name__} and the "
+                f"prompt a {type(prompt).__name__}; make both texts, or both lists of messages"
+            )
+
+
+def main(argv: list[str]) -> None:
+    """Run `disco-trl best-of-n`."""
+    parser = argparse.ArgumentParser(
+        prog="disco-trl best-of-n",
+        description="Choose the best of several answers to each prompt.",
+        allow_abbrev=False,
+    )
+    add_data_arguments(parser, "rows with a prompt and a list of answers")
+    parser.add_argument("--prompt-column", default="prompt", metavar="NAME")
+    parser.add_argument("--candidates-column", default="candidates", metavar="NAME")
+    add_model_arguments(parser)
+    add_transform_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        rows = _run(args)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    print(f"{args.out}: the best answers to {rows} prompts")
+
+
+def _run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    check_output(out)
+    dataset = open_rows(args.data, args.config, args.split)
+    first_row: Row = next(iter(dataset), {})
+    for column in (args.prompt_column, args.candidates_column):
+        if column not in first_row:
+            raise ValueError(
+                f"column {column!r}: missing (there are {', '.join(map(repr, first_row)) or 'no rows'}); name the "
+                "columns with --prompt-column and --candidates-column"
+            )
+    refuse_clash(list(first_row), NEW_COLUMNS, "rename it in the data")
+    features = None
+    if out.suffix == ".parquet":
+        check_candidates(first_row, 0, args.prompt_column, args.candidates_column)
+        numbers = List(Value("float32"))
+        types = [Value("string"), Value("int64"), numbers, numbers, numbers]
+        features = parquet_features(dataset, dict(zip(NEW_COLUMNS, types, strict=True)))
+        candidates = features[args.candidates_column]
+        features["best"] = getattr(
+            candidates, "feature", candidates
+        )  # a column of mixed messages is of one type, Json
+    options = transform_options(args)
+    reward = load_reward(args)
+    with RowWriter(out, features) as writer, logging.tqdm(desc="best of n", unit="row") as bar:
+        for rows in chunks(dataset, ROWS_AT_ONCE):
+            for number, row in enumerate(rows, start=writer.rows):
+                check_candidates(row, number, args.prompt_column, args.candidates_column)
+            if args.transform == "sample":
+                # A stream of its own for each chunk, or all would draw the same.
+                options["seed"] = ((args.seed or 0) + 1_000_003 * writer.rows) % 2**63
+            results = best_of_n(
+                [row[args.prompt_column] for row in rows],
+                [row[args.candidates_column] for row in rows],
+                args.transform,
+                model=reward.model,
+                processing_class=reward.processing_class,
+                columns={
+                    name: [row[name] for row in rows]
+                    for name in ("tools", "chat_template_kwargs")
+                    if name in first_row
+                },
+                tokens_per_batch=args.tokens_per_batch,
+                **options,
+            )
+            writer.write(
+                [
+                    row
+                    | {
+                        "best": best.candidate,
+                        "best_index": best.index,
+                        "rewards": best.rewards.tolist(),
+                        "locations": best.distribution.location.tolist(),
+                        "scales": best.distribution.scale.tolist(),
+                    }
+                    for row, best in zip(rows, results, strict=True)
+                ]
+            )
+            bar.update(len(rows))
+    return writer.rows

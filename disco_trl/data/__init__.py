@@ -1,0 +1,1 @@
+"""From rows to batches: columns, values, validation, tokenization, preparation, collation and sampling."""

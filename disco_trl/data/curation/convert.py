@@ -1,0 +1,281 @@
+"""
+From how others write preferences (`disco_trl.data.curation.formats`) to a file that disco-trl reads: `disco-trl data
+convert`.
+
+Rows are converted one by one in the order of the input, and each that is written has passed the checks of training.
+Answers that were rated, and not compared, need a second one to share a row with: each is put into one pair, with
+another answer to its prompt that is drawn at random, so that every rating counts once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset, List, Value
+from transformers.utils import logging
+
+from ..columns import Layout
+from ..files import Row, chunks
+from ..validation import find_layout, find_row_problem
+from .check import ErrorCounts
+from .formats import FORMATS, BadRow, pair_of, prompt_messages
+
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+TYPES = {
+    **{"chosen_votes": Value("int64"), "rejected_votes": Value("int64"), "preference_probability": Value("float64")},
+    **{"tie": Value("bool"), "weight": Value("float64"), "ranks": List(Value("float64")), "tools": Value("string")},
+    **{"chosen_rating": List(Value("float64")), "rejected_rating": List(Value("float64"))},
+}
+
+
+@dataclass
+class Report:
+    """How many rows were read and written, and why others were skipped: bad ones, or answers without a second one."""
+
+    format: str
+    read: int = 0
+    written: int = 0
+    bad: ErrorCounts = field(default_factory=ErrorCounts)
+    alone: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"read     {self.read:9,}  as {self.format}"]
+        lines += [
+            f"skipped  {kind['rows']:9,}  column {kind['column']!r}, such as row {kind['first'][0]}: {kind['wrong']}"
+            for kind in self.bad.figures()
+        ]
+        if self.alone:
+            lines.append(f"skipped  {self.alone:9,}  the only answer to its prompt, which nothing can be paired with")
+        return "\n".join([*lines, f"written  {self.written:9,}"])
+
+
+def detect_format(row: Row) -> str:
+    """
+    The one format that a row is of.
+
+    Raises:
+        ValueError: none, or several; with the columns that were found and the formats there are.
+    """
+    fitting = [name for name, known in FORMATS.items() if known.recognise(row)]
+    if len(fitting) == 1:
+        return fitting[0]
+    there = ", ".join(map(repr, row))
+    if fitting:
+        raise ValueError(f"--from auto: the columns {there} may be any of {', '.join(fitting)}; choose with --from")
+    known = "\n".join(f"  {name}: {known.what}" for name, known in FORMATS.items())
+    raise ValueError(
+        f"--from auto: no format has the columns {there}; rename them with --rename OLD=NEW to those of one of these, "
+        f"or, if they are chosen and rejected answers already, run `disco-trl data check`\n{known}"
+    )
+
+
+def rename(row: Row, renamed: dict[str, str]) -> Row:
+    """
+    The row with new names of columns, by their old ones.
+
+    Raises:
+        ValueError: two columns would have one name.
+    """
+    for old, new in renamed.items():
+        if old in row and ((new in row and new not in renamed) or list(renamed.values()).count(new) > 1):
+            raise ValueError(
+                f"--rename {old}={new}: another column is called {new!r} then; rename that one too, or leave this out"
+            )
+    return {renamed.get(name, name): value for name, value in row.items()}
+
+
+class Converter:
+    """
+    Converts rows, checks what comes out, and counts.
+
+    Args:
+        convert: what `Format.convert` is.
+        report: where it counts.
+        plain_text: leave texts as they are, where otherwise they become messages.
+        renamed: new names of columns by their old ones.
+        skip_bad: skip and count rows that cannot be converted, where otherwise they are an error.
+        flat: no message may hold more than a role and a text.
+    """
+
+    def __init__(
+        self,
+        convert: Callable[[Row], list[Row]],
+        report: Report,
+        plain_text: bool = False,
+        renamed: dict[str, str] | None = None,
+        skip_bad: bool = False,
+        flat: bool = False,
+    ):
+        self.convert = convert
+        self.report = report
+        self.plain_text = plain_text
+        self.renamed = renamed or {}
+        self.skip_bad = skip_bad
+        self.flat = flat
+        self.first: tuple[set[str], Layout] | None = None  # columns and layout of the first row that came out
+
+    def __call__(self, row: Row, number: int) -> list[Row]:
+        """
+        The rows, checked, that a row becomes; none if it is skipped. Rated answers are not yet pairs, nor checked.
+
+        Raises:
+            ValueError: the row cannot be converted; with row, column and mend.
+        """
+        row = rename(row, self.renamed)
+        try:
+            return [self._checked(self._finished(converted)) for converted in self.convert(row)]
+        except BadRow as error:
+            self._refuse(error, number)
+            return []
+
+    def pair(self, one: tuple[int, Row], other: tuple[int, Row], first_only: bool) -> list[Row]:
+        """
+        The row of two rated answers, each with the number of its row; none if it is skipped.
+
+        Args:
+            one, other: the answers.
+            first_only: leave out the ratings of the other, which count elsewhere.
+        """
+        try:
+            return [self._checked(pair_of(one[1], other[1], first_only))]
+        except BadRow as error:
+            self._refuse(error, one[0])
+            return []
+
+    def _refuse(self, error: BadRow, number: int) -> None:
+        if not self.skip_bad:
+            column, wrong, mend = error.problem
+            raise ValueError(
+                f"row {number}, column {column!r}: {wrong}; {mend} (or skip all such rows with --skip-bad)"
+            ) from error
+        self.report.bad.add(error.problem, number)
+
+    def _finished(self, row: Row) -> Row:
+        """The row with its texts as messages, unless they shall stay or are no answers to anything."""
+        prompt = row.get("prompt")
+        if self.plain_text and isinstance(prompt, list):
+            raise BadRow("prompt", "a conversation, which is no plain text", "leave out --plain-text")
+        if self.plain_text or prompt is None:
+            return row
+        if isinstance(prompt, str):
+            row = row | {"prompt": prompt_messages("prompt", prompt)}
+        for name in ("chosen", "rejected", "answer"):
+            if name in row:
+                row[name] = _as_messages(row[name])
+        if "completions" in row:
+            row["completions"] = list(map(_as_messages, row["completions"]))
+        return row
+
+    def _checked(self, row: Row) -> Row:
+        if "answer" in row:
+            return row
+        self.first = self.first or ({*row}, find_layout(row))
+        columns, layout = self.first
+        for name in columns ^ {*row}:
+            wrong = "missing" if name in columns else "given"
+            raise BadRow(name, f"{wrong}, unlike in the first row", "convert rows with it and without it apart")
+        problem = find_row_problem(row, layout)
+        if problem is not None:
+            raise BadRow(problem.column, f"once converted, {problem.wrong}", problem.mend)
+        if self.flat and any(len(message) > 2 for message in _all_messages(row)):
+            raise BadRow("prompt", "a tool call, for which Parquet has no type", "write to a .jsonl file instead")
+        return row
+
+
+def _as_messages(answer: Any) -> Any:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def _all_messages(row: Row) -> Iterator[Row]:
+    for content in (row.get("prompt"), row.get("chosen"), row.get("rejected"), *row.get("completions", ())):
+        if isinstance(content, list):
+            yield from content
+
+
+# Pairs of rated answers
+
+
+def draw_pairs(groups: list[list[int]], count: int | None, seed: int) -> Iterator[tuple[int, int, bool]]:
+    """
+    Pairs of answers to the same prompt, at random.
+
+    Args:
+        groups: positions of the answers to each prompt.
+        count: how many pairs; by default as many as put each answer into one pair, an odd one beside another that has
+            a pair already.
+        seed: seed of the draws.
+
+    Yields:
+        Two positions, and whether the second one's ratings are left out, as they are in another pair. Pairs beyond the
+        default count are others, whose ratings count again.
+
+    Raises:
+        ValueError: there are not that many pairs.
+    """
+    generator = np.random.default_rng(seed)
+    pairs: list[tuple[int, int, bool]] = []
+    groups = [group for group in groups if len(group) > 1]
+    for group in groups:
+        order = [group[index] for index in generator.permutation(len(group))]
+        pairs += [(one, other, False) for one, other in zip(order[::2], order[1::2], strict=False)]
+        if len(order) % 2:
+            pairs.append((order[-1], order[0], True))
+    pairs = [pairs[index] for index in generator.permutation(len(pairs))]
+    count = len(pairs) if count is None else count
+    yield from pairs[:count]
+    possible = np.array([len(group) * (len(group) - 1) // 2 for group in groups])
+    if count > possible.sum():
+        raise ValueError(
+            f"--pairs {count}: {sum(map(len, groups))} answers make {possible.sum()} pairs of the same prompt"
+        )
+    seen = {frozenset(pair[:2]) for pair in pairs}
+    while len(seen) < count:
+        group = groups[generator.choice(len(groups), p=possible / possible.sum())]
+        one, other = (group[index] for index in generator.choice(len(group), 2, replace=False))
+        if frozenset((one, other)) not in seen:
+            seen.add(frozenset((one, other)))
+            yield one, other, False
+
+
+def _paired(dataset: Dataset, converter: Converter, count: int | None, seed: int) -> Iterator[list[Row]]:
+    """Rows of a dataset of rated answers, in pairs; of an answer only its prompt's hash is held until it is drawn."""
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    with logging.tqdm(desc="reading", total=len(dataset), unit="row") as bar:
+        for rows in chunks(dataset):
+            for row in rows:
+                for answer in converter(row, converter.report.read):
+                    groups[hash(str(answer.get("prompt")))].append(converter.report.read)
+                converter.report.read += 1
+            bar.update(len(rows))
+    converter.report.alone = sum(len(group) == 1 for group in groups.values())
+    for one, other, first_only in draw_pairs(list(groups.values()), count, seed):
+        answers = [(number, answer) for number in (one, other) for answer in converter(dataset[number], number)]
+        yield converter.pair(answers[0], answers[1], first_only)
+
+
+def _converted(dataset: Dataset | IterableDataset, converter: Converter, rated: bool) -> Iterator[list[Row]]:
+    """Rows of a dataset that are converted by themselves; rated answers come several in a row."""
+    with logging.tqdm(desc="converting", unit="row") as bar:
+        for rows in chunks(dataset):
+            for row in rows:
+                number = converter.report.read
+                converted = converter(row, number)
+                if rated:
+                    # The best with the worst, and so on inwards: the ratings say most about where they differ.
+                    ordered = sorted(converted, key=lambda answer: answer["ratings"], reverse=True)
+                    pairs = [(index, len(ordered) - 1 - index) for index in range((len(ordered) + 1) // 2)]
+                    converted = [
+                        pair
+                        for high, low in pairs
+                        for pair in converter.pair(
+                            (number, ordered[high]), (number, ordered[low if high != low else 0]), high == low
+                        )
+                    ]
+                converter.report.read += 1
+                yield converted
+            bar.update(len(rows))

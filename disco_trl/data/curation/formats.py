@@ -1,0 +1,490 @@
+"""
+How other tools and well-known datasets write preferences, and what such a row is in the columns that disco-trl reads.
+
+A `Format` recognises its rows by their columns and turns one row into the rows that it becomes. Nothing is invented on
+the way: who was not asked to compare two answers has no vote on them. Whether a text becomes a message is decided by
+`disco_trl.data.curation.convert`; here a prompt and its answers stay what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from statistics import fmean
+from typing import Any
+
+from ..files import Row
+from ..values import Problem, as_number, is_missing, shown
+
+
+PAIRS_OF_ANSWERS = (
+    *(("completion_a", "completion_b"), ("response_a", "response_b"), ("answer_a", "answer_b")),
+    *(("response_1", "response_2"), ("response1", "response2"), ("output_1", "output_2")),
+    *(("completion_1", "completion_2"), ("response_0", "response_1"), ("chosen", "rejected")),
+)
+PROBABILITIES = {"prob_a": False, "prob_b": True, "prob_1": False, "prob_2": True, "preference_probability": False}
+"""Columns with a probability, and whether it is that the second answer is preferred."""
+STRENGTHS = {
+    "individual_preference": ("score", True),
+    "all_preferences_unprocessed": ("strength", False),
+    "three_most_similar_preferences": ("strength", False),
+    "preferences": ("score", True),
+    "preference_strengths": ("score", True),
+}
+"""Columns with a judgement of each annotator, fullest first: where a record holds its strength, and whether the scale
+has a 0 for two answers of the same worth."""
+LISTS_OF_ANSWERS = (
+    *("completions", "responses", "answers", "candidates", "candidates_completions", "outputs"),
+    *("all_generated_responses", "generations"),
+)
+RANKS = ("ranks", "rank", "rankings")
+SCORES = ("scores", "rewards", "all_rm_scores", "overall_scores")
+ORDERS = ("order", "best_to_worst")
+RATED_TEXTS = ("completion", "response", "answer", "text")
+PROMPTS = ("prompt", "instruction", "question", "query", "context")
+ANSWER_TEXTS = ("completion", "response", "answer", "text", "content", "output", "value")
+
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{"observation": "tool", "tool": "tool", "function_call": "assistant"},
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be converted: where, what, and how to mend it."""
+
+    def __init__(self, column: str, wrong: str, mend: str):
+        super().__init__(column, wrong, mend)
+        self.problem = Problem(column, wrong, mend)
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    A way to write preferences.
+
+    Attributes:
+        what: its rows, for a person who looks for theirs.
+        recognise: whether a row is of this format.
+        convert: the rows that one row becomes; `BadRow` where it cannot. Rated answers come out as `answer` and
+            `ratings`, to be paired.
+    """
+
+    what: str
+    recognise: Callable[[Row], bool]
+    convert: Callable[..., list[Row]]
+
+
+def first_of(row: Row, names: Iterable[str]) -> str | None:
+    """The first of these columns that the row fills."""
+    return next((name for name in names if not is_missing(row.get(name))), None)
+
+
+def _column(row: Row, names: Iterable[str], what: str) -> str:
+    names = tuple(names)
+    found = first_of(row, names)
+    if found is None:
+        there = next((name for name in names if name in row), names[0])
+        raise BadRow(there, f"{what} is missing", f"fill it in; it may be called {', '.join(map(repr, names))}")
+    return found
+
+
+def _prompt(row: Row) -> dict[str, Any]:
+    name = first_of(row, PROMPTS)
+    return {} if name is None else {"prompt": row[name]}
+
+
+def _answer(column: str, value: Any) -> Any:
+    """The text, or the messages, of an answer that may stand in a record."""
+    if isinstance(value, dict):
+        value = next((value[name] for name in ANSWER_TEXTS if value.get(name) is not None), None)
+    if isinstance(value, str | list) and value:
+        return value
+    raise BadRow(column, f"{shown(value)} where an answer should be", "give a text, or a list of messages")
+
+
+def _finite(column: str, value: Any, what: str) -> float:
+    try:
+        number = as_number(float(value) if isinstance(value, str) else value)
+    except (ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise BadRow(column, f"{shown(value)} is not {what}", "give a finite number")
+    return int(number) if number == int(number) else number
+
+
+def _list(column: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadRow(column, f"{shown(value)} is not a list", "give a list with an entry for each answer")
+    return value
+
+
+# Ratings of single answers
+
+
+def _is_rated(row: Row) -> bool:
+    return "ratings" in row and first_of(row, RATED_TEXTS) is not None
+
+
+def _from_ratings(row: Row) -> list[Row]:
+    name = _column(row, RATED_TEXTS, "the answer")
+    ratings = row.get("ratings")
+    ratings = ratings if isinstance(ratings, list) else [ratings]
+    numbers = [_finite("ratings", rating, "a rating") for rating in ratings if not is_missing(rating)]
+    if not numbers:
+        raise BadRow("ratings", "nobody has rated the answer", "drop the row")
+    return [{**_prompt(row), "answer": _answer(name, row[name]), "ratings": numbers}]
+
+
+def pair_of(one: Row, other: Row, first_only: bool = False) -> Row:
+    """
+    Two rated answers (`answer`, `ratings`) as one row in which nobody has compared them. The likelihood does not care
+    which side is which, but the accuracy that the trainer logs does: `chosen` is the one with the higher mean rating.
+
+    Args:
+        one, other: the answers.
+        first_only: leave out the ratings of `other`, which count in another row.
+    """
+    sides = [(one, one["ratings"]), (other, None if first_only else other["ratings"])]
+    if fmean(one["ratings"]) < fmean(other["ratings"]):
+        sides.reverse()
+    (chosen, chosen_rating), (rejected, rejected_rating) = sides
+    return {
+        **({"prompt": one["prompt"]} if "prompt" in one else {}),
+        **{"chosen": chosen["answer"], "rejected": rejected["answer"], "chosen_votes": 0, "rejected_votes": 0},
+        **{"chosen_rating": chosen_rating, "rejected_rating": rejected_rating},
+    }
+
+
+# Several answers to a prompt
+
+
+def _ranked(row: Row, answers: list[Any], ranks: Sequence[float]) -> list[Row]:
+    return [{**_prompt(row), "completions": answers, "ranks": list(ranks)}]
+
+
+def ranks_of_scores(scores: list[float]) -> list[int]:
+    """Rank of each score, 1 the highest; equal scores share the best of their ranks."""
+    rank_of: dict[float, int] = {}
+    for rank, score in enumerate(sorted(scores, reverse=True), start=1):
+        rank_of.setdefault(score, rank)
+    return [rank_of[score] for score in scores]
+
+
+def _has_list(row: Row, of: type | tuple[type, ...] = (str, list, dict)) -> str | None:
+    return next(
+        (name for name in LISTS_OF_ANSWERS if isinstance(v := row.get(name), list) and v and isinstance(v[0], of)),
+        None,
+    )
+
+
+def _is_ranking(row: Row) -> bool:
+    name = _has_list(row)
+    if name is None or _is_ultrafeedback(row):
+        return False
+    ranked_inside = isinstance(row[name][0], dict) and first_of(row[name][0], ("rank", "score")) is not None
+    return ranked_inside or any(column in row for column in (*RANKS, *SCORES, *ORDERS))
+
+
+def _from_ranking(row: Row) -> list[Row]:
+    name = _has_list(row) or _column(row, LISTS_OF_ANSWERS, "the list of answers")
+    entries = _list(name, row[name])
+    answers = [_answer(name, entry) for entry in entries]
+    if isinstance(entries[0], dict) and (inside := first_of(entries[0], ("rank", "score"))):
+        inner = [_finite(name, isinstance(entry, dict) and entry.get(inside), f"a {inside}") for entry in entries]
+        return _ranked(row, answers, inner if inside == "rank" else ranks_of_scores(inner))
+    column = _column(row, (*RANKS, *SCORES, *ORDERS), "what says which answer is better")
+    values = _list(column, row[column])
+    if len(values) != len(answers):
+        raise BadRow(column, f"{len(values)} entries for {len(answers)} answers", "give each answer one")
+    numbers = [_finite(column, value, "a number") for value in values]
+    if column in SCORES:
+        return _ranked(row, answers, ranks_of_scores(numbers))
+    if column in ORDERS:
+        if sorted(numbers) != list(range(len(answers))):
+            wrong = f"{shown(values)} is not an order of the answers 0 to {len(answers) - 1}"
+            raise BadRow(column, wrong, "give each answer's position in the list once, the best first")
+        rank_of = {position: rank for rank, position in enumerate(numbers, start=1)}
+        numbers = [rank_of[position] for position in range(len(answers))]
+    return _ranked(row, answers, numbers)
+
+
+def _is_ultrafeedback(row: Row) -> bool:
+    name = _has_list(row, dict)
+    return name is not None and bool({"annotations", "overall_score", "fine-grained_score"} & row[name][0].keys())
+
+
+def rated_answers_of_ultrafeedback(row: Row, score: str = "overall_score") -> list[Row]:
+    """
+    Each answer of a row with its score as its rating.
+
+    Args:
+        row: a row of the format `ultrafeedback`.
+        score: name of a score of the completions, or of an aspect of their annotations.
+
+    Returns:
+        Rows of `answer` and `ratings` (of one), with their `prompt`; answers whose judge could not tell are left out.
+    """
+    name = _has_list(row, dict) or _column(row, LISTS_OF_ANSWERS, "the list of answers")
+    scored = [(entry, _ultrafeedback_score(name, entry, score)) for entry in _list(name, row[name])]
+    rated = [
+        {**_prompt(row), "answer": _answer(name, entry), "ratings": ratings} for entry, ratings in scored if ratings
+    ]
+    if len(rated) < 2:
+        raise BadRow(name, f"{len(rated)} of {len(scored)} answers have a {score!r}", "drop the row")
+    return rated
+
+
+def _from_ultrafeedback(row: Row, score: str = "overall_score") -> list[Row]:
+    rated = rated_answers_of_ultrafeedback(row, score)
+    return _ranked(row, [one["answer"] for one in rated], ranks_of_scores([one["ratings"][0] for one in rated]))
+
+
+def _ultrafeedback_score(column: str, completion: Any, score: str) -> list[float]:
+    """The score in a list of one, or an empty list where the judge could not tell."""
+    if not isinstance(completion, dict):
+        raise BadRow(column, f"{shown(completion)} is no answer with its scores", "drop the row")
+    value = completion.get(score)
+    if value is None and isinstance(annotations := completion.get("annotations"), dict):
+        value = annotations.get(score)
+        value = value.get("Rating") if isinstance(value, dict) else value
+        if value is None and score not in annotations:
+            there = ", ".join(map(repr, [*annotations, *(key for key in completion if key.endswith("score"))]))
+            raise BadRow(column, f"an answer without {score!r}", f"choose another with --score: {there}")
+    if value is None or value == "N/A":
+        return []
+    return [_finite(column, value, f"a number for {score!r}")]
+
+
+# Two answers and several judges
+
+
+def _two_answers(row: Row) -> tuple[str, str] | None:
+    return next((pair for pair in PAIRS_OF_ANSWERS if all(not is_missing(row.get(n)) for n in pair)), None)
+
+
+def _is_helpsteer(row: Row) -> bool:
+    return _two_answers(row) is not None and bool({*STRENGTHS, "preference_strength", "overall_preference"} & {*row})
+
+
+def _from_helpsteer(row: Row) -> list[Row]:
+    names = _two_answers(row)
+    if names is None:
+        raise BadRow("response_1", "two answers are missing", "name them 'response_1' and 'response_2'")
+    column = _column(row, (*STRENGTHS, "preference_strength", "overall_preference"), "the annotators' preferences")
+    key, can_tie = STRENGTHS.get(column, ("", False))
+    records = row[column] if isinstance(row[column], list) else [row[column]]
+    # Below 0 the first answer is better, above 0 the second.
+    strengths = [
+        _finite(column, record.get(key) if isinstance(record, dict) else record, "a strength of preference")
+        for record in records
+    ]
+    votes = [sum(strength < 0 for strength in strengths), sum(strength > 0 for strength in strengths)]
+    ties = len(strengths) - sum(votes)
+    chosen, rejected = names if votes[0] >= votes[1] else names[::-1]
+    pair = {**_prompt(row), "chosen": _answer(chosen, row[chosen]), "rejected": _answer(rejected, row[rejected])}
+    rows: list[Row] = []
+    if sum(votes):
+        won, lost = max(votes), min(votes)
+        said = {"chosen_votes": won, "rejected_votes": lost, "tie": False if can_tie or ties else None}
+        rows.append({**pair, **said, "weight": None})
+    if ties:
+        # A row is either votes or a tie; several people's ties are one row that counts as often.
+        said = {"chosen_votes": None, "rejected_votes": None, "tie": True}
+        rows.append({**pair, **said, "weight": float(ties) if ties > 1 else None})
+    return rows
+
+
+def _is_soft(row: Row) -> bool:
+    return _two_answers(row) not in (None, ("chosen", "rejected")) and any(name in row for name in PROBABILITIES)
+
+
+def _from_soft(row: Row) -> list[Row]:
+    names = _two_answers(row)
+    if names is None:
+        raise BadRow("completion_a", "two answers are missing", "name them 'completion_a' and 'completion_b'")
+    column = _column(row, PROBABILITIES, "the probability")
+    probability = _finite(column, row[column], "a probability")
+    if not 0 <= probability <= 1:
+        raise BadRow(column, f"{probability} is not a probability", "give a number from 0 to 1")
+    if PROBABILITIES[column]:
+        names = names[::-1]
+    if probability < 0.5:
+        names, probability = names[::-1], 1 - probability
+    chosen, rejected = names
+    pair = {"chosen": _answer(chosen, row[chosen]), "rejected": _answer(rejected, row[rejected])}
+    return [{**_prompt(row), **pair, "preference_probability": float(probability)}]
+
+
+# Files of LLaMA-Factory
+
+
+def _is_alpaca(row: Row) -> bool:
+    return "instruction" in row and ({"chosen", "rejected"} <= row.keys() or isinstance(row.get("output"), list))
+
+
+def _from_alpaca(row: Row) -> list[Row]:
+    instruction = _column(row, ["instruction"], "the instruction")
+    prompt = row[instruction] if is_missing(row.get("input")) else f"{row[instruction]}\n{row['input']}".rstrip("\n")
+    history = [] if is_missing(row.get("history")) else row["history"]
+    if not isinstance(history, list):
+        raise BadRow("history", f"{shown(history)} is not a list", "give pairs of texts")
+    system = row.get("system")
+    if not is_missing(system) or history:
+        messages = [] if is_missing(system) or system == "" else [{"role": "system", "content": system}]
+        for turn in history:
+            if not isinstance(turn, list) or len(turn) != 2:
+                raise BadRow("history", f"{shown(turn)} is not a question and its answer", "give pairs of texts")
+            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        prompt = [*messages, {"role": "user", "content": prompt}]
+    sides = row["output"] if isinstance(row.get("output"), list) else [row.get("chosen"), row.get("rejected")]
+    if len(sides) != 2:
+        raise BadRow("output", f"{len(sides)} answers, not two", "give the better and then the worse")
+    return [{"prompt": prompt, "chosen": _answer("chosen", sides[0]), "rejected": _answer("rejected", sides[1])}]
+
+
+def _is_sharegpt(row: Row) -> bool:
+    turns = row.get("conversations", row.get("messages"))
+    return isinstance(turns, list) and all(isinstance(row.get(side), dict) for side in ("chosen", "rejected"))
+
+
+def _from_sharegpt(row: Row) -> list[Row]:
+    column = _column(row, ["conversations", "messages"], "the conversation")
+    messages = [_message(column, turn) for turn in _list(column, row[column])]
+    system = row.get("system")
+    if not is_missing(system) and system != "" and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    converted: Row = {"prompt": messages}
+    for side in ("chosen", "rejected"):
+        converted[side] = [_message(side, row.get(side))]
+    if "tools" in row:
+        tools = row["tools"]
+        is_empty = is_missing(tools) or (isinstance(tools, str | dict) and not tools)
+        converted["tools"] = None if is_empty else tools
+    return [converted]
+
+
+def _message(column: str, turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise BadRow(column, f"{shown(turn)} is not a message", 'write it as {"from": ..., "value": ...}')
+    role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+        wrong = f"a message from {shown(role)} with {type(content).__name__} as its text"
+        raise BadRow(column, wrong, f"it has to be a text from one of {', '.join(map(repr, ROLES))}")
+    if role != "function_call":
+        return {"role": ROLES[role], "content": content}
+    try:
+        calls = json.loads(content)
+    except (ValueError, RecursionError) as error:  # also of numbers too long, or nested too deeply
+        raise BadRow(column, f"a function_call that is not JSON ({error})", "write it with json.dumps") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": call} for call in calls],
+    }
+
+
+# Transcripts
+
+
+TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def is_transcript(text: Any) -> bool:
+    """Whether it is written as hh-rlhf writes conversations."""
+    return isinstance(text, str) and text.lstrip("\n").startswith("Human:") and "Assistant:" in text
+
+
+def transcript_messages(column: str, text: str) -> list[dict[str, str]]:
+    """
+    The messages of a transcript in which a blank line and `Human:` or `Assistant:` begin a turn.
+
+    Raises:
+        BadRow: it begins otherwise.
+    """
+    start, *parts = TURN.split("\n\n" + text.lstrip("\n"))
+    if start or not parts:
+        raise BadRow(column, f"{shown(text)} is no transcript", r'begin it with "\n\nHuman:"')
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[role], "content": content.strip()}
+        for role, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+EXTRA_ID_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+def prompt_messages(column: str, prompt: str) -> list[dict[str, str]]:
+    """The messages of a prompt that is a text: one from the user, or the turns of a transcript, as some write it."""
+    if is_transcript(prompt):
+        messages = transcript_messages(column, prompt)
+        # A transcript that waits for the answer ends with the name of who gives it.
+        return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
+    first, *parts = EXTRA_ID_TURN.split(prompt)
+    turns = [("User", first), *zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": role.lower(), "content": content} for role, content in turns]
+
+
+def _is_transcripts(row: Row) -> bool:
+    return all(is_transcript(row.get(side)) for side in ("chosen", "rejected"))
+
+
+def _from_transcripts(row: Row) -> list[Row]:
+    sides = []
+    for side in ("chosen", "rejected"):
+        if not isinstance(row.get(side), str):
+            raise BadRow(side, f"{shown(row.get(side))} is no text", "drop the row, or fill in the transcript")
+        sides.append(transcript_messages(side, row[side]))
+    same = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))))
+    # The answer that is judged is the last turn, even where both sides have the same.
+    shared = min(same, len(sides[0]) - 1, len(sides[1]) - 1)
+    return [{"prompt": sides[0][:shared], "chosen": sides[0][shared:], "rejected": sides[1][shared:]}]
+
+
+FORMATS = {
+    "ratings": Format(
+        "`ratings` (a list of several people's) of a `completion` or `text`, with or without `prompt`",
+        _is_rated,
+        _from_ratings,
+    ),
+    "rankings": Format(
+        "a list of answers with their `ranks` (1 is best), `scores`, or `order` (positions, best first)",
+        _is_ranking,
+        _from_ranking,
+    ),
+    "ultrafeedback": Format(
+        "`instruction` and `completions`, each with `response` and `overall_score` or `annotations`",
+        _is_ultrafeedback,
+        _from_ultrafeedback,
+    ),
+    "helpsteer": Format(
+        "two responses and the strength of each annotator's preference, negative for the first",
+        _is_helpsteer,
+        _from_helpsteer,
+    ),
+    "soft": Format(
+        "two completions and the probability of one, such as `completion_a`, `completion_b`, `prob_b`",
+        _is_soft,
+        _from_soft,
+    ),
+    "alpaca": Format(
+        "LLaMA-Factory: `instruction`, `input`, `chosen`, `rejected`, with or without `system` and `history`",
+        _is_alpaca,
+        _from_alpaca,
+    ),
+    "sharegpt": Format(
+        "LLaMA-Factory: `conversations`, and `chosen` and `rejected` as one message each",
+        _is_sharegpt,
+        _from_sharegpt,
+    ),
+    "hh-rlhf": Format(
+        "`chosen` and `rejected` as transcripts with `Human:` and `Assistant:`",
+        _is_transcripts,
+        _from_transcripts,
+    ),
+}

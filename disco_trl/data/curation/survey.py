@@ -1,0 +1,337 @@
+"""
+What is in a preference dataset, in figures: read row by row, kept as hashes and numbers, so that a million rows fit.
+
+A `DataSurvey` takes rows in and gives figures out. It knows nothing of files, of what is printed, or of pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from ..columns import RATINGS, tokenized_pair
+from ..files import Row
+from ..judgements import are_some_tied
+from ..values import as_ratings, is_missing
+
+
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
+ROWS_NAMED = 5
+SHORTEST_LEAK = 20
+"""Characters, after normalization, from which on an answer found in two splits is no coincidence ("Yes." is one)."""
+DEFAULT_MAX_LENGTH = 1024
+"""TRL's: longer pairs are left out of training."""
+
+
+def normalize(text: str) -> str:
+    """The text without case, punctuation, and differences of space or of Unicode's ways to write a letter."""
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def _hash(*parts: str) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return int.from_bytes(digest.digest(), "little")
+
+
+def texts_of(row: Row) -> tuple[str, list[str]]:
+    """
+    What was asked, and the answers, each as one text. Of sides that hold the whole conversation the answer begins with
+    the first turn in which they differ, or is the last turn; sides in plain text are taken for answers as they are.
+    """
+    answers = row["completions"] if not is_missing(row.get("completions")) else None
+    if answers is None:
+        if (sides := tokenized_pair(row)) is not None:
+            return "", [" ".join(map(str, row[side])) for side in sides]
+        answers = [row["chosen"], row["rejected"]]
+    prompt = None if is_missing(row.get("prompt")) else row["prompt"]
+    if prompt is None and all(isinstance(answer, list) for answer in answers):
+        same = len(list(takewhile(lambda turns: all(turn == turns[0] for turn in turns), zip(*answers, strict=False))))
+        shared = min(same, *(len(answer) - 1 for answer in answers))
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    return _text(prompt or ""), list(map(_text, answers))
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(turn.get("content") or turn.get("tool_calls") or "") for turn in content)
+
+
+class Fingerprints:
+    """Hashes of normalized prompts, answers and whole rows, to tell what two datasets have in common."""
+
+    def __init__(self) -> None:
+        self.prompts, self.rows = array("Q"), array("Q")
+        self.answers, self.rows_of_answers = array("Q"), array("Q")
+
+    def add(self, prompt: str, answers: list[str], number: int) -> None:
+        """Add what stands in a row: `texts_of` it, and its number."""
+        normal = list(map(normalize, answers))
+        prompt = normalize(prompt)
+        self.prompts.append(_hash(prompt) if prompt else 0)
+        self.rows.append(_hash(prompt, *sorted(normal)))
+        for answer in normal:
+            if len(answer) >= SHORTEST_LEAK:
+                self.answers.append(_hash(answer))
+                self.rows_of_answers.append(number)
+
+    def overlap(self, other: Fingerprints) -> dict[str, Any]:
+        """For prompts, answers and whole rows: how many rows here have theirs among the other's, and the first."""
+        prompts = _numbers(self.prompts)
+        shared_prompts = np.isin(prompts, _numbers(other.prompts)) & (prompts != 0)
+        shared_answers = np.isin(_numbers(self.answers), _numbers(other.answers))
+        found = {
+            "prompt": np.flatnonzero(shared_prompts),
+            "answer": np.unique(_numbers(self.rows_of_answers)[shared_answers]),
+            "row": np.flatnonzero(np.isin(_numbers(self.rows), _numbers(other.rows))),
+        }
+        return {
+            name: {"rows": len(numbers), "first": numbers[:ROWS_NAMED].tolist()} for name, numbers in found.items()
+        }
+
+
+class DataSurvey:
+    """
+    Takes in rows that have passed the checks and gives figures.
+
+    Args:
+        tokens: the numbers of tokens of a row's answers with their prompt; without it lengths are in characters alone.
+    """
+
+    def __init__(self, tokens: Callable[[Row], list[int]] | None = None):
+        self.tokens = tokens
+        self.fingerprints = Fingerprints()
+        self.rows = 0
+        self.terms: Counter[str] = Counter()
+        self.identical = array("Q")
+        # Characters of prompts and answers; tokens of each side, and of a row's longest
+        self.lengths = {name: array("Q") for name in ("prompt", "chosen", "rejected", "ranked answers")}
+        self.longest_side = array("Q")
+        self.side_tokens = array("Q")
+        # Pairs: their key, wins and losses of the side that comes first by its hash, and the row
+        self.pair_keys, self.pair_rows = array("Q"), array("Q")
+        self.wins, self.losses = array("d"), array("d")
+        # 1 where that side is the chosen one, -1 where it is the rejected one, 0 where both are the same
+        self.orientations = array("b")
+        self.are_soft = array("b")
+        # What people said
+        self.votes = (array("d"), array("d"))
+        self.probabilities = array("d")
+        self.rating_values: Counter[float] = Counter()
+        self.rating_counts, self.rating_means, self.rating_deviations = array("Q"), array("d"), array("d")
+        self.ranked = array("Q")
+
+    def add(self, row: Row, number: int) -> None:
+        """Take in row `number` of the dataset."""
+        self.rows += 1
+        prompt, answers = texts_of(row)
+        self.fingerprints.add(prompt, answers, number)
+        if self.tokens is not None:
+            counts = self.tokens(row)
+            self.side_tokens.extend(counts)
+            self.longest_side.append(max(counts))
+        if tokenized_pair(row) is None:
+            self.lengths["prompt"].append(len(prompt))
+        if not is_missing(row.get("weight")):
+            self.terms["weights"] += 1
+        if not is_missing(row.get("margin")):
+            self.terms["margins"] += 1
+        if is_missing(row.get("completions")):
+            self._add_pair(row, number, prompt, answers)
+        else:
+            self.terms["rankings"] += 1
+            self.terms["ranked ties"] += are_some_tied(row["ranks"])
+            self.ranked.append(len(answers))
+            self.lengths["ranked answers"].extend(map(len, answers))
+
+    def _add_pair(self, row: Row, number: int, prompt: str, answers: list[str]) -> None:
+        if tokenized_pair(row) is None:
+            for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+                self.lengths[side].append(len(answer))
+        won, lost = self._compared(row)
+        self.terms["pairs with several votes"] += won + lost >= 2
+        hashes = [_hash(answer) for answer in answers]
+        if hashes[0] == hashes[1]:
+            self.identical.append(number)
+        self.pair_keys.append(_hash(prompt, *(str(value) for value in sorted(hashes))))
+        self.pair_rows.append(number)
+        self.orientations.append((hashes[0] < hashes[1]) - (hashes[0] > hashes[1]))
+        if hashes[0] > hashes[1]:
+            won, lost = lost, won
+        self.are_soft.append(not is_missing(row.get("preference_probability")))
+        self.wins.append(won)
+        self.losses.append(lost)
+
+        ratings = [as_ratings(row.get(name)) for name in RATINGS]
+        if any(ratings):
+            self.terms["ratings"] += 1
+            if self._is_forced_choice(row):
+                self.terms["ratings with a forced choice"] += 1
+        for values in filter(None, ratings):
+            self.rating_values.update(values)
+            self.rating_counts.append(len(values))
+            self.rating_means.append(float(np.mean(values)))
+            self.rating_deviations.append(float(np.std(values, ddof=1)) if len(values) > 1 else np.nan)
+
+    def _compared(self, row: Row) -> tuple[float, float]:
+        """Wins and losses of the chosen side, which are counted by the term they belong to; a soft label in parts."""
+        if self._tied(row):
+            self.terms["ties"] += 1
+            return 0.0, 0.0
+        self.terms["ties refused"] += not is_missing(row.get("tie"))
+        if not is_missing(row.get("chosen_votes")):
+            won, lost = float(row["chosen_votes"]), float(row["rejected_votes"])
+            self.terms["votes" if won + lost else "not compared"] += 1
+            if won + lost:
+                self.votes[0].append(won)
+                self.votes[1].append(lost)
+            return won, lost
+        if not is_missing(row.get("preference_probability")):
+            self.terms["soft labels"] += 1
+            probability = float(row["preference_probability"])
+            self.probabilities.append(probability)
+            return probability, 1 - probability
+        self.terms["forced choices"] += 1
+        return 1.0, 0.0
+
+    @staticmethod
+    def _tied(row: Row) -> bool:
+        return not is_missing(row.get("tie")) and bool(row["tie"])
+
+    @staticmethod
+    def _is_forced_choice(row: Row) -> bool:
+        return all(is_missing(row.get(name)) for name in ("chosen_votes", "preference_probability", "tie"))
+
+    # Figures
+
+    def figures(self) -> dict[str, Any]:
+        """All figures, in types that JSON has; what the data does not have is left out."""
+        figures: dict[str, Any] = {
+            "rows": self.rows,
+            "terms": {name: count for name, count in sorted(self.terms.items()) if count},
+            "identical_sides": {"rows": len(self.identical), "first": self.identical[:ROWS_NAMED].tolist()},
+            "repeated_pairs": self._repeated_pairs(),
+            "characters": {name: quantiles(values) for name, values in self.lengths.items() if any(values)},
+        }
+        if self.side_tokens:
+            longest = _numbers(self.longest_side)
+            figures["tokens"] = {
+                "of a prompt with an answer": quantiles(self.side_tokens),
+                "rows_above_max_length": int((longest > DEFAULT_MAX_LENGTH).sum()),
+                "max_length": DEFAULT_MAX_LENGTH,
+            }
+        if (longer := self._longer_is_chosen()) is not None:
+            figures["longer_is_chosen"] = longer
+        if self.votes[0]:
+            votes = _numbers(self.votes[0]) + _numbers(self.votes[1])
+            figures["votes"] = {
+                "of a pair": quantiles(votes),
+                "mean": float(votes.mean()),
+                "several": int((votes > 1).sum()),
+                "unanimous": int(((votes > 1) & (np.minimum(*map(_numbers, self.votes)) == 0)).sum()),
+            }
+        if self.probabilities:
+            soft = _numbers(self.probabilities)
+            figures["soft_labels"] = {
+                "quantiles": quantiles(soft),
+                "below_half": int((soft < 0.5).sum()),
+                "between_0.4_and_0.6": float(np.mean((soft > 0.4) & (soft < 0.6))),
+            }
+        if self.rating_counts:
+            figures["ratings"] = self._ratings()
+        if self.ranked:
+            figures["rankings"] = {"answers": quantiles(self.ranked), "with_ties": self.terms["ranked ties"]}
+        return figures
+
+    def _repeated_pairs(self) -> dict[str, Any]:
+        """Pairs in several rows or with several votes: how often they are judged both ways, and what that means."""
+        differ = _numbers(self.orientations) != 0
+        keys, rows, won, lost, soft = (
+            _numbers(values)[differ]
+            for values in (self.pair_keys, self.pair_rows, self.wins, self.losses, self.are_soft)
+        )
+        if not len(keys):
+            return {"rows": 0}
+        _, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+        wins, losses, has_soft = (np.bincount(inverse, weights=values) for values in (won, lost, soft))
+        # By what each row says on the whole: the votes of one row differ without contradicting another's.
+        prefers = np.sign(won - lost)
+        up = np.bincount(inverse, weights=prefers > 0) > 0
+        down = np.bincount(inverse, weights=prefers < 0) > 0
+        repeated = np.setdiff1d(np.arange(len(rows)), first)
+        both_ways = np.flatnonzero((up & down)[inverse])
+        figures: dict[str, Any] = {
+            "pairs": int((counts > 1).sum()),
+            "rows": len(repeated),
+            "first": rows[repeated][:ROWS_NAMED].tolist(),
+            "judged_both_ways": int((up & down).sum()),
+            "judged_both_ways_first": rows[both_ways][:ROWS_NAMED].tolist(),
+        }
+        judged = wins + losses
+        several = (judged >= 2) & (has_soft == 0)
+        if several.any():
+            a, b, n = wins[several], losses[several], judged[several]
+            agreement = float(np.mean((a * (a - 1) + b * (b - 1)) / (n * (n - 1))))
+            figures["judged_several_times"] = int(several.sum())
+            figures["agreement"] = agreement
+            # Of a pair whose better side wins with probability q, two judgements agree with 1 - 2q(1 - q); q is
+            # concave in that, so the mean of q over pairs is at most this (Jensen).
+            figures["best_accuracy_on_single_judgements"] = float((1 + max(0.0, 2 * agreement - 1) ** 0.5) / 2)
+        return figures
+
+    def preference_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Characters of the preferred and of the other answer, `[N]` each, of the pairs where one was preferred."""
+        if not self.lengths["chosen"]:
+            return np.empty(0), np.empty(0)
+        chosen, rejected = _numbers(self.lengths["chosen"]), _numbers(self.lengths["rejected"])
+        prefers = np.sign(_numbers(self.wins) - _numbers(self.losses)) * _numbers(self.orientations)
+        preferred = np.where(prefers > 0, chosen, rejected)
+        other = np.where(prefers > 0, rejected, chosen)
+        return preferred[prefers != 0], other[prefers != 0]
+
+    def _longer_is_chosen(self) -> dict[str, Any] | None:
+        preferred, other = self.preference_lengths()
+        differ = preferred != other
+        if not differ.any():
+            return None
+        share = float(np.mean(preferred[differ] > other[differ]))
+        pairs = int(differ.sum())
+        return {"share": share, "pairs": pairs, "standard_error": float((share * (1 - share) / pairs) ** 0.5)}
+
+    def _ratings(self) -> dict[str, Any]:
+        counts, means, deviations = map(_numbers, (self.rating_counts, self.rating_means, self.rating_deviations))
+        several = counts > 1
+        figures: dict[str, Any] = {
+            "answers": len(counts),
+            "of_an_answer": quantiles(counts),
+            "answers_with_several": int(several.sum()),
+            "values": {f"{value:.12g}": number for value, number in sorted(self.rating_values.items())},
+        }
+        if several.sum() > 1:
+            within = float(np.mean(deviations[several] ** 2))
+            # The mean of an answer's ratings is off by within / count itself.
+            between = float(np.var(means[several], ddof=1) - np.mean(deviations[several] ** 2 / counts[several]))
+            figures["standard_deviation_of_an_answer"] = quantiles(deviations[several])
+            figures["share_of_variance_between_answers"] = max(0.0, between) / (max(0.0, between) + within or 1.0)
+        return figures
+
+
+def quantiles(values: Iterable[float]) -> dict[str, float]:
+    """The quantiles that are reported, by their name."""
+    numbers = np.quantile(_numbers(values), QUANTILES)
+    names = ("min", *(f"{100 * q:g} %" for q in QUANTILES[1:-1]), "max")
+    return {name: round(float(number), 4) for name, number in zip(names, numbers, strict=True)}
+
+
+def _numbers(values: Any) -> np.ndarray:
+    return np.asarray(values)

@@ -1,0 +1,284 @@
+"""Rows of files, read in order a chunk at a time and written in order, in memory that does not grow with their number.
+
+`disco-trl score`, `filter` and `best-of-n` read and write through here.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, IterableDataset
+
+
+Row = dict[str, Any]
+
+ROWS_AT_ONCE = 256
+"""Rows of a chunk if nobody says otherwise: enough to batch by length, few enough to hold."""
+
+
+def open_rows(name: str, config: str | None = None, split: str | None = None) -> Dataset | IterableDataset:
+    """
+    The rows of what `disco_trl.data.files.load_preferences` reads. Local files are streamed; a Hub dataset, which is
+    read more than once, is downloaded and then read from disk.
+
+    Args:
+        name: a file, a folder, or a Hub id.
+        config: name of the dataset's configuration.
+        split: which split; may be left out where there is only one.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file or split; the message says which there are.
+    """
+    splits = load_preferences(name, config, streaming=Path(name).exists(), argument="DATA")
+    if split is None:
+        if len(splits) > 1:
+            raise ValueError(f"{name} has the splits {', '.join(map(repr, splits))}; choose one with --split")
+        split = next(iter(splits))
+    return choose_split(splits, split, "--split").with_format(None)
+
+
+def chunks(dataset: Dataset | IterableDataset, size: int = ROWS_AT_ONCE) -> Iterator[list[Row]]:
+    """The rows in order, `size` at a time; the last chunk may be shorter."""
+    for batch in dataset.iter(batch_size=size):
+        yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def parquet_features(
+    dataset: Dataset | IterableDataset, added: dict[str, Any], rows_at_once: int = ROWS_AT_ONCE
+) -> Features:
+    """
+    The types of a Parquet file's columns: what the dataset says, or else (a CSV file does not say) what all rows have
+    in common; and those of the columns that are added.
+
+    Raises:
+        ValueError: Parquet has no type for a column.
+    """
+    mend = "write to a .jsonl file instead"
+    features = dataset.features
+    if features is None:
+        schema = pa.schema([])
+        first = 0
+        for rows in chunks(dataset, rows_at_once):
+            try:
+                found = Dataset.from_list(rows).features.arrow_schema.remove_metadata()
+                schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"rows {first} to {first + len(rows) - 1}: {error}; Parquet needs one type for a column: {mend}"
+                ) from error
+            first += len(rows)
+        features = Features.from_arrow_schema(schema)
+    features = Features({**features, **added})
+    try:
+        # Better now than when all has been scored.
+        pq.ParquetWriter(pa.BufferOutputStream(), features.arrow_schema).close()
+    except pa.ArrowException as error:
+        raise ValueError(f"{error} {mend}") from error
+    return features
+
+
+def refuse_clash(found: list[str], new: list[str], mend: str) -> None:
+    """Raise a `ValueError` if a dataset has a column that is about to be added."""
+    if clash := [name for name in new if name in found]:
+        raise ValueError(f"column {' and '.join(map(repr, clash))}: the data has one of this name already; {mend}")
+
+
+def check_output(path: Path) -> None:
+    """Raise a `ValueError` unless rows can be written to that path, which must not exist yet."""
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"--out {path}: its name must end in .parquet or .jsonl")
+    if os.path.lexists(path):  # a link to nowhere too
+        raise ValueError(f"--out {path} exists already; delete it, or choose another name")
+
+
+def as_json(row: Row, row_number: int) -> str:
+    """A line of JSON, or a `ValueError` that names the row."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"row {row_number}: {error}; write to a .parquet file, which has a type for it") from error
+
+
+class RowWriter:
+    """
+    Writes rows to a `.parquet` or `.jsonl` file, which appears under its name when it is complete.
+
+    Args:
+        path: the file; its folder is made.
+        features: types of the columns, which Parquet needs to know before the first row.
+
+    Example:
+        >>> with RowWriter(Path("scored.jsonl"), None) as writer:
+        ...     writer.write([{"text": "Paris.", "location": 1.7}])
+    """
+
+    def __init__(self, path: Path, features: Features | None):
+        self.path = path
+        self.features = features
+        self.rows = 0
+        self._unfinished = path.with_name(f"{path.name}.unfinished")
+
+    def __enter__(self) -> RowWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Of a run that was killed; or a link, through which another file would be overwritten.
+        self._unfinished.unlink(missing_ok=True)
+        if self.features is None:
+            self._file: Any = self._unfinished.open("w", encoding="utf-8")
+        else:
+            self._file = pq.ParquetWriter(self._unfinished, self.features.arrow_schema)
+        return self
+
+    def write(self, rows: list[Row]) -> None:
+        """Write rows after those written before."""
+        if self.features is None:
+            self._file.writelines(as_json(row, self.rows + index) + "\n" for index, row in enumerate(rows))
+        elif rows:
+            self._file.write_table(Dataset.from_list(rows, features=self.features).with_format("arrow")[:])
+        self.rows += len(rows)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            os.replace(self._unfinished, self.path)
+        else:
+            self._unfinished.unlink()
+
+
+_BUILDER_OF_SUFFIX = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+}
+
+
+def load_preferences(
+    name: str, config: str | None = None, streaming: bool = False, argument: str = "--dataset_name"
+) -> Any:
+    """
+    Load a Hub dataset, a local folder or a local file, with all its splits.
+
+    Args:
+        name (`str`):
+            What follows `argument`. A path that ends in `.json`, `.jsonl` (either also gzipped), `.parquet` or
+            `.csv` is read as such a file and gets the one split `train`. In a folder, `train.jsonl` and `test.jsonl`
+            become the splits `train` and `test`; one may have columns that the other has not.
+        config (`str`, *optional*):
+            Name of the dataset's configuration.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read rows as they are needed.
+        argument (`str`, *optional*, defaults to `"--dataset_name"`):
+            The argument that named it, for the message.
+
+    Returns:
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist.
+        ValueError: a local file of a kind that is not read.
+    """
+    from datasets import DatasetDict, IterableDatasetDict
+    from datasets.data_files import get_data_patterns
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        return _load_dataset(f"{argument} {name}", *args, streaming=streaming, **kwargs)
+
+    path = Path(name)
+    is_url = "://" in name
+    # Of two suffixes that fit (`.jsonl.gz` and, in principle, `.gz`) only the whole one is in the table.
+    suffix = next((suffix for suffix in _BUILDER_OF_SUFFIX if name.lower().endswith(suffix)), None)
+    if not is_url and not path.exists() and (suffix is not None or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"{argument} {name}: there is no such file or folder (looked in {Path.cwd()}).")
+    if suffix is not None and not path.is_dir():
+        if not is_url:
+            _refuse_odd_file(path, suffix, argument)
+        # A name like a[1].jsonl is no pattern: read as one it would match other files, or none.
+        files = name if is_url else glob.escape(name)
+        return load_dataset(_BUILDER_OF_SUFFIX[suffix], name=config, data_files=files)
+    if path.is_file():
+        raise ValueError(
+            f"{argument} {name}: cannot tell what kind of file this is; its name should end in one of "
+            f"{', '.join(_BUILDER_OF_SUFFIX)}."
+        )
+    if not path.is_dir() or config is not None or (path / "README.md").exists():
+        return load_dataset(name, name=config)
+    # All splits together would need the same columns; one at a time they do not.
+    splits = {
+        str(split): load_dataset(name, data_files=files)["train"]
+        for split, files in get_data_patterns(str(path.resolve())).items()
+    }
+    return (IterableDatasetDict if streaming else DatasetDict)(splits)
+
+
+def _load_dataset(what: str, *args: Any, **kwargs: Any) -> Any:
+    """`datasets.load_dataset`, whose own errors say neither what was to be read nor, in one line, what is wrong."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"{what}: cannot be read: {type(cause).__name__}: {str(cause).strip()}") from error
+    except RecursionError as error:
+        raise ValueError(f"{what}: cannot be read: a value in it is nested too deeply") from error
+
+
+def _refuse_odd_file(path: Path, suffix: str, argument: str) -> None:
+    """Raise a `ValueError` for what the readers would crash on, or not mind."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{argument} {path}: the file is empty")
+    if suffix in (".csv", ".csv.gz"):
+        opened: Any = gzip.open if suffix == ".csv.gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+            columns = next(csv.reader([file.readline(2**20)]), [])
+        # The second of a name would be read as another column, chosen.1, and so not at all.
+        if twice := sorted({column for column in columns if columns.count(column) > 1}):
+            raise ValueError(
+                f"{argument} {path}: column {twice[0]!r} stands there twice; rename or remove one of them"
+            )
+
+
+def choose_split(dataset: Any, split: str, argument: str) -> Any:
+    """
+    `dataset[split]`, or an error that lists the splits there are and how to make this one.
+
+    Args:
+        dataset (`datasets.DatasetDict` or `datasets.IterableDatasetDict`):
+            What was loaded.
+        split (`str`):
+            Name of the wanted split.
+        argument (`str`):
+            The argument that named it, for the message.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split not in dataset:
+        mends = [
+            f"pass {argument} with one of these names",
+            f"put the data in a folder as train.jsonl and {split}.jsonl and pass the folder",
+        ]
+        if argument == "--dataset_test_split":
+            mends += ["set test_split_size if you mix `datasets`", "train without evaluation (--eval_strategy no)"]
+        raise ValueError(
+            f"{argument}: the dataset has no split {split!r}; it has {', '.join(map(repr, dataset))}. "
+            f"Either {', or '.join(mends)}."
+        )
+    return dataset[split]

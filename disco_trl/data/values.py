@@ -1,0 +1,62 @@
+"""Single cells of a row: what counts as missing, as a number, as ratings, and how an error shows one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+
+def as_list(ids: Any) -> Any:
+    """Token ids as a list: streams may carry arrays or tensors, whose == is elementwise."""
+    return ids.tolist() if hasattr(ids, "tolist") else ids
+
+
+LARGEST = 3.4028234e38
+"""The largest number that float32 holds, in which the likelihood is worked out: beyond it a loss is infinite."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a row: where, what, and how to mend it."""
+
+    column: str
+    wrong: str
+    mend: str
+
+
+def _plain(value: Any) -> Any:
+    """The number in an array of no dimension, which a stream in the format of NumPy or torch has in its place."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row has nothing in a column: None, NaN, or an empty list."""
+    value = _plain(value)
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, list) and not value)
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: the beginning of its `repr`, which a row might make as long as it likes."""
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a list in a list in a list ...
+        return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def as_number(value: Any) -> float | None:
+    """The value as a number that float32 holds too, or None if it is none; True and False are not numbers."""
+    value = _plain(value)
+    return value if type(value) in (int, float) and abs(value) <= LARGEST else None
+
+
+def as_truth(value: Any) -> bool | None:
+    """The value as true or false, which 1 and 0 are as well, or None if it is neither."""
+    value = _plain(value)
+    return bool(value) if isinstance(value, int | float) and value in (True, False) else None
+
+
+def as_ratings(value: Any) -> list[Any]:
+    """The ratings of an answer, whether the column holds one or a list."""
+    if is_missing(value):
+        return []
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_plain(rating) for rating in value] if isinstance(value, list) else [value]

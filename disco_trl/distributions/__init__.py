@@ -1,0 +1,1 @@
+"""The mathematics: families of reward distributions, likelihoods and transforms, on tensors alone."""

@@ -1,0 +1,384 @@
+"""
+Test sets of reward models, as they are published, and what each of them makes of a model's rewards.
+
+Whatever a row looks like, it becomes an `Item`: a prompt, its answers, who is better than whom, and perhaps what
+people think of each. Rows of a preference dataset become items too, so that everything is evaluated by the same code.
+A `Benchmark` also has figures of its own (sections, styles, best of several), which are functions of the items'
+rewards alone.
+
+Columns, sections and weights are those of the benchmarks' own code and cards: RewardBench (N. Lambert et al., 2024,
+arXiv 2403.13787), RewardBench 2 (S. Malik et al., 2025, arXiv 2506.01937), RM-Bench (Y. Liu et al., 2024, arXiv
+2410.16184), JudgeBench (S. Tan et al., 2024, arXiv 2410.12784), LLMBar (Z. Zeng et al., 2023, arXiv 2310.07641).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..data.columns import tokenized_pair
+from ..data.curation.formats import BadRow, first_of, prompt_messages
+from ..data.files import Row
+from ..data.values import as_number, as_ratings, as_truth, is_missing, shown
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers of an item by position, how many people were asked, and the share of them who prefer the first."""
+
+    first: int
+    second: int
+    target: float = 1.0
+    people: float = 1.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """
+    A prompt and its answers.
+
+    Attributes:
+        answers: rows to be scored, each with what `disco_trl.data.tokenization` reads of it: `content`, and perhaps
+            `tools` and `chat_template_kwargs`; or `ids`.
+        comparisons: of the answers.
+        subset: what part of the data it belongs to.
+        name: the row's own id, if it has one.
+        ratings: people's ratings of each answer, where the data have any.
+    """
+
+    answers: list[Row]
+    comparisons: list[Comparison]
+    subset: str = ""
+    name: str = ""
+    ratings: list[list[float]] = field(default_factory=list)
+
+
+Rewards = Sequence[np.ndarray]
+"""The location of each answer, item by item: arrays `[answers]`."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    A published test set.
+
+    Attributes:
+        title: its name.
+        recognise: whether a row is one of its.
+        read: the item of a row; `BadRow` if something is missing.
+        summarize: its own figures, of items, their rewards and the weight of each item `[items]`.
+    """
+
+    title: str
+    recognise: Callable[[Row], bool]
+    read: Callable[[Row], Item]
+    summarize: Callable[[Sequence[Item], Rewards, np.ndarray], dict[str, float]]
+
+
+def dialogue(prompt: Any, answer: Any) -> Row:
+    """An answer after its prompt, as a conversation. Either may be a text already made of messages."""
+    messages = prompt_messages("prompt", prompt) if isinstance(prompt, str) else list(prompt or [])
+    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+    return {"content": messages + turns}
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value:
+        raise BadRow(column, f"{shown(value)} where a text should be", "fill it in, or drop the row")
+    return value
+
+
+def _texts(row: Row, column: str, count: int | None = None) -> list[str]:
+    value = row.get(column)
+    whole = isinstance(value, list) and value and all(isinstance(text, str) and text for text in value)
+    if not whole or (count is not None and len(value) != count):  # type: ignore[arg-type]
+        wanted = f"{count} answers" if count else "answers"
+        raise BadRow(column, f"{shown(value)} where a list of {wanted} should be", "fill it in, or drop the row")
+    return value  # type: ignore[return-value]
+
+
+def _average(values: ArrayLike, weights: ArrayLike) -> float:
+    total = float(np.sum(weights))
+    return float(np.dot(values, weights)) / total if total > 0 else math.nan
+
+
+def _mean_of(figures: dict[str, float], names: Sequence[str]) -> float:
+    present = [figures[name] for name in names if name in figures]
+    return float(np.mean(present)) if present else math.nan
+
+
+def _by_subset(items: Sequence[Item]) -> dict[str, list[int]]:
+    members: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        members.setdefault(item.subset, []).append(index)
+    return members
+
+
+def _is_best(rewards: np.ndarray, right: int) -> float:
+    """Whether one of the first `right` answers has the highest reward, shared with others that have it too."""
+    top = np.flatnonzero(rewards == rewards.max())
+    return float(np.mean(top < right))
+
+
+# RewardBench
+
+
+REWARD_BENCH_SECTIONS = {
+    "Chat": {
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
+        "xstest-should-respond": 154, "donotanswer": 136,
+    },
+    # The 447 pairs of math weigh as much as the 984 of code.
+    "Reasoning": {
+        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
+        "hep-rust": 164,
+    },
+}  # fmt: skip
+"""What each subset weighs in its section."""
+
+
+def _is_reward_bench(row: Row) -> bool:
+    return {"prompt", "chosen", "rejected", "subset", "chosen_model"} <= row.keys()
+
+
+def _read_reward_bench(row: Row) -> Item:
+    answers = [dialogue(_text(row, "prompt"), _text(row, side)) for side in ("chosen", "rejected")]
+    return Item(answers, [Comparison(0, 1)], _text(row, "subset"), str(row.get("id", "")))
+
+
+def _summarize_reward_bench(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:
+    right = np.array([float(of_item[0] > of_item[1]) for of_item in rewards])
+    of_subset = {name: _average(right[members], weight[members]) for name, members in _by_subset(items).items()}
+    figures = {}
+    for section, weights in REWARD_BENCH_SECTIONS.items():
+        present = [name for name in weights if name in of_subset]
+        if present:
+            figures[section] = _average([of_subset[name] for name in present], [weights[name] for name in present])
+    return figures | {"score": _mean_of(figures, list(figures))}
+
+
+# RewardBench 2
+
+
+def _is_reward_bench_2(row: Row) -> bool:
+    return {"prompt", "chosen", "rejected", "subset", "num_correct"} <= row.keys()
+
+
+def _read_reward_bench_2(row: Row) -> Item:
+    chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
+    answers = [dialogue(_text(row, "prompt"), answer) for answer in (*chosen, *rejected)]
+    pairs = product(range(len(chosen)), range(len(chosen), len(answers)))
+    # All pairs of an item together weigh as much as one comparison.
+    people = 1 / (len(chosen) * len(rejected))
+    comparisons = [Comparison(better, worse, people=people) for better, worse in pairs]
+    return Item(answers, comparisons, _text(row, "subset"), str(row.get("id", "")))
+
+
+def _right_answers(item: Item) -> int:
+    return max(comparison.first for comparison in item.comparisons) + 1
+
+
+def _summarize_reward_bench_2(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:
+    figures = {}
+    for subset, members in _by_subset(items).items():
+        if subset.lower() == "ties":
+            figures[subset] = _ties_score([items[m] for m in members], [rewards[m] for m in members], weight[members])
+        else:
+            best = [_is_best(rewards[member], _right_answers(items[member])) for member in members]
+            figures[subset] = _average(best, weight[members])
+    return figures | {"score": _mean_of(figures, list(figures))}
+
+
+def _ties_score(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> float:
+    """
+    Of questions with one right answer (`ref:N`) and with several (`tied:N`): is every right answer above every wrong
+    one, and do the right ones differ by less than that?
+    """
+    is_right: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
+    gap: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
+    spread: dict[str, float] = {}
+    weights: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
+    for item, of_item, of_weight in zip(items, rewards, weight, strict=True):
+        kind, _, number = item.name.partition(":")
+        if kind not in gap:
+            raise BadRow("id", f"{shown(item.name)} of a row of Ties", "it has to begin with ref: or tied:")
+        right, wrong = np.split(of_item, [_right_answers(item)])
+        gap[kind][number] = float(right.min() - wrong.max())
+        is_right[kind][number] = float(gap[kind][number] > 0)
+        weights[kind][number] = of_weight
+        if kind == "tied":
+            spread[number] = float(right.max() - right.min())
+    score = sum(
+        0.3 * _average([*is_right[kind].values()], [*weights[kind].values()]) for kind in gap if is_right[kind]
+    )
+    both = [number for number in spread if number in gap["ref"]]
+    if both:
+        tied, hard, apart = (
+            np.array([values(number) for number in both])
+            for values in (
+                lambda number: gap["tied"][number],
+                lambda number: min(gap["ref"][number], gap["tied"][number]),
+                lambda number: spread[number],
+            )
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            margin = np.nan_to_num(np.tanh(hard / apart - 1))
+        of_both = [weights["tied"][number] for number in both]
+        for share, values in ((0.2, tied > apart), (0.2, hard > apart), (0.01, margin)):
+            score += share * _average(values.astype(float), of_both)
+    return score
+
+
+# RM-Bench
+
+
+STYLES = ("concise", "detailed", "markdown")
+
+
+def _is_rm_bench(row: Row) -> bool:
+    return {"prompt", "chosen", "rejected", "domain"} <= row.keys() and isinstance(row["chosen"], list)
+
+
+def _read_rm_bench(row: Row) -> Item:
+    chosen, rejected = _texts(row, "chosen", len(STYLES)), _texts(row, "rejected", len(STYLES))
+    answers = [dialogue(_text(row, "prompt"), answer) for answer in (*chosen, *rejected)]
+    pairs = product(range(len(STYLES)), repeat=2)
+    comparisons = [Comparison(good, len(STYLES) + bad, people=1 / len(STYLES) ** 2) for good, bad in pairs]
+    return Item(answers, comparisons, _text(row, "domain"), str(row.get("id", "")))
+
+
+def _summarize_rm_bench(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:
+    right = np.stack([of_item[: len(STYLES), None] > of_item[None, len(STYLES) :] for of_item in rewards])
+    upper = np.triu_indices(len(STYLES), 1)
+    # Hard: the right answer is the plainer one. Easy: it is the fancier one.
+    styles = {
+        "hard": right[:, upper[0], upper[1]].mean(axis=1),
+        "normal": np.diagonal(right, axis1=1, axis2=2).mean(axis=1),
+        "easy": right[:, upper[1], upper[0]].mean(axis=1),
+    }
+    figures: dict[str, float] = {}
+    of_domain: dict[str, list[dict[str, float]]] = {}
+    for domain, members in _by_subset(items).items():
+        of_styles = {style: _average(values[members], weight[members]) for style, values in styles.items()}
+        of_domain.setdefault(domain.split("-")[0], []).append(of_styles)  # the two sides of safety are one domain
+    for domain, parts in of_domain.items():
+        figures[domain] = float(np.mean([part[style] for part in parts for style in styles]))
+    for style in styles:
+        figures[style] = float(np.mean([np.mean([part[style] for part in parts]) for parts in of_domain.values()]))
+    return figures | {"score": _mean_of(figures, list(of_domain))}
+
+
+# JudgeBench and LLMBar
+
+
+JUDGE_BENCH_CATEGORIES = {
+    "mmlu-pro": "Knowledge",
+    "livebench-reasoning": "Reasoning",
+    "livebench-math": "Math",
+    "livecodebench": "Coding",
+}
+
+
+def _is_judge_bench(row: Row) -> bool:
+    return {"question", "response_A", "response_B", "label"} <= row.keys()
+
+
+def _read_judge_bench(row: Row) -> Item:
+    targets = {"A>B": 1.0, "B>A": 0.0, "A=B": 0.5}
+    label = _text(row, "label")
+    if label not in targets:
+        raise BadRow("label", shown(label), f"it has to be one of {', '.join(targets)}")
+    source = str(row.get("source", ""))
+    subset = next((name for start, name in JUDGE_BENCH_CATEGORIES.items() if source.startswith(start)), source)
+    answers = [dialogue(_text(row, "question"), _text(row, name)) for name in ("response_A", "response_B")]
+    return Item(answers, [Comparison(0, 1, targets[label])], subset, str(row.get("pair_id", "")))
+
+
+def _is_llm_bar(row: Row) -> bool:
+    return {"input", "output_1", "output_2", "label"} <= row.keys()
+
+
+def _read_llm_bar(row: Row) -> Item:
+    label = as_number(row["label"])
+    if label not in (1, 2):
+        raise BadRow("label", shown(row["label"]), "it has to be 1 or 2")
+    answers = [dialogue(_text(row, "input"), _text(row, name)) for name in ("output_1", "output_2")]
+    subset = row.get("subset")
+    return Item(answers, [Comparison(0, 1, float(label == 1))], "" if is_missing(subset) else str(subset))
+
+
+def _summarize_by_subset(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:
+    """The share of items whose pair is in order, by subset and over all."""
+    right = []
+    for item, of_item in zip(items, rewards, strict=True):
+        pair = item.comparisons[0]
+        right.append(float((of_item[pair.first] - of_item[pair.second]) * (pair.target - 0.5) > 0))
+    members = _by_subset(items)
+    figures = {name: _average(np.array(right)[of], weight[of]) for name, of in members.items() if name}
+    return figures | {"score": _average(right, weight)}
+
+
+# Any preference dataset
+
+
+def read_preference(row: Row) -> Item:
+    """The item of a row of a preference dataset, of any type that TRL documents, with judgements or without."""
+    extra = {name: row[name] for name in ("tools", "chat_template_kwargs") if not is_missing(row.get(name))}
+    prompt = row.get("prompt")
+
+    def answer(value: Any) -> Row:
+        # Some datasets repeat the prompt as the conversation's beginning.
+        if isinstance(value, list) and isinstance(prompt, str):
+            return {"content": value, **extra}
+        return {"content": value if is_missing(prompt) else prompt + value, **extra}
+
+    subset = str(row[name]) if (name := first_of(row, ("subset", "category", "domain", "source"))) else ""
+    if not is_missing(row.get("ranks")):
+        ranks = row["ranks"]
+        answers = [answer(completion) for completion in row["completions"]]
+        pairs = list(combinations(range(len(ranks)), 2))
+        # A better rank is a smaller number.
+        targets = [0.5 + np.sign(ranks[b] - ranks[a]) / 2 for a, b in pairs]
+        people = 1 / len(pairs)
+        comparisons = [Comparison(a, b, float(target), people) for (a, b), target in zip(pairs, targets, strict=True)]
+        return Item(answers, comparisons, subset)
+    if (sides := tokenized_pair(row)) is not None:
+        answers = [{"ids": list(row[side])} for side in sides]
+    else:
+        answers = [answer(row[side]) for side in ("chosen", "rejected")]
+    ratings = [as_ratings(row.get(name)) for name in ("chosen_rating", "rejected_rating")]
+    return Item(answers, [_judged(row)], subset, ratings=ratings if any(ratings) else [])
+
+
+def _judged(row: Row) -> Comparison:
+    if not is_missing(row.get("chosen_votes")):
+        wins, losses = float(row["chosen_votes"]), float(row["rejected_votes"])
+        return Comparison(0, 1, wins / (wins + losses) if wins + losses else 0.5, wins + losses)
+    if not is_missing(row.get("preference_probability")):
+        return Comparison(0, 1, float(row["preference_probability"]))
+    return Comparison(0, 1, 0.5 if as_truth(row.get("tie")) else 1.0)
+
+
+BENCHMARKS = {
+    "reward-bench": Benchmark("RewardBench", _is_reward_bench, _read_reward_bench, _summarize_reward_bench),
+    "reward-bench-2": Benchmark("RewardBench 2", _is_reward_bench_2, _read_reward_bench_2, _summarize_reward_bench_2),
+    "rm-bench": Benchmark("RM-Bench", _is_rm_bench, _read_rm_bench, _summarize_rm_bench),
+    "judge-bench": Benchmark("JudgeBench", _is_judge_bench, _read_judge_bench, _summarize_by_subset),
+    "llm-bar": Benchmark("LLMBar", _is_llm_bar, _read_llm_bar, _summarize_by_subset),
+}
+"""By name. Rows of a preference dataset are of none of them."""

@@ -1,0 +1,138 @@
+"""The pictures of a report. Each function draws on matplotlib axes; `as_svg` and `save_png` make files of them.
+
+In SVG the colours are names of CSS variables, so that a page draws the same picture in its light and in its dark mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..distributions.reward_distribution import RewardDistribution
+
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("pictures need matplotlib: pip install 'disco-trl[plots]'") from error
+
+
+# What each colour is on paper, and what it is called in a page's style sheet
+INK, FAINT = "#1d2430", "#7d8696"
+SERIES = ("#2463b4", "#c4571b", "#2e8049", "#8746a6", "#a8385d", "#5f6b1f")
+CSS_NAMES = {INK: "--ink", FAINT: "--faint", **{color: f"--series-{i}" for i, color in enumerate(SERIES, start=1)}}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SIZE = (4.6, 3.6)
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and themed
+    "svg.hashsalt": "disco-trl",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@contextlib.contextmanager
+def _figure(draw: Callable[[Axes], None], size: tuple[float, float]) -> Iterator[Figure]:
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        yield figure
+
+
+def as_svg(draw: Callable[[Axes], None], description: str, size: tuple[float, float] = SIZE) -> str:
+    """A drawing as an `<svg>` element for a page that defines the variables of :data:`CSS_NAMES`.
+
+    Each picture of a page needs a description of its own.
+    """
+    buffer = io.StringIO()
+    with _figure(draw, size) as figure:
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for color, name in CSS_NAMES.items():
+        svg = re.sub(color, f"var({name})", svg, flags=re.IGNORECASE)
+    width, height = (round(72 * side) for side in size)
+    start = f'<svg role="img" aria-label="{description}" viewBox="0 0 {width} {height}" class="chart"'
+    svg = re.sub(r"<svg\b[^>]*?(?=\sxmlns=)", start, svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Two pictures of one page must not share the names of their parts.
+    prefix = "c" + hashlib.sha256(description.encode()).hexdigest()[:8]
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+
+
+def save_png(draw: Callable[[Axes], None], path: Path, size: tuple[float, float] = SIZE) -> None:
+    """A drawing as a PNG file on white."""
+    with _figure(draw, size) as figure:
+        figure.savefig(path, dpi=160, facecolor="white")
+
+
+def reliability(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -> None:
+    """Observed against predicted frequency of each model; on the diagonal a forecast means what it says."""
+    axes.plot([0, 1], [0, 1], color=FAINT, linestyle=":", linewidth=1)
+    for (name, curve), color, marker in zip(curves.items(), SERIES, MARKERS, strict=False):
+        axes.plot(curve["predicted"], curve["observed"], color=color, marker=marker, markersize=4, label=name)
+    axes.set(xlabel="predicted probability", ylabel="share of people", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="upper left")
+
+
+def risk_coverage(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -> None:
+    """The error rate among the comparisons that each model is surest of."""
+    for (name, curve), color, line in zip(curves.items(), SERIES, ("-", "--", "-.", ":", "-", "--"), strict=False):
+        axes.plot(curve["coverage"], curve["risk"], color=color, linestyle=line, label=name)
+    axes.set(xlabel="share of comparisons kept, the surest first", ylabel="error rate", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper left")
+
+
+def learning(axes: Axes, histories: dict[str, Sequence[tuple[float, float]]]) -> None:
+    """Negative log-likelihood against the share of the data seen."""
+    for (name, points), color in zip(histories.items(), SERIES, strict=False):
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker="o" if len(points) == 1 else "", label=name)
+    axes.set(xlabel="epochs", ylabel="NLL of the training batches")
+    axes.legend(loc="upper right")
+
+
+def densities(axes: Axes, first: RewardDistribution, second: RewardDistribution, names: tuple[str, str]) -> None:
+    """
+    How people's rewards of two answers are spread.
+
+    Args:
+        axes: to draw on.
+        first, second: one reward each, of shape `[1]`.
+        names: of the answers.
+    """
+    ends = [float(reward.quantile(level)) for reward in (first, second) for level in (0.005, 0.995)]
+    x = np.linspace(min(ends), max(ends), 400)
+    import torch
+
+    for reward, name, color, line in zip((first, second), names, SERIES, ("-", "--"), strict=False):
+        density = np.gradient(reward.cdf(torch.from_numpy(x)).double().numpy(), x)
+        axes.plot(x, density, color=color, linestyle=line, label=name)
+        axes.fill_between(x, density, color=color, alpha=0.12, linewidth=0)
+    axes.set(xlabel="reward", yticks=[])
+    axes.set_ylim(bottom=0)
+    axes.spines["left"].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)

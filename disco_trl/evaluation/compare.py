@@ -1,0 +1,291 @@
+"""
+`disco-trl compare`: Bradley–Terry by TRL's own trainer and any variants of ours, on the same data, order and budget.
+
+Each run (a variant with a seed) is a process of its own, `disco_trl.evaluation.compare_run`: one that fails, or runs
+out of memory, does not take the others with it, and its peak memory is its own. A run leaves a folder; a comparison
+that is
+started again goes on with those that are missing. What flows: variants and seeds → a folder each → figures of each →
+means over seeds, and paired differences from Bradley–Terry over comparisons and seeds → table, verdicts and report.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from transformers.utils import logging
+
+from ..distributions.reward_distribution import FAMILIES, RewardDistribution
+from ..trainer.reward_config import DiscoRewardConfig
+from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, Run
+from .held_out import HeldOut
+from .metrics import METRICS, paired_bootstrap
+from .report import EXPLAINED, Verdict
+
+
+COMPARED = ("nll", "accuracy", "brier")
+"""Figures that are means over comparisons, and so can be compared pair by pair."""
+LOWER_IS_BETTER = {"nll": True, "brier": True, "accuracy": False}
+RUN_FILE = "run.json"
+LAST_WORDS = 2000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    What is trained: `bradley-terry` or a family, and perhaps settings of its own.
+
+    Attributes:
+        name: as it was given, `normal:prefix_sharing=false`.
+        base: `bradley-terry`, or a family.
+        settings: fields of `DiscoRewardConfig`.
+    """
+
+    name: str
+    base: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """
+        From a command line.
+
+        Raises:
+            ValueError: neither a family nor Bradley–Terry, or a setting that is none.
+        """
+        base, _, rest = text.partition(":")
+        if base not in (BRADLEY_TERRY, *FAMILIES):
+            raise ValueError(f"--variants {text}: {base!r} is none of {', '.join((BRADLEY_TERRY, *FAMILIES))}")
+        settings = parse_settings(rest.split(",") if rest else [], f"--variants {text}")
+        if base == BRADLEY_TERRY and settings:
+            raise ValueError(f"--variants {text}: Bradley–Terry is what the others are compared with, and has none")
+        return cls(text, base, settings)
+
+    @property
+    def folder(self) -> str:
+        """A name for files."""
+        return "".join(letter if letter.isalnum() or letter in "-._=" else "_" for letter in self.name)
+
+
+def parse_settings(items: Sequence[str], argument: str) -> dict[str, Any]:
+    """
+    `KEY=VALUE` items; a value is JSON, or else a text.
+
+    Raises:
+        ValueError: an item without `=`, or a key that is no field of `DiscoRewardConfig`.
+    """
+    known = {one.name for one in fields(DiscoRewardConfig)}
+    settings = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"{argument}: {item!r} is no setting; write KEY=VALUE with a field of DiscoRewardConfig")
+        settings[key] = _value_of(value)
+    return settings
+
+
+def _value_of(text: str) -> Any:
+    for spelling in (text, text.lower()):  # Python writes True, and JSON true
+        try:
+            return json.loads(spelling)
+        except json.JSONDecodeError:
+            continue
+    return text
+
+
+@dataclass
+class Result:
+    """A finished run: its figures, `metrics.json`, and its rewards of the held-out answers."""
+
+    variant: Variant
+    seed: int
+    figures: dict[str, Any]
+    rewards: RewardDistribution
+
+    @classmethod
+    def load(cls, variant: Variant, seed: int, folder: Path) -> Result:
+        """From a run's folder."""
+        figures = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
+        tensors = {name: torch.from_numpy(values) for name, values in load_file(folder / REWARDS_FILE).items()}
+        return cls(variant, seed, figures, RewardDistribution(family=figures["family"], **tensors))
+
+
+def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tuple[Variant, int, Run]]:
+    """
+    The runs with the best settings that a search has found for each variant, with the seed of its first run.
+
+    Raises:
+        RuntimeError: a search failed; with its last words.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for variant, _, run in logging.tqdm(runs, desc="Searches", unit="run"):
+        if variant.name not in found:
+            folder = Path(run.output).with_name(f"{variant.folder}-search")
+            words = launch(replace(run, search=trials, output=str(folder)))
+            if words is not None:
+                raise RuntimeError(f"the search for {variant.name} failed:\n{words}")
+            found[variant.name] = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))["best"]
+    return [(variant, seed, replace(run, settings=run.settings | found[variant.name])) for variant, seed, run in runs]
+
+
+def run_all(runs: list[tuple[Variant, int, Run]]) -> tuple[list[Result], dict[str, str]]:
+    """
+    Run what has not been run, each in a process of its own.
+
+    Returns:
+        The results there are, and the last words of the runs that failed, by `VARIANT, seed N`.
+
+    Raises:
+        ValueError: a folder holds a run with other settings.
+    """
+    for _, _, run in runs:
+        _check_same(run)
+    results, failures = [], {}
+    with logging.tqdm(total=len(runs), desc="Runs", unit="run") as bar:
+        for variant, seed, run in runs:
+            words = launch(run)
+            if words is None:
+                results.append(Result.load(variant, seed, Path(run.output)))
+            else:
+                failures[f"{variant.name}, seed {seed}"] = words
+            bar.update()
+    return results, failures
+
+
+def launch(run: Run) -> str | None:
+    """Do a run in a process of its own, unless it has been done; what it said last if it failed."""
+    _check_same(run)
+    folder = Path(run.output)
+    if (folder / FIGURES_FILE).exists():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    specification = folder / RUN_FILE
+    specification.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(specification)]
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status == 0:
+        return None
+    words = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
+    return words or f"exit status {status}"
+
+
+def _check_same(run: Run) -> None:
+    file = Path(run.output) / RUN_FILE
+    if not (file.parent / FIGURES_FILE).exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name for name, value in asdict(run).items() if value != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"{file.parent} holds a run with another {' and '.join(changed)}; remove it, or choose another --out"
+        )
+
+
+# What it comes to
+
+
+def difference(ours: Result, theirs: Result, held_out: HeldOut, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A figure of each comparison by two models, each weighed by the people who were asked."""
+    columns = []
+    for result in (ours, theirs):
+        forecasts = held_out.forecasts(result.rewards)
+        of_pairs = {
+            "nll": forecasts.nll,
+            "accuracy": forecasts.right,
+            "brier": forecasts.target * (1 - forecasts.prob) ** 2 + (1 - forecasts.target) * forecasts.prob**2,
+        }[name]
+        columns.append(of_pairs * forecasts.weight / forecasts.weight.mean())
+    return columns[0], columns[1]
+
+
+def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: str) -> Verdict:
+    """
+    Whether a figure of a model is better or worse than another's, or undecided, as the interval holds 0.
+
+    Args:
+        ours, theirs: runs of both, in pairs of a seed each.
+        held_out: what their rewards are of.
+        name: one of :data:`COMPARED`.
+    """
+    columns = [difference(one, other, held_out, name) for one, other in zip(ours, theirs, strict=True)]
+    mean, low, high = paired_bootstrap([one for one, _ in columns], [other for _, other in columns], held_out.groups)
+    if low <= 0 <= high:
+        word = "undecided"
+    else:
+        word = "better" if (mean < 0) == LOWER_IS_BETTER[name] else "worse"
+    return Verdict(word, mean, low, high)
+
+
+def compare(results: list[Result], held_out: HeldOut) -> dict[str, dict[str, Verdict]]:
+    """What each variant is beside Bradley–Terry with the same seeds, by variant and figure."""
+    reference = {result.seed: result for result in results if result.variant.base == BRADLEY_TERRY}
+    found = {}
+    for variant in dict.fromkeys(result.variant.name for result in results if result.variant.base != BRADLEY_TERRY):
+        ours = [result for result in results if result.variant.name == variant and result.seed in reference]
+        if ours:
+            theirs = [reference[result.seed] for result in ours]
+            found[variant] = {name: paired(ours, theirs, held_out, name) for name in COMPARED}
+    return found
+
+
+def mean_over_seeds(results: list[Result]) -> dict[str, Any]:
+    """
+    The figures of a variant's runs as those of one: means, with the range over seeds in place of the interval where
+    there are several. Curves are the first seed's.
+    """
+    merged = json.loads(json.dumps(results[0].figures))
+    if len(results) == 1:
+        return merged
+    for group in ("metrics", "benchmark", "agreement"):
+        for name in merged[group]:
+            values = _values(results, group, name)
+            if values:
+                merged[group][name] = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
+    return merged
+
+
+def _values(results: list[Result], group: str, name: str) -> list[float]:
+    """A figure of the runs that have it."""
+    found = [result.figures[group].get(name, {}).get("value") for result in results]
+    return [value for value in found if value is not None]
+
+
+def verdict_table(verdicts: dict[str, dict[str, Verdict]]) -> str:
+    """Markdown: a row for each variant, how its figures differ from Bradley–Terry's."""
+    lines = ["| less Bradley–Terry | " + " | ".join(EXPLAINED[name][0] for name in COMPARED) + " |"]
+    lines.append("| --- |" + " ---: |" * len(COMPARED))
+    lines += [f"| {name} | " + " | ".join(map(str, figures.values())) + " |" for name, figures in verdicts.items()]
+    return "\n".join(lines)
+
+
+def as_table(results: list[Result]) -> str:
+    """Markdown: a row for each variant, the mean and range over seeds."""
+    names = [("metrics", name) for name in METRICS]
+    agreements = dict.fromkeys(name for result in results for name in result.figures["agreement"])
+    names += [("agreement", name) for name in agreements]
+    heads = [EXPLAINED[name][0] if name in EXPLAINED else name for _, name in names]
+    lines = ["| | seeds | " + " | ".join(heads) + " | minutes | peak GiB |"]
+    lines.append("| --- |" + " ---: |" * (len(names) + 3))
+    for variant in dict.fromkeys(result.variant.name for result in results):
+        runs = [result for result in results if result.variant.name == variant]
+        cells = [_mean_and_range(_values(runs, group, name), "{:.3f}") for group, name in names]
+        for name in ("minutes", "peak_gib"):
+            cells.append(_mean_and_range([run.figures[name] for run in runs], "{:.1f}"))
+        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_and_range(values: list[float], form: str) -> str:
+    if not values:
+        return "–"
+    spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+    return form.format(np.mean(values)) + spread

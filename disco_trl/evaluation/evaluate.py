@@ -1,0 +1,244 @@
+"""
+`disco-trl evaluate`: how good a reward model is on held-out data, with intervals, and a report to look at.
+
+Any scalar reward model is evaluated by the same code as ours: a classifier with one label counts as Bradley–Terry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..distributions.reward_distribution import RewardDistribution
+from .held_out import HeldOut
+from .metrics import (
+    METRICS,
+    Forecasts,
+    centrality,
+    interval,
+    reliability_curve,
+    resamples,
+    risk_coverage_curve,
+    spearman,
+)
+from .report import EXPLAINED
+
+
+DRAWS = 1000
+BY_SUBSET = ("accuracy", "nll", "calibration_error")
+VERSIONS = ("disco-trl", "trl", "transformers", "torch", "peft", "datasets")
+CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with an interval of the bootstrap, `nan` where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, draws: list[float]) -> Figure:
+        """From the value and those of the resamples."""
+        return cls(value, *interval(draws))
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
+
+
+@dataclass
+class Evaluation:
+    """
+    What was found.
+
+    Attributes:
+        counts: items, comparisons, people asked, ties.
+        metrics: those of `disco_trl.evaluation.metrics.METRICS`.
+        subsets: some of them by subset, where there are several.
+        benchmark: the benchmark's own figures, where the data are one.
+        agreement: with soft labels and with people's ratings, where the data have them.
+        scale: quantiles of the scales, and of the location errors.
+        reliability: `predicted`, `observed` and `count` of bins.
+        risk_coverage: `coverage` and `risk`, thinned.
+    """
+
+    counts: dict[str, float]
+    metrics: dict[str, Figure]
+    subsets: dict[str, dict[str, Figure]]
+    benchmark: dict[str, Figure]
+    agreement: dict[str, Figure]
+    scale: dict[str, float]
+    reliability: dict[str, list[float]]
+    risk_coverage: dict[str, list[float]]
+
+
+def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS, seed: int = 0) -> Evaluation:
+    """
+    Everything there is to say of a model's rewards on held-out data.
+
+    Args:
+        rewards: of `held_out.sequences`.
+        held_out: the data.
+        draws: resamples of the bootstrap, over `held_out.groups`.
+        seed: of the bootstrap, and of the random orientations in calibration.
+    """
+    forecasts = held_out.forecasts(rewards)
+    counts = resamples(held_out.groups, draws, seed)
+    subset_of = np.array([item.subset for item in held_out.items])[held_out.item]
+    subsets = np.unique(subset_of)
+    curve = reliability_curve(forecasts, seed=seed)
+    coverage, risk = risk_coverage_curve(forecasts)
+    thin = np.unique(np.linspace(0, len(coverage) - 1, CURVE_POINTS).astype(int))
+    return Evaluation(
+        counts={
+            "items": len(held_out.items),
+            "answers": len(held_out.sequences),
+            "comparisons": int((forecasts.weight > 0).sum()),
+            "ties": int(((forecasts.target == 0.5) & (forecasts.weight > 0)).sum()),
+        },
+        metrics={name: _bootstrapped(metric, forecasts, counts) for name, metric in METRICS.items()},
+        subsets={
+            str(subset): {name: _bootstrapped(METRICS[name], forecasts[of], counts[:, of]) for name in BY_SUBSET}
+            for subset in subsets
+            if len(subsets) > 1
+            for of in [np.flatnonzero(subset_of == subset)]
+        },
+        benchmark=_benchmark(rewards, held_out, draws, seed),
+        agreement=_with_soft_labels(forecasts, draws, seed) | _with_raters(rewards, held_out, draws, seed),
+        scale=_summary(rewards),
+        reliability={name: values.tolist() for name, values in vars(curve).items()},
+        risk_coverage={"coverage": coverage[thin].tolist(), "risk": risk[thin].tolist()},
+    )
+
+
+def _bootstrapped(metric: Callable[[Forecasts], float], forecasts: Forecasts, counts: np.ndarray) -> Figure:
+    return Figure.of(metric(forecasts), [metric(forecasts.times(count)) for count in counts])
+
+
+def _benchmark(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed: int) -> dict[str, Figure]:
+    if held_out.benchmark is None:
+        return {}
+    items, of_items = held_out.items, held_out.rewards_of_items(rewards.location.numpy())
+    summarize = held_out.benchmark.summarize
+    figures = summarize(items, of_items, np.ones(len(items)))
+    drawn = [summarize(items, of_items, weight) for weight in resamples(np.arange(len(items)), draws, seed)]
+    return {name: Figure.of(value, [draw[name] for draw in drawn]) for name, value in figures.items()}
+
+
+def _with_soft_labels(forecasts: Forecasts, draws: int, seed: int) -> dict[str, Figure]:
+    """Agreement with the share of people who prefer the first, where it is not all or none."""
+    soft = np.flatnonzero((forecasts.target > 0) & (forecasts.target < 1) & (forecasts.weight > 0))
+    if len(soft) < 10 or np.ptp(forecasts.target[soft]) == 0:
+        return {}
+    correlation = _correlation(forecasts.prob[soft], forecasts.target[soft], draws, seed)
+    return {"probability, with people's share": correlation}
+
+
+def _with_raters(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed: int) -> dict[str, Figure]:
+    """Rank correlations with the mean and the standard deviation of people's ratings of each answer."""
+    ratings = held_out.ratings()
+    several = {position: values for position, values in ratings.items() if len(values) > 1}
+    figures = {}
+    if len(ratings) >= 10:
+        location = rewards.location.numpy()[list(ratings)]
+        means = np.array([values.mean() for values in ratings.values()])
+        figures["location, with people's mean rating"] = _correlation(location, means, draws, seed)
+    if len(several) >= 10:
+        deviations = np.array([values.std(ddof=1) for values in several.values()])
+        location, scale = (values.numpy()[list(several)] for values in (rewards.location, rewards.scale))
+        if np.ptp(scale) > 0:
+            figures["scale, with people's standard deviation"] = _correlation(scale, deviations, draws, seed)
+        name = "−|location − median|, with people's standard deviation"
+        figures[name] = _correlation(centrality(location), deviations, draws, seed)
+    return figures
+
+
+def _correlation(ours: np.ndarray, theirs: np.ndarray, draws: int, seed: int) -> Figure:
+    generator = np.random.default_rng(seed)
+    drawn = [generator.integers(len(ours), size=len(ours)) for _ in range(draws)]
+    return Figure.of(spearman(ours, theirs), [spearman(ours[index], theirs[index]) for index in drawn])
+
+
+def _summary(rewards: RewardDistribution) -> dict[str, float]:
+    levels = {"5 %": 0.05, "50 %": 0.5, "95 %": 0.95}
+    location = rewards.location.double().numpy()
+    figures = {f"scale, {name}": np.quantile(rewards.scale.double().numpy(), at) for name, at in levels.items()}
+    figures["standard deviation of the locations"] = location.std()
+    if rewards.location_error is not None:
+        errors = rewards.location_error.double().numpy()
+        figures |= {f"location error, {name}": np.quantile(errors, at) for name, at in levels.items()}
+    return {name: float(value) for name, value in figures.items()}
+
+
+def plain_view(rewards: RewardDistribution) -> RewardDistribution:
+    """What a tool that knows only scalar rewards makes of a model: Bradley–Terry with the locations."""
+    return RewardDistribution(rewards.location, torch.full_like(rewards.location, 2**-0.5), "logistic")
+
+
+# Files
+
+
+def save_scores(path: Path, rewards: RewardDistribution, held_out: HeldOut) -> None:
+    """Write the reward of every answer: `item`, `answer`, `subset`, `name`, `location`, `scale`, as Parquet."""
+    positions = np.concatenate(held_out.answers)
+    columns: dict[str, Any] = {
+        "item": np.repeat(np.arange(len(held_out.items)), list(map(len, held_out.answers))),
+        "answer": np.concatenate([np.arange(len(of_item)) for of_item in held_out.answers]),
+        "subset": [item.subset for item in held_out.items for _ in item.answers],
+        "name": [item.name for item in held_out.items for _ in item.answers],
+        "location": rewards.location.numpy()[positions],
+        "scale": rewards.scale.numpy()[positions],
+    }
+    if rewards.location_error is not None:
+        columns["location_error"] = rewards.location_error.numpy()[positions]
+    Dataset.from_dict(columns).to_parquet(str(path))
+
+
+def as_text(found: Evaluation, title: str) -> str:
+    """The figures for a person to read."""
+    counts = found.counts
+    lines = [
+        title,
+        f"  {counts['comparisons']:,} comparisons of {counts['answers']:,} answers in {counts['items']:,} items"
+        + (f", {counts['ties']:,} of them ties" if counts["ties"] else ""),
+    ]
+    width = max(map(len, [*found.metrics, *found.agreement, *found.benchmark, *found.scale, *found.subsets]))
+    for block in (found.metrics, found.benchmark, found.agreement):
+        lines += ["", *(f"  {name:{width}}  {figure}" for name, figure in block.items())] if block else []
+    if found.subsets:
+        lines += ["", f"  {'subset':{width}}  accuracy"]
+        lines += [f"  {name or '(none)':{width}}  {figures['accuracy']}" for name, figures in found.subsets.items()]
+    lines += ["", *(f"  {name:{width}}  {value:.4f}" for name, value in found.scale.items())]
+    return "\n".join(lines)
+
+
+def as_markdown(found: Evaluation, data: str) -> str:
+    """The figures for a model card."""
+    lines = [
+        f"{found.counts['comparisons']:,} comparisons of `{Path(data).name}`; 95 % intervals of the bootstrap.",
+        "",
+    ]
+    lines += ["| Metric | Value | Interval |", "| --- | ---: | ---: |"]
+    for name, figure in (found.metrics | found.benchmark | found.agreement).items():
+        title = EXPLAINED[name][0] if name in EXPLAINED else name.capitalize()
+        lines.append(f"| {title} | {figure.value:.4f} | {figure.low:.4f} to {figure.high:.4f} |")
+    return "\n".join(lines)
+
+
+def as_json(found: Evaluation) -> dict[str, Any]:
+    """The figures for a program to read, each `{"value": ..., "low": ..., "high": ...}`, null where undefined."""
+    return json.loads(json.dumps(vars(found), default=vars), parse_constant=lambda _: None)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a figure may depend on."""
+    return {name: version(name) for name in VERSIONS}

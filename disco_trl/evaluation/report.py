@@ -1,0 +1,219 @@
+"""
+The page that shows an evaluation: one self-contained HTML file, and its pictures as PNG.
+
+It works offline, in light and dark, on a phone and on paper; nothing in it is fetched or run. What flows: the figures
+of each model (`disco_trl.evaluation.evaluate.as_json`) and, for the examples, one model's rewards of the held-out data
+→ tables and pictures → `report.html` of this package, filled in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
+
+from ..data.files import Row
+from ..distributions.reward_distribution import RewardDistribution
+from . import charts
+from .held_out import HeldOut
+
+
+TEMPLATE = Path(__file__).with_name("report.html")
+EXAMPLES = 2
+LONGEST_TEXT = 600
+
+EXPLAINED = {
+    "accuracy": ("Accuracy", "share of people's choices on the model's side; higher is better"),
+    "nll": ("NLL", "−log probability of a person's choice, in nats; lower is better, 0.693 knows nothing"),
+    "brier": ("Brier score", "squared error of the probability; lower is better, 0.25 knows nothing"),
+    "calibration_error": ("Calibration error", "how far probabilities are from frequencies, 15 bins; lower is better"),
+    "debiased_calibration_error": ("Calibration error, debiased", "root mean square, less what chance brings"),
+    "confidence": ("Confidence", "mean probability of the likelier side; above the accuracy is too sure"),
+    "risk_coverage_area": ("Risk–coverage area", "mean error rate as the doubtful are left out; lower is better"),
+    "auroc_of_errors": ("AUROC of doubt", "how well doubt tells errors from hits; 0.5 is chance"),
+}
+"""What a person calls each metric, and what it means."""
+
+
+@dataclass
+class Model:
+    """
+    A model in a report.
+
+    Attributes:
+        name: what the page calls it.
+        found: its figures, as in metrics.json.
+        history: (epoch, NLL) in training, where that is known.
+        facts: anything to list of it: minutes, memory, settings.
+    """
+
+    name: str
+    found: dict[str, Any]
+    history: list[tuple[float, float]] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    How a figure of a model differs from the reference's.
+
+    Attributes:
+        word: better, worse or undecided.
+        mean, low, high: the difference and its interval.
+    """
+
+    word: str
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> str:
+        """In digits."""
+        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})".replace("-", "−")
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.difference}"
+
+
+@dataclass
+class Example:
+    """A comparison to look at, with what people said of it in words."""
+
+    kind: str
+    prompt: str
+    answers: list[str]
+    prob: float
+    said: str
+    picture: Markup
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    models: list[Model],
+    rewards: RewardDistribution,
+    held_out: HeldOut,
+    verdicts: dict[str, dict[str, Verdict]] | None = None,
+    setup: dict[str, str] | None = None,
+    brackets: str = "95 % intervals of the bootstrap",
+    examples: int = EXAMPLES,
+) -> Path:
+    """
+    Write `report.html` and its pictures.
+
+    Args:
+        folder: where to.
+        title: of the page.
+        models: the first is whose subsets and examples are shown.
+        rewards: of the first model for `held_out.sequences`.
+        held_out: the data.
+        verdicts: by model, and by figure, how it differs from the reference.
+        setup: what to list of the run: data, command, versions.
+        brackets: what `low` and `high` of the figures are.
+        examples: as for :func:`pick_examples`.
+    """
+    drawings = {
+        "reliability": (
+            partial(charts.reliability, curves={model.name: model.found["reliability"] for model in models}),
+            "Predicted probability against the share of people, in fifteen bins",
+        ),
+        "risk-coverage": (
+            partial(charts.risk_coverage, curves={model.name: model.found["risk_coverage"] for model in models}),
+            "Error rate against the share of comparisons kept",
+        ),
+    }
+    if any(model.history for model in models):
+        drawings["learning"] = (
+            partial(charts.learning, histories={model.name: model.history for model in models}),
+            "Negative log-likelihood of the training batches by epoch",
+        )
+    for name, (draw, _) in drawings.items():
+        charts.save_png(draw, folder / f"{name}.png")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        models=models,
+        explained=EXPLAINED,
+        pictures={name: Markup(charts.as_svg(draw, text)) for name, (draw, text) in drawings.items()},
+        examples=pick_examples(rewards, held_out, examples),
+        verdicts=verdicts or {},
+        setup=setup or {},
+        brackets=brackets,
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def pick_examples(rewards: RewardDistribution, held_out: HeldOut, each: int = EXAMPLES) -> list[Example]:
+    """`each` comparisons that a model is surest of and right, most torn about, and wrong on with confidence."""
+    forecasts = held_out.forecasts(rewards)
+    judged = np.flatnonzero(forecasts.weight > 0)
+    is_right = forecasts.right[judged] > 0.5
+    is_wrong = forecasts.right[judged] < 0.5
+    by_confidence = np.argsort(-forecasts.confidence[judged], kind="stable")
+    kinds = {
+        "Surest, and right": by_confidence[is_right[by_confidence]],
+        "Most torn": by_confidence[::-1],
+        "Wrong, with confidence": by_confidence[is_wrong[by_confidence]],
+    }
+    examples = []
+    for kind, order in kinds.items():
+        for place, index in enumerate(_of_different_items(judged[order], held_out, each)):
+            sides = [held_out.first[index], held_out.second[index]]
+            prob = float(forecasts.prob[index])
+            pair = [rewards[[side]] for side in sides]
+            draw = partial(charts.densities, first=pair[0], second=pair[1], names=("first answer", "second answer"))
+            picture = charts.as_svg(draw, f"Rewards of both answers, {kind} {place + 1}", size=(4.6, 2.2))
+            answers = [_answer_of(held_out, index, side) for side in sides]
+            prompt, texts = _split(answers)
+            said = _in_words(float(forecasts.target[index]), float(forecasts.weight[index]))
+            examples.append(Example(kind, prompt, texts, prob, said, Markup(picture)))
+    return examples
+
+
+def _in_words(share: float, people: float) -> str:
+    if share in (0.0, 0.5, 1.0) and people == 1:
+        return {0.0: "the second was preferred", 0.5: "neither was preferred", 1.0: "the first was preferred"}[share]
+    return f"{share:.0%} of the people asked preferred the first"
+
+
+def _of_different_items(order: np.ndarray, held_out: HeldOut, most: int) -> list[int]:
+    seen: set[int] = set()
+    chosen: list[int] = []
+    for index in order:
+        if len(chosen) >= most:
+            break
+        texts = {int(held_out.first[index]), int(held_out.second[index])}
+        if not texts & seen:
+            chosen.append(int(index))
+            seen |= texts
+    return chosen
+
+
+def _answer_of(held_out: HeldOut, comparison: int, sequence: int) -> Row:
+    item = held_out.item[comparison]
+    place = int(np.flatnonzero(held_out.answers[item] == sequence)[0])
+    return held_out.items[item].answers[place]
+
+
+def _split(answers: list[Row]) -> tuple[str, list[str]]:
+    """What two answers follow, and each of them, as text of bounded length."""
+    contents = [answer.get("content", f"{len(answer.get('ids', ()))} tokens") for answer in answers]
+    prompt = ""
+    if all(isinstance(content, list) for content in contents):
+        turns = [[f"{turn.get('role')}: {turn.get('content')}" for turn in content] for content in contents]
+        prompt = "\n".join(turns[0][:-1])
+        contents = [str(content[-1].get("content")) for content in contents]
+    return _shortened(prompt), [_shortened(content) for content in contents]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT].rstrip()} …"

@@ -1,0 +1,1 @@
+"""Reward models: heads, loading, adapters, prefix sharing, inference and export."""

@@ -1,0 +1,425 @@
+"""`disco-trl export`: from a reward model of any kind to files that other tools take as they are.
+
+=============  ===========================================  =======================================================
+``--to``       what is written                              who takes it
+=============  ===========================================  =======================================================
+``scalar``     the stock class, one label: the location     whatever loads a scalar reward model, strictly too
+``two-logit``  the stock class, two labels: the location    engines (vLLM, SGLang, ONNX Runtime), whose clients get the
+               and the raw scale                            scale back by :func:`from_two_logits`
+``disco``      a disco checkpoint                           disco-trl; everybody else, as a scalar model
+=============  ===========================================  =======================================================
+
+An adapter is merged into its base, in float32 and before anything is rounded. That is also the mend where an adapter's
+own directory does not do: `AutoModelForSequenceClassification.from_pretrained(adapter_dir)` neither resizes the base
+model for tokens that training has added (with TRL's `chat_template_path`: it stops at an index out of bounds) nor sets
+the padding token that training has set, by which the last token is found.
+
+An adapter that was trained with QLoRA is merged into the base model as it was before quantization. Training saw the
+base with its rounding errors, so a merged model's rewards differ from those of the 4-bit base with the adapter on it
+(`DiscoRewardModel.from_pretrained(adapter, quantization_config=...)`). No check here can call that difference right or
+wrong; what is checked is that the merged model gives what the unquantized base with the adapter gives. For its size:
+the quickstart's model (SmolLM2-135M, trained on the unquantized base) on 60 held-out tweets, whose locations have a
+standard deviation of 2.4 and whose log scales one of 0.16, changes with a base in nf4 by 0.37 and 0.05 on average and
+by 1.3 and 0.23 at most. Rounding it to bfloat16 changes it by 0.05 and 0.003 on average. Where that matters, use a
+QLoRA adapter on the base that it was trained on.
+
+**Two logits.** The raw scale is linear in the hidden state but for a constant, weight · mean_hidden. The heads of
+decoders have no bias to put it in, so it stands in `config.json` for every architecture, with all else that is needed,
+under `reward_distribution`. Without disco-trl, and for a location and scale in the units of training::
+
+    constants = config["reward_distribution"]
+    raw = (logits[1] - constants["raw_scale_offset"]) / constants["max_log_scale"]
+    location, scale = logits[0], constants["unit_scale"] * exp(constants["max_log_scale"] * tanh(raw))
+
+A learned location error (`score.likelihood`) is not among them: probabilities from a two-logit model are those of σ
+alone, and by that too sure.
+
+The logits must come as they are. `problem_type` is `"regression"`, which tells Transformers' pipelines and vLLM's
+`classify` to apply neither softmax nor sigmoid (to any other endpoint of vLLM pass `use_activation=False`); of SGLang
+use `/classify`, because `/v1/classify` applies a softmax. Texts must be tokenized as in training, end-of-text token
+included. Tested are Transformers' classes and pipelines; what is said of vLLM and SGLang follows their documentation,
+and neither was run.
+
+**Proof.** What was written is loaded again in the plain way and compared with the source on sample texts, one by one
+and in a padded batch, before it gets its name. In float32 arithmetic, on the weights as rounded to `--dtype`, all
+outputs have to agree within :data:`TOLERANCE`. What bfloat16 or float16 then costs in use is a matter of the language
+model and not of the export: it is measured, against the source in float32, and reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.tokenization import tokenize
+from ..distributions.reward_distribution import RewardDistribution, get_family
+from .heads import MAX_LOG_SCALE, DiscoHead
+from .inference import load_trained, run_in_batches
+from .modeling import DiscoRewardModel
+from .outputs import OWN_OUTPUTS
+
+
+TARGETS = ("scalar", "two-logit", "disco")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TWO_LOGIT_ENTRY = "reward_distribution"
+"""The entry in a two-logit model's config.json that holds the constants."""
+
+TOLERANCE = 1e-4
+"""The largest difference that a proof lets pass: of locations relative to max(1, |μ|), and of log σ. The order of
+additions in float32 accounts for about 1e-6, and merging an adapter for about 1e-5."""
+
+SAMPLE_TEXTS = (
+    "Yes.",
+    "The capital of France is Paris.",
+    "I did not like the film at all, but my sister, who has seen it twice, says that it grows on you: 8/10?",
+    "def add(a, b):\n    return a + b  # works for strings, too",
+    "Ich weiß es nicht… 申し訳ありませんが、わかりません。 🙂",
+    "To learn the piano, practise a little every day. " * 6,
+)
+
+
+def from_two_logits(logits: Tensor, constants: Mapping[str, Any]) -> RewardDistribution:
+    """The distribution of the reward, from the logits of a two-logit export.
+
+    Args:
+        logits: Tensor `[..., 2]`, with no activation applied.
+        constants: the entry `reward_distribution` of its config.json.
+
+    Returns:
+        `RewardDistribution` with location and scale of shape `[...]`, float32.
+    """
+    location, raw_with_offset = logits.double().unbind(-1)
+    bound = constants["max_log_scale"]
+    raw = raw_with_offset - constants["raw_scale_offset"]
+    scale = constants["unit_scale"] * torch.exp(bound * torch.tanh(raw / bound))
+    return RewardDistribution(location.float(), scale.float(), constants["reward_family"])
+
+
+class ProofError(RuntimeError):
+    """What was written does not give the rewards of its source."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how close its rewards are to those of its source on the sample texts.
+
+    Attributes:
+        architecture: the class that loads it.
+        dtype: of its weights.
+        location_difference: largest |Δμ| / max(1, |μ|) in float32 arithmetic, of merging or of writing and loading; at
+            most :data:`TOLERANCE`.
+        log_scale_difference: largest |Δ log σ|, the same; `None` for a scalar model.
+        location_rounding: largest |Δμ| between the export run in `dtype` and the source in float32.
+        log_scale_rounding: largest |Δ log σ|, the same; `None` for a scalar model.
+    """
+
+    architecture: str
+    dtype: str
+    location_difference: float
+    log_scale_difference: float | None
+    location_rounding: float
+    log_scale_rounding: float | None
+
+    def __str__(self) -> str:
+        def figures(location: float, log_scale: float | None) -> str:
+            return f"location {location:.1e}" + ("" if log_scale is None else f", log scale {log_scale:.1e}")
+
+        lines = [
+            f"{self.architecture}, {self.dtype}: loads in the plain way and gives the rewards of its source",
+            f"  largest difference on {len(SAMPLE_TEXTS)} texts, alone and padded, in float32: "
+            + figures(self.location_difference, self.log_scale_difference)
+            + f" (allowed: {TOLERANCE:.0e})",
+        ]
+        if self.dtype != "float32":
+            lines.append(
+                f"  run in {self.dtype}, against the source in float32: "
+                + figures(self.location_rounding, self.log_scale_rounding)
+            )
+        return "\n".join(lines)
+
+
+def export(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    to: str,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a reward model, its tokenizer and chat template in a form that other tools take; see the module's text.
+
+    Args:
+        model: path or Hub id of a disco checkpoint, a scalar reward model or a PEFT adapter.
+        output: directory to write. It appears when the proof has succeeded, and not before.
+        to: `"scalar"`, `"two-logit"` or `"disco"`.
+        dtype: of the weights that are written: `"float32"`, `"bfloat16"` or `"float16"`. (The head of a disco
+            checkpoint stays float32.)
+        overwrite: replace a model that is in `output`.
+
+    Raises:
+        ValueError: if the model cannot be exported to that, with the reason, or `output` is in use.
+        ProofError: if the reloaded model does not give the source's rewards; nothing is left in `output`.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to={to!r} is unknown; choose one of {', '.join(map(repr, TARGETS))}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(map(repr, DTYPES))}")
+    model, output = os.fspath(model), Path(output)
+    _check_output(model, output, overwrite)
+
+    tokenizer, source = _load(model, to)
+    sequences = _samples(tokenizer, source)
+    expected = _score(source, sequences)
+    merging: _Differences = (0.0, None)
+    if is_peft_model(source):
+        _check_output(source.get_base_model().config._name_or_path, output, overwrite)
+        source = source.merge_and_unload(safe_merge=True)
+        merging = _compare("the merged model", _score(source, sequences), expected)
+    _round_weights(source, DTYPES[dtype], with_head=to != "disco")
+    rounded = _score(source, sequences)
+    with _written_at_once(output) as folder:
+        _write(source, folder, to, DTYPES[dtype])
+        tokenizer.save_pretrained(folder)
+        del source  # its memory is needed for what comes now
+        written = _reload(folder, to, DTYPES[dtype])
+        in_dtype = _score(written, sequences)
+        location_rounding, log_scale_rounding = _differences(in_dtype, expected, relative=False)
+        if not math.isfinite(location_rounding):
+            raise ProofError(f"in {dtype} its rewards are not finite: the language model overflows; use bfloat16")
+        in_float32 = in_dtype if dtype == "float32" else _score(written.float(), sequences)
+        location_difference, log_scale_difference = _compare("the reloaded model", in_float32, rounded)
+    return ExportReport(
+        architecture=type(written).__name__,
+        dtype=dtype,
+        location_difference=max(location_difference, merging[0]),
+        log_scale_difference=None if log_scale_difference is None else max(log_scale_difference, merging[1] or 0.0),
+        location_rounding=location_rounding,
+        log_scale_rounding=log_scale_rounding,
+    )
+
+
+def _check_output(model: str, output: Path, overwrite: bool) -> None:
+    if Path(model).exists() and Path(model).resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"{output} is where the model itself is, or its adapter's base; choose another output")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise ValueError(f"{output} is a file; choose another output")
+    if not overwrite:
+        raise ValueError(f"{output} is not empty; choose another output, or pass --overwrite to replace it")
+    if not (output / "config.json").exists():
+        raise ValueError(f"{output} is not empty and holds no model (no config.json), so it is not replaced")
+
+
+# The source
+
+
+def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The model in float32 and evaluation mode, fit to be exported, and its tokenizer."""
+    source = load_trained(path, dtype=torch.float32)
+    inner = source.get_base_model() if is_peft_model(source) else source
+    if getattr(inner, "is_quantized", False):
+        raise ValueError(
+            f"{path}: {inner.config._name_or_path} is stored in quantized form, and weights are merged and written "
+            "in full precision; name the model that it was quantized from (of an adapter: as "
+            "base_model_name_or_path in adapter_config.json)"
+        )
+    if is_peft_model(source) and not hasattr(source, "merge_and_unload"):
+        kind = source.active_peft_config.peft_type.value
+        raise ValueError(
+            f"{path}: a {kind} adapter does not change weights, so it cannot be merged; use it with its base model by "
+            "DiscoRewardModel.from_pretrained"
+        )
+
+    scale = inner.scale_head
+    if to == "two-logit" and scale.fixed_scale is not None:
+        raise ValueError(
+            f"{path}: its scale is fixed at {scale.fixed_scale:g} and no function of the hidden state, so a second "
+            "logit would say nothing; use --to scalar"
+        )
+    if to == "two-logit" and get_family(inner.config.disco["reward_family"]).shape_names:
+        raise ValueError(
+            f"{path}: a {inner.config.disco['reward_family']!r} reward has shape parameters beside location and "
+            "scale, which two logits cannot hold; use --to scalar or --to disco"
+        )
+    if to != "scalar" and scale.fixed_scale is None and not bool(scale.weight.any()):
+        raise ValueError(f"{path}: no scale was learned, all answers would get the same one; use --to scalar")
+
+    tokenizer = _load_tokenizer(path, inner)
+    rows = len(inner.get_input_embeddings().weight)
+    if len(tokenizer) > rows:
+        raise ValueError(f"{path}: its tokenizer has {len(tokenizer)} tokens, but the model only {rows}")
+    text_config = inner.config.get_text_config()
+    if text_config.pad_token_id is None:
+        # As TRL does; the stock code finds the last token by it.
+        text_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token else tokenizer.eos_token_id
+    return tokenizer, source
+
+
+def _load_tokenizer(path: str, inner: Any) -> PreTrainedTokenizerBase:
+    places = dict.fromkeys((path, inner.config._name_or_path))  # an adapter's directory may have none
+    reasons = []
+    for place in places:
+        try:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reasons.append(f"{place}: {error}")
+    raise ValueError("the model has no tokenizer, without which it is of no use; save it there. " + " ".join(reasons))
+
+
+def _samples(tokenizer: PreTrainedTokenizerBase, source: Any) -> list[list[int]]:
+    """Token ids of the sample texts, the last of them as a conversation if the tokenizer knows how."""
+    contents: list[Any] = list(SAMPLE_TEXTS)
+    if tokenizer.chat_template is not None:
+        roles = ("user", "assistant")
+        contents[-1] = [{"role": role, "content": text} for role, text in zip(roles, SAMPLE_TEXTS[-2:], strict=True)]
+    # Where a text is cut does not matter to a comparison. (RoBERTa counts positions from its padding token's id.)
+    limit = getattr(source.config, "max_position_embeddings", None) or 4096
+    return [tokenize(tokenizer, content)[: max(limit - 8, 1)] for content in contents]
+
+
+# What is written
+
+
+@torch.no_grad()
+def _round_weights(source: Any, dtype: torch.dtype, with_head: bool) -> None:
+    """Give weights the values that they will have in the files, without leaving float32."""
+    for name, parameter in source.named_parameters():
+        if with_head or not name.startswith(f"{source.head_name}."):
+            parameter.copy_(parameter.to(dtype))
+
+
+def _write(source: Any, folder: Path, to: str, dtype: torch.dtype) -> None:
+    """Save the model as an instance of the class that is to load it, which takes its weights strictly."""
+    config, state = copy.deepcopy(source.config), source.state_dict()
+    head: DiscoHead = source.get_submodule(source.head_name)
+    target_class: type[PreTrainedModel] = type(source)
+    head_prefix = f"{source.head_name}."
+    if to != "disco":
+        (target_class,) = (base for base in target_class.__bases__ if base is not DiscoRewardModel)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head_prefix}scale.")}
+    if to == "two-logit":
+        offset = torch.dot(head.scale.weight[0].double(), head.scale.mean_hidden.double()).item()
+        setattr(
+            config,
+            TWO_LOGIT_ENTRY,
+            {
+                "reward_family": config.disco["reward_family"],
+                "unit_scale": head.scale.unit_scale,
+                "max_log_scale": MAX_LOG_SCALE,
+                "raw_scale_offset": offset,
+                "formula": "location = logits[0]; scale = unit_scale * exp(max_log_scale * "
+                "tanh((logits[1] - raw_scale_offset) / max_log_scale))",
+            },
+        )
+        config.id2label = {0: "location", 1: "raw_scale"}
+        config.label2id = {"location": 0, "raw_scale": 1}
+        state[f"{head_prefix}weight"] = torch.cat([head.weight, head.scale.weight])
+        if head.bias is not None:
+            state[f"{head_prefix}bias"] = torch.cat([head.bias, torch.zeros_like(head.bias)])
+    if to != "disco":
+        _make_plain(config)
+    state = {
+        name: tensor.detach().to(torch.float32 if to == "disco" and name.startswith(head_prefix) else dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in state.items()
+    }
+    with torch.device("meta"):
+        target = target_class(config)
+    target.load_state_dict(state, strict=True, assign=True)
+    target.save_pretrained(folder)
+
+
+def _make_plain(config: Any) -> None:
+    """Take our own entries out of a config, and say that logits are numbers and not scores of classes."""
+    del config.disco
+    ignored = [key for key in config.keys_to_ignore_at_inference if key not in OWN_OUTPUTS]
+    del config.keys_to_ignore_at_inference
+    if ignored != getattr(config, "keys_to_ignore_at_inference", []):
+        config.keys_to_ignore_at_inference = ignored
+    config.problem_type = "regression"
+
+
+@contextmanager
+def _written_at_once(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` that takes its name, and its place, if all goes well, and vanishes if not."""
+    output = output.resolve()
+    folder, replaced = (output.with_name(f".{output.name}.{what}-{os.getpid()}") for what in ("new", "old"))
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if output.exists():
+            output.rename(replaced)
+        folder.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# The proof
+
+
+def _reload(folder: Path, to: str, dtype: torch.dtype) -> Any:
+    if to == "disco":
+        return DiscoRewardModel.from_pretrained(folder, dtype=dtype).eval()
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if faults := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
+        raise ProofError(f"the stock class does not take the files as they are: {faults}")
+    return model.eval()
+
+
+_Scores = tuple[Tensor, Tensor | None]
+"""Locations and log scales, `[2N]` each, of texts that went through a model alone and then in one batch."""
+_Differences = tuple[float, float | None]
+"""The largest of locations, and of log scales where both sides have them."""
+
+
+def _score(model: Any, sequences: list[list[int]]) -> _Scores:
+    places, locations, log_scales = [], [], []
+    for start, tokens_per_batch in ((0, 1), (len(sequences), sum(map(len, sequences)) * len(sequences))):
+        for indices, output in run_in_batches(model, sequences, tokens_per_batch):
+            # Batches come in an order of their own, another one where the model shares prefixes.
+            places += [start + index for index in indices]
+            location, scale = output.logits[:, 0], getattr(output, "scale", None)
+            if output.logits.shape[-1] == 2:
+                reward = from_two_logits(output.logits, getattr(model.config, TWO_LOGIT_ENTRY))
+                location, scale = reward.location, reward.scale
+            locations.append(location.float())
+            if scale is not None:
+                log_scales.append(scale.reshape(-1).float().log())
+    order = torch.tensor(places).argsort()
+    return torch.cat(locations)[order], torch.cat(log_scales)[order] if log_scales else None
+
+
+def _differences(scores: _Scores, expected: _Scores, relative: bool = True) -> _Differences:
+    difference = (scores[0] - expected[0]).abs()
+    if relative:
+        difference /= expected[0].abs().clamp_min(1)
+    log_scale = None
+    if scores[1] is not None and expected[1] is not None:
+        log_scale = (scores[1] - expected[1]).abs().max().item()
+    return difference.max().item(), log_scale
+
+
+def _compare(what: str, scores: _Scores, expected: _Scores) -> _Differences:
+    location, log_scale = _differences(scores, expected)
+    # Written so that nan, which is not smaller than anything, fails as well.
+    for name, difference in (("locations", location), ("log scales", log_scale)):
+        if difference is not None and not difference <= TOLERANCE:
+            raise ProofError(
+                f"{what} does not give the rewards of its source: {name} differ by up to {difference:.2g}, and "
+                f"{TOLERANCE:.0e} is allowed; nothing was written"
+            )
+    return location, log_scale

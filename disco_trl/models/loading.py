@@ -1,0 +1,354 @@
+"""From files to a model: a base language model, a scalar reward model, a disco checkpoint or a PEFT adapter.
+
+The rule of this room is that no reward is ever random without saying so. What a checkpoint is follows from its config;
+what it must then hold is checked against what was in fact loaded, and a reward head or scale that is missing is an
+error, not a warning that training scrolls away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import find_adapter_config_file, logging
+
+from .adapters import ADAPTER_SETTINGS_FILE, HUB_KEYWORDS, adapter_shapes, find_file, keep_to_one_family, read_settings
+from .heads import DiscoHead
+from .settings import merge_likelihood, resolve_settings
+
+
+logger = logging.get_logger(__name__)
+
+LANGUAGE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
+
+
+ClassFactory = Callable[[type[PreTrainedModel], PreTrainedConfig], Any]
+"""Makes the class with a disco head from a stock classifier and its config:
+`disco_trl.models.modeling.disco_class`."""
+
+
+def load_reward_model(
+    path: str,
+    disco_class: ClassFactory,
+    *,
+    reward_family: str | None,
+    fixed_scale: float | None,
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """What `DiscoRewardModel.from_pretrained` does; see there."""
+    hub_kwargs = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
+    probe_kwargs = {name: value for name, value in hub_kwargs.items() if name != "force_download"}
+    if find_adapter_config_file(path, **probe_kwargs) is not None:
+        return _load_adapter(path, disco_class, hub_kwargs, is_trainable, reward_family, fixed_scale, kwargs)
+    return _load_full(path, disco_class, hub_kwargs, reward_family, fixed_scale, kwargs)
+
+
+def _load_full(
+    path: str,
+    disco_class: ClassFactory,
+    hub_kwargs: dict[str, Any],
+    reward_family: str | None,
+    fixed_scale: float | None,
+    kwargs: dict[str, Any],
+    stored_with_adapter: dict[str, Any] | None = None,
+) -> Any:
+    # Config: what is this checkpoint, and can it be a reward model at all?
+    # These say how to load and not what: the config must not absorb them.
+    names = ("dtype", "torch_dtype", "quantization_config", "device_map")
+    loading = {name: kwargs.pop(name) for name in names if name in kwargs}
+    trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
+    kwargs.pop("num_labels", None)  # 1, whatever is asked for
+    kwargs.pop("ignore_mismatched_sizes", None)  # a head of another shape is a missing head
+    config = copy.deepcopy(kwargs.pop("config", None))  # the caller's own is not ours to change
+    if config is None:
+        with _naming_bad_files(path, TypeError):  # a list, say, where an object should be
+            config, kwargs = AutoConfig.from_pretrained(
+                path, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **hub_kwargs, **kwargs
+            )
+    is_reward_model = _is_reward_model(config, path)
+    stored = getattr(config, "disco", None)
+    settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
+    beside = stored_with_adapter or {}
+    if "likelihood" in beside:
+        settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), beside["likelihood"], path)
+    if "epistemic" in beside:
+        settings["epistemic"] = beside["epistemic"]
+    stock = stock_class(config, path, trust_remote_code, hub_kwargs)
+    config.num_labels = 1
+    config.disco = settings
+    disco = disco_class(stock, config)
+
+    # Quantization: the head is left out of it, with all that a base model lacks
+    if hasattr(loading.get("quantization_config"), "llm_int8_skip_modules"):
+        loading["quantization_config"] = copy.deepcopy(loading["quantization_config"])
+        skipped = loading["quantization_config"].llm_int8_skip_modules or []
+        loading["quantization_config"].llm_int8_skip_modules = [*skipped, *disco.unquantized_modules]
+
+    # Weights. Transformers reports a fresh head as if it were a fault; here the check below knows which is one.
+    with _quiet_transformers(), _naming_bad_files(path):
+        model, info = disco.from_pretrained(
+            path,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the check below says what is wrong, and where
+            trust_remote_code=trust_remote_code,
+            **hub_kwargs,
+            **loading,
+            **kwargs,
+        )
+    if info["mismatched_keys"]:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path}: {key} has shape {list(found)} in its files, where config.json makes it {list(expected)}; the "
+            "two belong to different models: save the model again with its own config"
+        )
+    missing = set(info["missing_keys"])
+    _check_complete(model, missing, path, is_reward_model, stored is not None, reward_family)
+    _check_finite(model, path)
+    model.newly_initialized = tuple(sorted({key.rpartition(".")[0] for key in missing}))
+    return model
+
+
+def _load_adapter(
+    path: str,
+    disco_class: ClassFactory,
+    hub_kwargs: dict[str, Any],
+    is_trainable: bool,
+    reward_family: str | None,
+    fixed_scale: float | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    # Settings
+    with _naming_bad_files(path, TypeError):
+        peft_config = PeftConfig.from_pretrained(path, **hub_kwargs)
+    settings_file = find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
+    stored = None
+    if settings_file is not None:
+        stored = read_settings(settings_file)
+        settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
+        reward_family, fixed_scale = settings["reward_family"], settings["fixed_scale"]
+    weights_file = find_file(path, "adapter_model.safetensors", hub_kwargs)
+    if weights_file is None:
+        raise ValueError(f"{path}: the adapter has no adapter_model.safetensors (pickled weights are not loaded)")
+    with _naming_bad_files(path):
+        shapes = adapter_shapes(weights_file)
+
+    # Base model
+    base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+    if peft_config.revision is not None:
+        base_kwargs["revision"] = peft_config.revision
+    base = _load_full(
+        peft_config.base_model_name_or_path, disco_class, base_kwargs, reward_family, fixed_scale, kwargs, stored
+    )
+
+    # The adapter has to bring whatever its base has not, and the whole head if it was trained with it
+    head, scale = base.head_name, f"{base.head_name}.scale"
+    brings_scale = any(key.startswith(f"{scale}.") for key in shapes)
+    if stored is None and brings_scale and reward_family is None:
+        raise ValueError(
+            f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; "
+            "pass reward_family= if you know it"
+        )
+    modules_to_save = getattr(peft_config, "modules_to_save", None) or ()
+    trained_whole = [head] if any(f".{module}." in f".{head}." for module in modules_to_save) else []
+    needed = {
+        f"{name}.{key}"
+        for name in (*base.newly_initialized, *trained_whole)
+        for key in base.get_submodule(name).state_dict()
+    }
+    is_scalar = stored is None and not brings_scale and scale in base.newly_initialized
+    if is_scalar:
+        needed = {key for key in needed if not key.startswith(f"{scale}.")}
+    if lost := sorted(needed - shapes.keys()):
+        raise ValueError(
+            f"{path}: the adapter lacks {_first_few(lost)}, so its rewards would be random, or those of its base "
+            f"model {peft_config.base_model_name_or_path}; it was lost when the adapter was saved (train it with "
+            "task_type='SEQ_CLS' or modules_to_save)"
+        )
+
+    # What training changed in the base model, and an adapter has no config.json to say: vocabulary and padding token
+    _resize_vocabulary(base, shapes, peft_config, path)
+    if find_file(path, "tokenizer_config.json", hub_kwargs) is not None:
+        pad_token_id = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs).pad_token_id
+        if pad_token_id is not None:
+            base.config.get_text_config().pad_token_id = pad_token_id
+
+    # Adapter
+    if is_scalar:
+        # PEFT refuses an adapter that does not bring every tensor of the head, so the fresh scale joins it afterwards.
+        del base.get_submodule(head).scale
+    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
+    if is_scalar:
+        base._convert_heads(base.config.disco)
+    _check_finite(base, path)
+    keep_to_one_family(model)
+    return model
+
+
+@contextlib.contextmanager
+def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator[None]:
+    """Say of which checkpoint it is that a file cannot be read, where a reader only says what it met in it."""
+    mend = "download or save the checkpoint again"
+    configuration: tuple[type[Exception], ...] = (RecursionError, json.JSONDecodeError, *of_configuration)
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights are not whole ({error}); {mend}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: its pickled weights hold more than tensors, so reading them might run code, and they were not "
+            "read; save the model as safetensors where you trust it"
+        ) from error
+    except configuration as error:
+        raise ValueError(f"{path}: its configuration is not what it should be ({error}); {mend}") from error
+
+
+def _resize_vocabulary(base: Any, shapes: dict[str, list[int]], peft_config: Any, path: str) -> None:
+    """Give the base model as many embeddings as it had when the adapter was saved.
+
+    TRL adds tokens when it clones a chat template. PEFT then saves the embeddings with the adapter (if it can read the
+    base's config, which it cannot offline), but does not resize the base model when it loads them.
+    """
+    embeddings = base.get_input_embeddings()
+    (name,) = (name for name, module in base.named_modules() if module is embeddings)
+    rows = len(embeddings.weight)
+    # Saved whole, under an adapter of the layer, or under one of some of its tokens
+    keys = (f"{name}.{layer}weight" for layer in ("", "base_layer.", "token_adapter.base_layer."))
+    saved_rows = next((shapes[key][0] for key in keys if key in shapes), None)
+    if saved_rows is None:
+        indices = getattr(peft_config, "trainable_token_indices", None) or ()
+        tokens = {token for group in indices.values() for token in group} if isinstance(indices, dict) else {*indices}
+        saved_rows = max(rows, *(token + 1 for token in tokens)) if tokens else rows
+        if lost := sorted({*range(rows, saved_rows)} - tokens):
+            raise ValueError(
+                f"{path}: the adapter was trained with at least {saved_rows} tokens, its base model "
+                f"{peft_config.base_model_name_or_path} has {rows}, and the embeddings of tokens such as {lost[0]} "
+                "were not saved with it; save the adapter again with save_embedding_layers=True"
+            )
+    if saved_rows != rows:
+        base.resize_token_embeddings(saved_rows, mean_resizing=False)
+
+
+def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
+    """Whether the files should hold a trained head (True), or only a language model to start from (False)."""
+    architecture = (config.architectures or ["Model"])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        if config.num_labels != 1:
+            raise ValueError(
+                f"{path}: {architecture} with num_labels={config.num_labels} is a classifier and not a reward model, "
+                "which has num_labels=1; start from the language model it was made of"
+            )
+        return True
+    # LlamaModel, BertModel: a backbone. (LlamaForRewardModel, GPTRewardModel: a head that no stock class would keep.)
+    is_backbone = architecture.endswith("Model") and not re.search("For|Reward", architecture)
+    is_known = (
+        architecture == "Model" or hasattr(transformers, architecture) or getattr(config, "auto_map", None) is not None
+    )
+    if not (is_known and (is_backbone or architecture.endswith(LANGUAGE_MODEL_SUFFIXES))):
+        raise ValueError(
+            f"{path}: config.architectures names {architecture}, whose trained head would be thrown away; a reward "
+            "model starts from a language model or from a ...ForSequenceClassification with num_labels=1"
+        )
+    return False
+
+
+def stock_class(
+    config: PreTrainedConfig, path: str, trust_remote_code: bool, hub_kwargs: dict[str, Any]
+) -> type[PreTrainedModel]:
+    """The sequence classifier of a config's architecture; a `ValueError` if that cannot be a reward model."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and "AutoModelForSequenceClassification" in auto_map:
+        return get_class_from_dynamic_module(auto_map["AutoModelForSequenceClassification"], path, **hub_kwargs)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{path}: transformers has no sequence classifier for the architecture {config.model_type!r}, so it "
+            "cannot be a reward model; use a decoder-only language model such as Llama, Qwen, Mistral, Gemma or "
+            "GPT-2, or an encoder such as BERT"
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{path}: {config.model_type!r} is an encoder-decoder, which is not supported as a reward model; use a "
+            "decoder-only language model or an encoder"
+        )
+    return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
+
+
+def _check_complete(
+    model: Any, missing: set[str], path: str, is_reward_model: bool, is_disco: bool, reward_family: str | None
+) -> None:
+    """Compare what the checkpoint did not bring with what it, being what it is, should have brought."""
+    head = model.get_submodule(model.head_name)
+    if not isinstance(head, DiscoHead) or head.weight.dtype != torch.float32:
+        raise ValueError(
+            f"{path}: the reward head {model.head_name!r} came out as {type(head).__name__} in {head.weight.dtype}; "
+            "leave it out of quantization"
+        )
+    # All that the head has beside the location row
+    scale_keys = {f"{model.head_name}.{name}" for name in head.state_dict() if "." in name}
+    # Of a language model's own weights only an encoder's pooler may be fresh.
+    backbone = f"{model.base_model_prefix}."
+    if lost := sorted(key for key in missing if key.startswith(backbone) and ".pooler." not in key):
+        raise ValueError(
+            f"{path}: its files lack {_first_few(lost)}; the language model would be random in part. Download or save "
+            "it again"
+        )
+    if is_reward_model and (lost := sorted(missing - scale_keys)):
+        raise ValueError(
+            f"{path}: config.json says {type(model).__name__}, a trained reward model, but its files lack "
+            f"{_first_few(lost)}; rewards would be random. The head was probably "
+            "lost when it was saved: save it again, or start from the language model it was made of"
+        )
+    if is_disco and (lost := sorted(missing & scale_keys)):
+        raise ValueError(
+            f"{path}: config.json says that the scale was learned, but its files lack {', '.join(lost)}; to go on "
+            "with its location alone, remove 'disco' from config.json, which makes it a scalar reward model"
+        )
+    if not is_disco and scale_keys - missing and reward_family is None:
+        raise ValueError(
+            f"{path}: its files hold a scale, but config.json does not name the family ('disco' is missing there); "
+            "pass reward_family= if you know it"
+        )
+
+
+def _check_finite(model: Any, path: str) -> None:
+    """Raise a `ValueError` if a reward head holds what is no number, before it makes every reward one."""
+    for name, head in model.named_reward_heads():
+        for key, tensor in head.state_dict().items():
+            if not tensor.is_meta and not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"{path}: {name}.{key} holds values that are not finite, so its rewards would be none; go back to "
+                    "an earlier checkpoint of its training"
+                )
+
+
+def _first_few(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,98 @@
+"""The reward settings of a checkpoint (`config.disco`): validated, resolved against what was asked for, and merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ..data.judgements import MOST_RATING_VALUES
+from ..data.values import as_number, shown
+from ..distributions.reward_distribution import get_family
+
+
+def resolve_settings(
+    stored: dict[str, Any] | None, reward_family: str | None = None, fixed_scale: float | None = None, where: str = ""
+) -> dict[str, Any]:
+    """Family, fixed scale and what else is learned, from what a checkpoint says and what was asked for.
+
+    Args:
+        stored: `config.disco` of a disco checkpoint, or `None` for any other model.
+        reward_family, fixed_scale: what was asked for; `None` leaves it to the checkpoint.
+        where: path of the checkpoint, for the message.
+
+    Raises:
+        ValueError: if what was asked for contradicts the checkpoint, the family is unknown, the scale not positive, or
+            what the checkpoint says no settings.
+    """
+    asked: dict[str, Any] = {"reward_family": reward_family, "fixed_scale": fixed_scale}
+    if stored is None:
+        settings: dict[str, Any] = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
+    else:
+        _check_stored(stored, where)
+        settings = {name: stored[name] for name in (*asked, "likelihood", "epistemic") if name in stored}
+        for name, value in asked.items():
+            if value is not None and value != settings[name]:
+                raise ValueError(
+                    f"{where}: {name}={value!r} contradicts the checkpoint, which was trained with "
+                    f"{name}={settings[name]!r}; leave {name} out to use the checkpoint as it is"
+                )
+    get_family(settings["reward_family"])
+    if settings["fixed_scale"] is not None and not 0 < settings["fixed_scale"] < math.inf:
+        raise ValueError(f"fixed_scale={settings['fixed_scale']!r} must be a positive, finite number")
+    return settings
+
+
+def _check_stored(stored: Any, where: str) -> None:
+    """Raise a `ValueError` if the settings in a checkpoint's files are none, before anything is built of them."""
+
+    def is_number(value: Any) -> bool:
+        return as_number(value) is not None
+
+    def are_likelihood(value: Any) -> bool:
+        ratings = value.get("rating_values", [0.0, 1.0]) if isinstance(value, dict) else None
+        return (
+            isinstance(ratings, list)
+            and 2 <= len(ratings) <= MOST_RATING_VALUES
+            and all(map(is_number, ratings))
+            and ratings == sorted({*ratings})
+            and value.keys() <= {"location_error", "tie_width", "label_noise", "rating_values"}
+            and value.get("location_error", True) is True
+            and all(is_number(value.get(name, 0)) or value[name] == "learned" for name in ("tie_width", "label_noise"))
+        )
+
+    domains: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "reward_family": (lambda value: isinstance(value, str), "the name of a family"),
+        "fixed_scale": (lambda value: value is None or is_number(value), "null or a number"),
+        "likelihood": (are_likelihood, "settings as training writes them"),
+        # (As many directions as the hidden state has; some models have 16,384.)
+        "epistemic": (lambda value: type(value) is int and 0 < value <= 2**16, "a number of directions"),
+    }
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where}: its reward settings are {shown(stored)}, and have to be an object; save it again")
+    for name, (is_valid, wanted) in domains.items():
+        if name not in stored and name in ("reward_family", "fixed_scale"):
+            raise ValueError(f"{where}: its reward settings lack {name!r}; save it again")
+        if name in stored and not is_valid(stored[name]):
+            raise ValueError(
+                f"{where}: its reward settings say {name}={shown(stored[name])}, which has to be {wanted}; save it "
+                "again"
+            )
+
+
+def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a :class:`LikelihoodHead`: what a checkpoint has learned, and what training is to learn.
+
+    Raises:
+        ValueError: if there are ratings that the checkpoint does not know.
+    """
+    merged = stored | asked
+    known = stored.get("rating_values")
+    if known is not None:
+        merged["rating_values"] = known
+        if strange := sorted({*asked.get("rating_values", ())} - {*known}):
+            raise ValueError(
+                f"{where}: the data have the rating {strange[0]:g}, but the checkpoint knows only "
+                f"{', '.join(f'{value:g}' for value in known)}; convert the ratings to these"
+            )
+    return merged

@@ -1,0 +1,403 @@
+"""Scoring at rest: a location, a scale and a reward for every answer of a data set.
+
+`Annotator` does it for a list of rows; `map_dataset` for a `datasets` object (`DiscoReward.map` is that);
+`annotate_file`, behind `disco-trl score`, for any number of rows, so that a killed run goes on where it was.
+
+It works in parts of a few hundred rows. Each part's scores, numbers alone, are a file of their own in `OUT.parts`,
+which appears when it is complete. At the end the data is read once more and written with its scores beside it. Several
+processes (`accelerate launch -m disco_trl.rewards.annotate DATA ...`) share out the parts.
+
+Which process scores a part, and in which run, makes no difference to its batches, nor to what it draws for the
+transform `"sample"`: the result is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, IterableDataset, Value
+from transformers.utils import logging
+
+from ..data.columns import TEXT_PAIR, Layout, tokenized_pair
+from ..data.files import (
+    ROWS_AT_ONCE,
+    Row,
+    RowWriter,
+    as_json,
+    chunks,
+    parquet_features,
+    refuse_clash,
+)
+from ..data.tokenization import chat_template_arguments, tokenize
+from ..data.validation import Problem, find_problem
+from ..distributions.families import Family
+from ..distributions.transforms import Sample, Transform
+from ..models.distributed import process_state
+from ..models.inference import check_sequences, score
+
+
+@dataclass(frozen=True)
+class Answers:
+    """
+    Where the rows of a data set hold their answers.
+
+    Attributes:
+        columns: one column, or those of the chosen and of the rejected answer.
+        kind: what stands there: `"tokenized"`, `"standard"` (text) or `"conversational"` (messages).
+        have_prompt: whether the answers follow the column `prompt`.
+    """
+
+    columns: tuple[str, ...]
+    kind: str
+    have_prompt: bool
+
+    @classmethod
+    def of(cls, row: Row) -> Answers:
+        """
+        Tell the dataset type, one of those in TRL's documentation, by the columns of a row.
+
+        Raises:
+            ValueError: it has no answers, or they are not whole; with the mend.
+        """
+        names = row.keys()
+        if (pair := tokenized_pair(names)) is not None:
+            return cls(pair, "tokenized", False)
+        if names >= set(TEXT_PAIR):
+            columns: tuple[str, ...] = TEXT_PAIR
+        elif names >= {"prompt", "completion"}:
+            columns = ("completion",)
+        elif "messages" in names:
+            columns = ("messages",)
+        elif "text" in names:
+            columns = ("text",)
+        else:
+            there = ", ".join(map(repr, names))
+            if "candidates" in names or ("completions" in names and "labels" not in names):
+                mend = "to rank several answers to each prompt use `disco-trl best-of-n`"
+            elif "completions" in names:
+                mend = "join the steps of each row into one column 'completion'"
+            elif "prompt" in names:
+                mend = "a prompt alone has no answer to score: add its answer as 'completion'"
+            else:
+                mend = (
+                    "rename the columns to 'chosen' and 'rejected' (with 'prompt'), 'prompt' and 'completion', "
+                    "'messages', 'text', or 'chosen_ids' and 'rejected_ids'"
+                )
+            raise ValueError(f"row 0: no column holds answers (there are {there}); {mend}")
+        kind = "conversational" if isinstance(row[columns[0]], list) else "standard"
+        return cls(columns, kind, "prompt" in names and columns not in (("messages",), ("text",)))
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether a row holds two answers, one preferred to the other."""
+        return len(self.columns) == 2
+
+    def check(self, row: Row, number: int) -> None:
+        """Raise a `ValueError` naming row, column and mend if a reward for the row would be none."""
+        read = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
+        if self.have_prompt:
+            read["prompt"] = row.get("prompt")
+        # What makes a preference sound makes each of its answers sound: a single answer is checked as both sides.
+        layout = Layout((self.columns[0], self.columns[-1]) if self.kind == "tokenized" else TEXT_PAIR, self.kind)
+        answers = {side: row.get(name) for side, name in zip(layout.pair, (self.columns * 2)[:2], strict=True)}
+        problem: Problem | None = find_problem(read | answers, layout)
+        if problem is not None:
+            column, mend = problem.column, problem.mend
+            if not self.are_pairs:
+                column = self.columns[0] if column in TEXT_PAIR else column
+                mend = mend.replace("'chosen'", repr(self.columns[0]))
+            raise ValueError(f"row {number}, column {column!r}: {problem.wrong}; {mend}")
+
+    def tokens(self, row: Row, processing_class: Any) -> list[list[int]]:
+        """Token ids of each answer after its prompt, as in training."""
+        if self.kind == "tokenized":
+            return [list(row[column]) for column in self.columns]
+        arguments = chat_template_arguments(row)
+        return [
+            tokenize(processing_class, row["prompt"] + row[column] if self.have_prompt else row[column], **arguments)
+            for column in self.columns
+        ]
+
+
+class Rewarder(Protocol):
+    """What scores answers: of a `DiscoReward`, as much as an :class:`Annotator` needs."""
+
+    model: Any
+    processing_class: Any
+    family: Family
+    transform: Transform
+    tokens_per_batch: int
+
+    @property
+    def has_location_error(self) -> bool:
+        """Whether its rewards have a `location_error`."""
+
+
+class Annotator:
+    """
+    Scores the answers of rows.
+
+    Args:
+        reward: the model with its tokenizer and token budget.
+        transform: what the reward is; by default that of `reward`.
+        prefix: put before the names of the new columns.
+
+    Raises:
+        ValueError: the transform does not exist for the model's family, or needs all answers to a prompt at once.
+    """
+
+    def __init__(self, reward: Rewarder, transform: Transform | None = None, prefix: str = ""):
+        self.reward = reward
+        self.transform = transform or reward.transform
+        self.prefix = prefix
+        self.transform.check_family(reward.family.name)
+        if self.transform.needs_groups:
+            raise ValueError(
+                f"transform {self.transform.name!r} compares all the answers to one prompt, and rows are scored a few "
+                "at a time, wherever in the data the other answers stand; put the answers to a prompt into one row "
+                "and use `disco-trl best-of-n`, or choose another transform"
+            )
+
+    def column_names(self, answers: Answers) -> list[str]:
+        """
+        The columns that are added: `location`, `scale`, `location_error` where the model has one, and
+        `reward_TRANSFORM`; for pairs each of them twice, with `_chosen` and `_rejected` after it, and `prob_chosen`,
+        which is P(chosen ≻ rejected).
+        """
+        error = ["location_error"] if self.reward.has_location_error else []
+        names = ["location", "scale", *error, f"reward_{self.transform.name}"]
+        if answers.are_pairs:
+            names = [f"{name}_{side}" for name in names for side in TEXT_PAIR] + ["prob_chosen"]
+        return [self.prefix + name for name in names]
+
+    def __call__(self, rows: list[Row], answers: Answers, first: int = 0) -> dict[str, list[float]]:
+        """
+        The scores of `B` rows.
+
+        Args:
+            rows: the rows.
+            answers: where their answers are.
+            first: position of the first of them in the data set, for messages, and for the draws of `"sample"`.
+
+        Returns:
+            For each of `column_names` its `B` values.
+
+        Raises:
+            ValueError: something is wrong with a row.
+            FloatingPointError: a reward is not finite. Both name the row.
+        """
+        sequences = []
+        for number, row in enumerate(rows, start=first):
+            answers.check(row, number)
+            try:
+                sequences += answers.tokens(row, self.reward.processing_class)
+            except ValueError as refusal:
+                places = " or ".join(map(repr, answers.columns))
+                raise ValueError(f"row {number}, column {places}: {refusal}; drop the row, or mend it") from refusal
+        sides = len(answers.columns)
+        if [] in sequences:
+            number, side = divmod(sequences.index([]), sides)
+            raise ValueError(
+                f"row {first + number}, column {answers.columns[side]!r}: no tokens; drop the row, or "
+                "check the chat template"
+            )
+        for position, sequence in enumerate(sequences):
+            try:
+                check_sequences(self.reward.model, [sequence])
+            except ValueError as refusal:
+                number, side = divmod(position, sides)
+                reason = str(refusal).removeprefix("sequence 0 ")
+                raise ValueError(f"row {first + number}, column {answers.columns[side]!r}: it {reason}") from refusal
+        distribution = score(self.reward.model, sequences, self.reward.tokens_per_batch)
+        bad = torch.nonzero(~(distribution.location.isfinite() & distribution.scale.isfinite())).flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"row {first + bad[0] // sides}, column {answers.columns[bad[0] % sides]!r}: the reward is not finite "
+                f"({len(bad)} such answers among {len(sequences)}); load the model with --dtype bfloat16 or float32"
+            )
+        transform = self.transform
+        if isinstance(transform, Sample):
+            # A stream of its own for each part, or a part's draws would depend on what was scored before it.
+            transform = dataclasses.replace(transform, seed=(transform.seed + 1_000_003 * first) % 2**63)
+        error = [] if distribution.location_error is None else [distribution.location_error]
+        values = [distribution.location, distribution.scale, *error, transform(distribution)]
+        columns = [value[side::sides] for value in values for side in range(sides)]
+        if answers.are_pairs:
+            columns.append(distribution[0::2].prob_greater(distribution[1::2]))
+        return dict(zip(self.column_names(answers), (column.tolist() for column in columns), strict=True))
+
+    def settings(self) -> dict[str, Any]:
+        """All that the scores depend on besides the rows; of model and tokenizer a digest."""
+        tokenizer = self.reward.processing_class
+        described = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.special_tokens_map]
+        return {
+            "model": _digest_of_weights(self.reward.model),
+            "tokenizer": hashlib.blake2b(json.dumps(described, default=str).encode(), digest_size=16).hexdigest(),
+            "family": self.reward.family.name,
+            "transform": {"name": self.transform.name, **dataclasses.asdict(self.transform)},
+            "prefix": self.prefix,
+        }
+
+
+def _digest_of_weights(model: torch.nn.Module) -> str:
+    """The same for the same weights in the same types, wherever they came from and wherever they are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.is_meta:
+            continue  # offloaded to disk
+        for piece in tensor.detach().contiguous().flatten().view(torch.uint8).split(2**26):
+            digest.update(piece.cpu().numpy())
+    return digest.hexdigest()
+
+
+def map_dataset(dataset: Dataset | IterableDataset, annotator: Annotator) -> Dataset | IterableDataset:
+    """What `DiscoReward.map` does; see there."""
+    dataset = dataset.with_format(None)
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError("the dataset is empty; check its path, split and filters")
+    answers = Answers.of(first_row)
+    names = annotator.column_names(answers)
+    refuse_clash(list(first_row), names, "rename or remove it, or pass prefix=")
+
+    def score_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[float]]:
+        rows = [dict(zip(batch.keys(), values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return annotator(rows, answers, indices[0])
+
+    features = None
+    if dataset.features is not None:
+        features = Features({**dataset.features, **{name: Value("float32") for name in names}})
+    arguments: dict[str, Any] = {"with_indices": True, "batched": True, "batch_size": ROWS_AT_ONCE}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(score_batch, features=features, **arguments)
+    # Left alone, `datasets` would pickle the model to tell whether its cache has the result.
+    described = json.dumps([dataset._fingerprint, annotator.settings()], default=str)
+    fingerprint = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+    return dataset.map(score_batch, features=features, new_fingerprint=fingerprint, desc="Scoring", **arguments)
+
+
+def annotate_file(
+    dataset: Dataset | IterableDataset, out: Path, annotator: Annotator, rows_per_part: int = ROWS_AT_ONCE
+) -> tuple[int, int]:
+    """
+    Score every row of a dataset into a file, going on where an earlier call was broken off.
+
+    With several processes every one has to call it; the main one writes the file.
+
+    Args:
+        dataset: rows that come in the same order each time, in any format.
+        out: a `.parquet` or `.jsonl` file that does not exist; the finished parts are kept beside it, in `OUT.parts`,
+            until it does.
+        annotator: what to score with.
+        rows_per_part: rows that a kill can cost; also what is held in memory at once.
+
+    Returns:
+        The number of rows, and how many of them had been scored before.
+
+    Raises:
+        ValueError: something is wrong with a row (all are checked before the first is scored); or what is in
+            `OUT.parts` was made from other rows, by another model or with other options.
+    """
+    state = process_state()
+    parts = out.with_name(f"{out.name}.parts")
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError("the data is empty; check its path and split")
+    answers = Answers.of(first_row)
+    features = None
+    if state.is_main_process:
+        names = annotator.column_names(answers)
+        refuse_clash(list(first_row), names, "pass --prefix, or rename it in the data")
+        if out.suffix == ".parquet":
+            features = parquet_features(dataset, dict.fromkeys(names, Value("float32")), rows_per_part)
+        found = _survey(dataset, out, answers, rows_per_part)
+        _begin(parts, {"rows_per_part": rows_per_part, **annotator.settings(), **found})
+    state.wait_for_everyone()
+    finished = set(parts.glob("part-*.parquet"))
+    total = json.loads((parts / "settings.json").read_text())["rows"]
+    state.wait_for_everyone()  # or a fast process would add to what a slow one finds finished
+
+    unfinished = rows_before = 0
+    with logging.tqdm(total=total, desc="scoring", unit="row", disable=not state.is_main_process) as bar:
+        for index, rows in enumerate(chunks(dataset, rows_per_part)):
+            part = parts / f"part-{index:06d}.parquet"
+            if part in finished:
+                rows_before += len(rows)
+            else:
+                # By their number among those left: else after a kill one process might have them all to itself.
+                if unfinished % state.num_processes == state.process_index:
+                    _write_part(part, annotator(rows, answers, index * rows_per_part))
+                unfinished += 1
+            bar.update(len(rows))
+    state.wait_for_everyone()
+
+    if state.is_main_process:
+        with RowWriter(out, features) as writer:
+            for index, rows in enumerate(chunks(dataset, rows_per_part)):
+                scores = pq.read_table(parts / f"part-{index:06d}.parquet").to_pylist()
+                writer.write([row | numbers for row, numbers in zip(rows, scores, strict=True)])
+        _remove(parts)
+    state.wait_for_everyone()
+    return total, rows_before
+
+
+def _survey(dataset: Dataset | IterableDataset, out: Path, answers: Answers, rows_at_once: int) -> dict[str, Any]:
+    """Number and digest of the rows, all of which are checked: better now than after hours of scoring."""
+    digest = hashlib.blake2b(digest_size=16)
+    number = 0
+    with logging.tqdm(desc="checking", unit="row") as bar:
+        for rows in chunks(dataset, rows_at_once):
+            for row in rows:
+                answers.check(row, number)
+                line = as_json(row, number) if out.suffix == ".jsonl" else json.dumps(row, default=str)
+                digest.update(line.encode("utf-8", "surrogatepass"))
+                number += 1
+            bar.update(len(rows))
+    return {"rows": number, "data": digest.hexdigest()}
+
+
+def _begin(parts: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of the parts, or check that those in it belong to these settings."""
+    path = parts / "settings.json"
+    if parts.is_symlink():
+        raise ValueError(f"{parts} is a link, and its files would be written and deleted elsewhere; remove it")
+    if not path.exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        unfinished = parts / "settings.json.unfinished"
+        unfinished.write_text(json.dumps(settings, indent=2))
+        os.replace(unfinished, path)
+        return
+    before = json.loads(path.read_text())
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed:
+        details = ", ".join(f"{name} {before.get(name)!r} and now {settings[name]!r}" for name in changed)
+        raise ValueError(
+            f"{parts} holds part of the scores from a run with other settings (then {details}); repeat that command "
+            "to finish it, or delete the folder to begin anew"
+        )
+
+
+def _write_part(path: Path, scores: dict[str, list[float]]) -> None:
+    table = pa.table({name: pa.array(values, pa.float32()) for name, values in scores.items()})
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _remove(parts: Path) -> None:
+    for path in (*parts.glob("part-*"), parts / "settings.json"):
+        path.unlink()
+    parts.rmdir()

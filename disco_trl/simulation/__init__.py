@@ -1,0 +1,1 @@
+"""Simulated populations of annotators, and planning how much to ask of real ones."""

@@ -1,0 +1,1 @@
+"""Training: `DiscoRewardTrainer`, its config, and what is fitted, checked and saved around it."""

@@ -1,0 +1,371 @@
+"""Columns of judgements: what is refused, what becomes of a row in a batch, and that the loss is the likelihood's."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny_training import SMALL_RUN, preferences
+
+from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer
+from disco_trl.data.judgements import find_problem, ranked_pairs, survey, to_tensors
+from disco_trl.data.tokenization import tokenize
+from disco_trl.data.values import is_missing
+from disco_trl.distributions.judgements import Judgements
+from disco_trl.distributions.likelihood import log_likelihood
+from disco_trl.distributions.reward_distribution import RewardDistribution, get_family
+from disco_trl.models.inference import score
+
+
+RANKING = {"completions": ["a", "b", "c"], "ranks": [1, 2, 2]}
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "wrong", "mend"),
+    [
+        ({"chosen_votes": 3}, "rejected_votes", "missing where 'chosen_votes' is given", "both, or neither"),
+        ({"chosen_votes": -1, "rejected_votes": 2}, "chosen_votes", "-1 is not a number of votes", "0 or more"),
+        ({"chosen_votes": 2, "rejected_votes": 0.5}, "rejected_votes", "0.5 is not a number of votes", ""),
+        ({"chosen_votes": True, "rejected_votes": 1}, "chosen_votes", "True is not a number of votes", ""),
+        ({"preference_probability": 1.2}, "preference_probability", "1.2 is not a probability", "from 0 to 1"),
+        ({"preference_probability": "high"}, "preference_probability", "'high' is not a probability", ""),
+        (
+            {"preference_probability": 0.7, "chosen_votes": 7, "rejected_votes": 3},
+            *("preference_probability", "together with votes", "remove one"),
+        ),
+        ({"tie": "yes"}, "tie", "'yes' is not true or false", "a forced choice"),
+        ({"tie": True, "chosen_votes": 1, "rejected_votes": 0}, "tie", "votes for either side", "a row of their own"),
+        ({"tie": True, "preference_probability": 0.5}, "tie", "soft label", "remove one"),
+        ({"weight": -1.0}, "weight", "-1.0 is negative", "leaves the row out"),
+        ({"weight": math.inf}, "weight", "inf is not a finite number", "1.0 for an ordinary row"),
+        ({"margin": None}, "margin", "None is not a finite number", "0.0 for no margin"),
+        ({"chosen_rating": "5 stars"}, "chosen_rating", "'5 stars' is not a rating", "a list of them"),
+        ({"rejected_rating": [1, None]}, "rejected_rating", "None is not a rating", ""),
+        ({"completions": ["a", "b"]}, "ranks", "missing where 'completions' is given", "both"),
+        ({"ranks": [1, 2]}, "completions", "missing where 'ranks' is given", "both"),
+        ({**RANKING, "ranks": [1, 2]}, "ranks", "2 ranks of 3 completions", "its rank"),
+        ({"completions": ["a"], "ranks": [1]}, "completions", "cannot be ranked", "two or more"),
+        ({**RANKING, "ranks": [1, "b", 3]}, "ranks", "'b' is not a rank", "1 for the best"),
+        ({**RANKING, "ranks": [1, math.nan, 3]}, "ranks", "nan is not a rank", ""),
+        ({**RANKING, "completions": "abc"}, "completions", "'abc' is not a list", ""),
+        ({**RANKING, "tie": False}, "tie", "in a row of ranked ones", "different rows"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named_with_its_mend(row, column, wrong, mend):
+    problem = find_problem(row)
+    assert problem is not None
+    assert (problem.column, wrong in problem.wrong, mend in problem.mend) == (column, True, True), problem
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"chosen_votes": None, "rejected_votes": math.nan, "tie": None, "weight": None, "chosen_rating": []},
+        {"chosen_votes": 0, "rejected_votes": 0, "tie": True},
+        {"chosen_votes": 7.0, "rejected_votes": np.int64(3), "tie": False, "weight": 2},
+        {"preference_probability": 0.0, "tie": False, "chosen_rating": 4, "rejected_rating": [1.5, -2]},
+        RANKING,
+    ],
+    ids=str,
+)
+def test_what_is_right_passes(row):
+    assert find_problem(row) is None
+
+
+def test_what_counts_as_missing():
+    assert [is_missing(value) for value in (None, math.nan, [], np.float64("nan"), torch.tensor(math.nan))] == [
+        True
+    ] * 5
+    assert [is_missing(value) for value in (0, 0.0, False, "", [0], torch.tensor(0))] == [False] * 6
+
+
+def test_all_pairs_of_a_ranking_the_better_first():
+    assert ranked_pairs([2, 1, 2]) == [(1, 0), (0, 2), (1, 2)]
+
+
+# Datasets
+
+
+def test_a_survey_finds_what_there_is_to_learn():
+    rows = [
+        {"chosen_votes": 1, "rejected_votes": 0, "tie": None, "chosen_rating": 3.0, "ranks": None},
+        {"chosen_votes": None, "rejected_votes": None, "tie": False, "chosen_rating": None, "ranks": None},
+        {"chosen_votes": None, "rejected_votes": None, "tie": None, "chosen_rating": None, "ranks": [1, 2, 3]},
+    ]
+    found = survey(Dataset.from_list(rows))
+    assert not found.has_ties
+    assert not found.has_several_ratings
+    assert found.ratings == {3.0: 1}
+    assert found.ranking_sizes == {3}
+    assert found.has_pairs
+    for more in ({"tie": True}, {"ranks": [1, 1]}):
+        assert survey(Dataset.from_list([*rows, {**rows[1], **more}])).has_ties
+    for ratings, has_several in (([3.0], False), ([3.0, 3.0], True)):
+        dataset = Dataset.from_list([{"rejected_rating": ratings, "chosen_votes": 5}])
+        assert survey(dataset).has_several_ratings == has_several
+        assert survey(dataset.to_iterable_dataset()).has_several_ratings == has_several
+    assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).has_pairs
+
+
+# Batches
+
+
+def tensors(rows, **options):
+    found = to_tensors(rows, **{"weigh_by": "pair", "rating_values": None, **options})
+    return {key: value.tolist() for key, value in found.items()}
+
+
+def test_each_row_becomes_its_outcomes():
+    rows = [
+        {},
+        {"chosen_votes": 7, "rejected_votes": 3, "weight": 2.0},
+        {"preference_probability": 0.8},
+        {"tie": True},
+        {"tie": False, "margin": 0.5},
+    ]
+    assert tensors(rows)["judgements"] == [
+        pytest.approx(row)
+        for row in (
+            # wins, losses, ties, tie allowed, margin, weight
+            [1, 0, 0, 0, 0, 1],
+            [7, 3, 0, 0, 0, 0.2],  # ten votes that together weigh 2
+            [0.8, 0.2, 0, 0, 0, 1],
+            [0, 0, 1, 1, 0, 1],
+            [1, 0, 0, 1, 0.5, 1],
+        )
+    ]
+    assert [row[-1] for row in tensors(rows, weigh_by="vote")["judgements"]] == [1, 2, 1, 1, 1]
+
+
+def test_ratings_are_counted_and_share_the_weight():
+    rows = [{"chosen_votes": 0, "rejected_votes": 0, "chosen_rating": [5, 1, 5.0], "rejected_rating": 1}, {}]
+    found = tensors(rows, rating_values=[1.0, 3.0, 5.0])
+    assert found["rating_counts"] == [[1, 0, 2], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert found["judgements"][0] == pytest.approx([0, 0, 0, 0, 0, 0.25])
+    with pytest.raises(ValueError, match=r"'rejected_rating': the rating 2 is not one of .*\(1, 3, 5\)"):
+        tensors([{"rejected_rating": 2}], rating_values=[1.0, 3.0, 5.0])
+
+
+def test_a_ranking_becomes_all_its_pairs():
+    found = tensors([{"ranks": [2, 1, 2]}, {}])["judgements"]
+    # Three pairs that together weigh 1, as the forced choice does; times 4 pairs / 2 rows, for the mean is over pairs
+    assert found == [
+        pytest.approx([1, 0, 0, 1, 0, 2 / 3]),
+        pytest.approx([0, 0, 1, 1, 0, 2 / 3]),
+        pytest.approx([1, 0, 0, 1, 0, 2 / 3]),
+        pytest.approx([1, 0, 0, 0, 0, 2]),
+    ]
+
+
+def test_repeated_pairs_share_their_weight():
+    # Rows of three and of one pair, as rows of three: 6 pairs / 2 rows
+    found = torch.tensor(tensors([{"ranks": [1, 2, 3]}, {}], pairs_per_row=3)["judgements"])
+    assert found[:, -1].tolist() == pytest.approx([1] * 6)
+    found = torch.tensor(tensors([{"ranks": [1, 2, 3]}], pairs_per_row=4)["judgements"])
+    assert found[:, -1].tolist() == pytest.approx([x * 4 / 3 for x in (0.5, 1, 1, 0.5)])
+
+
+# Training
+
+
+def mixed_rows() -> list[dict]:
+    base = list(preferences("standard", 8))
+    rows = [
+        base[0],
+        {**base[1], "chosen_votes": 7, "rejected_votes": 3},
+        {**base[2], "preference_probability": 0.8},
+        {**base[3], "tie": True},
+        {**base[4], "tie": False, "weight": 2.0},
+        {**base[5], "chosen_rating": [1, 2, 2], "rejected_rating": [0, 1]},
+        {**base[6], "chosen_votes": 0, "rejected_votes": 0, "chosen_rating": [3]},
+        {"prompt": base[7]["prompt"], "completions": ["film", "short piano", "a day"], "ranks": [2, 1, 2]},
+    ]
+    names = sorted({name for row in rows for name in row})
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize("family", ["normal", "mixture"])
+def test_the_loss_is_the_likelihood_of_every_kind_of_row(tiny_llama_dir, tmp_path, family, prefix_sharing):
+    """The first step's loss against one worked out row by row from the rewards of the model before it."""
+    rows = mixed_rows()
+    config = DiscoRewardConfig(
+        str(tmp_path),
+        **{**SMALL_RUN, "max_steps": 1, "per_device_train_batch_size": 8},
+        reward_family=family,
+        prefix_sharing=prefix_sharing,
+        label_noise=0.1,
+        model_init_kwargs={"dtype": "float32"},
+    )
+    trainer = DiscoRewardTrainer(tiny_llama_dir, config, train_dataset=Dataset.from_list(rows))
+    model, tokenizer = trainer.model, trainer.processing_class
+    assert model.config.disco["likelihood"] == {
+        "location_error": True,
+        "tie_width": "learned",
+        "label_noise": 0.1,
+        "rating_values": [0.0, 1.0, 2.0, 3.0],
+    }
+    torch.nn.init.normal_(model.scale_head.weight)
+
+    def reward(text: str) -> RewardDistribution:
+        return score(model, [tokenize(tokenizer, text)])
+
+    with torch.no_grad():
+        output = model(torch.tensor([tokenize(tokenizer, "film")]))
+        responses = model.responses_of(output)
+    assert responses.label_noise.item() == pytest.approx(0.1)
+    expected = 0.0
+    for row in rows:
+        if row["completions"]:
+            answers = [reward(row["prompt"] + answer) for answer in row["completions"]]
+            pairs = [(1, 0, 1.0), (0, 2, 0.0), (1, 2, 1.0)]
+            for better, worse, win in pairs:
+                said = [torch.tensor([x]) for x in (win, 0.0, 1 - win, 1.0, 0.0, 1.0)]
+                pair = (answers[better], answers[worse])
+                expected += log_likelihood(get_family(family), *pair, Judgements(*said), responses).item() / 3
+            continue
+        table = to_tensors([row], "pair", [0.0, 1.0, 2.0, 3.0])
+        judgements = Judgements.of_batch(table)
+        sides = [reward(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
+        one = log_likelihood(get_family(family), *sides, judgements, responses)
+        expected += (judgements.weight * one).item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(-expected / 8, rel=1e-5)
+
+
+def test_accuracy_is_that_of_votes(tiny_llama_dir, tmp_path):
+    """Pairs of which the rejected side won 9 to 1: as often as the model puts the chosen side first, it is wrong."""
+    rows = [{**row, "chosen_votes": 1, "rejected_votes": 9} for row in preferences("standard", 8)]
+    config = DiscoRewardConfig(
+        str(tmp_path), **{**SMALL_RUN, "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    )
+    trainer = DiscoRewardTrainer(tiny_llama_dir, config, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    ahead = 0
+    for row in rows:
+        sides = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
+        chosen, rejected = score(trainer.model, [tokenize(trainer.processing_class, text) for text in sides]).location
+        ahead += int(chosen > rejected)
+    expected = (ahead * 0.1 + (8 - ahead) * 0.9) / 8
+    assert trainer.state.log_history[0]["accuracy"] == pytest.approx(expected)
+
+
+def test_ratings_alone_log_no_likelihood_of_votes(tiny_llama_dir, tmp_path):
+    said = {"chosen_votes": 0, "rejected_votes": 0, "chosen_rating": [1, 2], "rejected_rating": [2]}
+    dataset = Dataset.from_list([{**row, **said} for row in preferences("standard", 8)])
+    trainer = DiscoRewardTrainer(tiny_llama_dir, DiscoRewardConfig(str(tmp_path), **SMALL_RUN), train_dataset=dataset)
+    trainer.train()
+    assert "nll" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["location_error"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "evaluated", "message"),
+    [
+        ({}, {"chosen_rating": 2}, {"rejected_rating": [1.0, 5.0]}, "more .*'rejected_rating': .*cannot give 5;"),
+        ({"rating_values": [2, 3]}, {"chosen_rating": 1}, {}, "train .*'chosen_rating': .*cannot give 1;"),
+        ({}, {}, {"tie": True}, "more .*'tie': a tie, and the training data have none"),
+    ],
+    ids=["a rating", "a rating of training", "a tie"],
+)  # fmt: skip
+def test_what_the_model_cannot_answer_is_refused_before_training(
+    tiny_llama_dir, tmp_path, options, train, evaluated, message
+):
+    rows = [
+        {**row, "chosen_rating": 1 + index % 2, "rejected_rating": [2.0]}
+        for index, row in enumerate(preferences("standard", 8))
+    ]
+    if "rating_values" in options:
+        rows = [{**row, "chosen_rating": 2} for row in rows]
+    datasets = [Dataset.from_list([*rows[:3], {**rows[3], **more}, *rows[4:]]) for more in (train, evaluated)]
+    if "tie" in evaluated:
+        datasets[1] = Dataset.from_list([{**row, "tie": index == 3} for index, row in enumerate(rows)])
+    config = DiscoRewardConfig(str(tmp_path), **SMALL_RUN, **options)
+
+    def trainer(config):
+        return DiscoRewardTrainer(
+            tiny_llama_dir, config, train_dataset=datasets[0], eval_dataset={"good": datasets[0], "more": datasets[1]}
+        )
+
+    with pytest.raises(ValueError, match=message.replace(" ", " dataset, row 3, column ", 1)):
+        trainer(config)
+    if "tie" in evaluated:
+        trainer(DiscoRewardConfig(str(tmp_path), **SMALL_RUN, tie_width=0.3)).evaluate()
+
+
+def test_what_was_learned_of_people_is_saved_and_goes_on(tiny_llama_dir, tmp_path):
+    dataset = Dataset.from_list(mixed_rows())
+    config = DiscoRewardConfig(str(tmp_path / "one"), **SMALL_RUN, label_noise=None)
+    trainer = DiscoRewardTrainer(tiny_llama_dir, config, train_dataset=dataset)
+    first = {name: value.clone() for name, value in trainer.model.score.likelihood.state_dict().items()}
+    assert first.keys() == {"location_error", "tie_width", "label_noise", "thresholds"}
+    trainer.train()
+    trainer.save_model()
+    learned = trainer.model.score.likelihood.state_dict()
+    assert not any(torch.equal(first[name], learned[name]) for name in first)
+    loaded = DiscoRewardModel.from_pretrained(tmp_path / "one")
+    torch.testing.assert_close(loaded.score.likelihood.state_dict(), learned, rtol=0, atol=0)
+    sequences = [[5, 6, 7], [8, 9]]
+    ours, theirs = score(loaded, sequences), score(trainer.model, sequences)
+    torch.testing.assert_close(ours.location_error, theirs.location_error)
+    assert (ours.prob_greater(ours[[1, 0]]) - 0.5).abs().max() < (
+        RewardDistribution(ours.location, ours.scale, "normal").prob_greater(
+            RewardDistribution(ours.location[[1, 0]], ours.scale[[1, 0]], "normal")
+        )
+        - 0.5
+    ).abs().max()
+
+    # Going on from it, on data that say less and more
+    plain = DiscoRewardTrainer(
+        str(tmp_path / "one"), DiscoRewardConfig(str(tmp_path / "two"), **SMALL_RUN), train_dataset=preferences(rows=8)
+    )
+    torch.testing.assert_close(plain.model.score.likelihood.state_dict(), learned, rtol=0, atol=0)
+    strange = dataset.add_column("row", list(range(8))).map(
+        lambda row: {"chosen_rating": [17] if row["chosen_rating"] else None}
+    )
+    with pytest.raises(ValueError, match="the data have the rating 17, but the checkpoint knows only 0, 1, 2, 3"):
+        DiscoRewardTrainer(
+            str(tmp_path / "one"), DiscoRewardConfig(str(tmp_path / "two"), **SMALL_RUN), train_dataset=strange
+        )
+
+
+def test_one_vote_a_pair_learns_no_error(tiny_llama_dir, tmp_path):
+    trainer = DiscoRewardTrainer(
+        tiny_llama_dir, DiscoRewardConfig(str(tmp_path), **SMALL_RUN), train_dataset=preferences(rows=8)
+    )
+    assert "likelihood" not in trainer.model.config.disco
+    assert trainer.model.score.likelihood is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completions": ["film", ""]}, r"row 7, column 'completions': answer 1: an empty string"),
+        ({"ranks": [1, 2, 3]}, r"row 7, column 'ranks': 3 ranks of 2 completions"),
+        ({"chosen": "film"}, r"row 7, column 'chosen': given beside ranked completions"),
+    ],
+    ids=str,
+)
+def test_a_bad_ranking_is_named(tiny_llama_dir, tmp_path, change, message):
+    rows = mixed_rows()
+    rows[7] = {**rows[7], "completions": ["film", "day"], "ranks": [1, 2], **change}
+    with pytest.raises(ValueError, match=message):
+        DiscoRewardTrainer(
+            tiny_llama_dir,
+            DiscoRewardConfig(str(tmp_path), **SMALL_RUN),
+            train_dataset=Dataset.from_list(rows),
+        )
+
+
+def test_rankings_with_too_long_an_answer_are_dropped(tiny_llama_dir, tmp_path):
+    rows = mixed_rows()
+    rows[7]["completions"] = ["film", "day", " ".join(["day"] * 40)]
+    config = DiscoRewardConfig(str(tmp_path), **SMALL_RUN, max_length=30)
+    trainer = DiscoRewardTrainer(tiny_llama_dir, config, train_dataset=Dataset.from_list(rows))
+    assert trainer.train_dataset["row_index"][:] == [0, 1, 2, 3, 4, 5, 6]

@@ -1,0 +1,199 @@
+"""Batches of rewards: comparing, indexing and putting them together, and the model's own error of the locations."""
+
+import doctest
+import itertools
+import math
+import subprocess
+import sys
+
+import mpmath
+import pytest
+import torch
+from test_families import reference
+
+from disco_trl.distributions import reward_distribution as distributions
+from disco_trl.distributions.reward_distribution import FAMILIES, RewardDistribution, get_family
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_reward_distribution(name):
+    # Of the mixture both camps are equally large, which makes it as symmetric as the others are.
+    family = get_family(name)
+    shape = torch.tensor([[0.5, 0.8], [0.5, 0.3]]) if family.shape_names else None
+    a = RewardDistribution(torch.tensor([1.7, 0.0]), torch.tensor([0.4, 1.0]), name, shape)
+    b = RewardDistribution(torch.tensor([1.2, 0.0]), torch.tensor([0.3, 2.0]), name, shape)
+    torch.testing.assert_close(
+        a.log_prob_greater(b),
+        family.log_prob_greater(a.location, a.scale, b.location, b.scale, shape, shape),
+        rtol=0,
+        atol=0,
+    )
+    torch.testing.assert_close(a.prob_greater(b) + b.prob_greater(a), torch.ones(2))
+    assert a.prob_greater(b)[1].item() == pytest.approx(0.5)
+    # The median is the location, and q and 1 - q lie equally far from it.
+    torch.testing.assert_close(a.quantile(0.5), a.location)
+    torch.testing.assert_close(a.quantile(0.9) + a.quantile(0.1), 2 * a.location)
+    torch.testing.assert_close(a.cdf(a.quantile(0.2)), torch.full((2,), 0.2))
+    assert a.cdf(0).shape == (2,)
+    assert a.sample().shape == (2,)
+    assert a.sample((5, 3)).shape == (5, 3, 2)
+    draws = [a.sample((4,), generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    torch.testing.assert_close(*draws, rtol=0, atol=0)
+
+
+def test_reward_distribution_keeps_a_level_that_bfloat16_would_round_to_one():
+    reward = RewardDistribution(torch.zeros(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16), "normal")
+    assert reward.quantile(0.999).item() == pytest.approx(3.0902, rel=1e-3)
+
+
+def test_rewards_of_different_families_cannot_be_compared():
+    a = RewardDistribution(torch.zeros(1), torch.ones(1), "normal")
+    b = RewardDistribution(torch.zeros(1), torch.ones(1), "cauchy")
+    with pytest.raises(ValueError, match=r"'normal' reward cannot be compared with a 'cauchy' one"):
+        a.prob_greater(b)
+
+
+ALL = RewardDistribution(
+    torch.tensor([1.0, 2.0, 3.0]),
+    torch.tensor([0.5, 1.0, 2.0]),
+    "mixture",
+    shape=torch.tensor([[0.5, 0.1], [0.4, 0.2], [0.3, 0.3]]),
+    location_error=torch.tensor([0.1, 0.2, 0.3]),
+)
+
+
+def test_every_tensor_is_indexed_mapped_and_put_together():
+    one = ALL[1]
+    assert (one.location, one.scale, one.location_error) == (torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.2))
+    assert one.shape.tolist() == pytest.approx([0.4, 0.2])
+    assert len(ALL) == 3 and len(ALL[torch.tensor([True, False, True])]) == 2
+    wide = ALL.map(torch.Tensor.double)
+    assert {field.dtype for field in (wide.location, wide.scale, wide.shape, wide.location_error)} == {torch.float64}
+    again = RewardDistribution.cat([ALL[:1], ALL[1:]])
+    for name in ("location", "scale", "shape", "location_error"):
+        torch.testing.assert_close(getattr(again, name), getattr(ALL, name), rtol=0, atol=0)
+    assert again.family == "mixture"
+    plain = RewardDistribution(torch.zeros(2), torch.ones(2), "normal")
+    assert RewardDistribution.cat([plain, plain]).shape is RewardDistribution.cat([plain]).location_error is None
+
+
+def test_what_cannot_be_put_together():
+    normal = RewardDistribution(torch.zeros(2), torch.ones(2), "normal")
+    certain = RewardDistribution(torch.zeros(2), torch.ones(2), "normal", location_error=torch.ones(2))
+    for rewards in ([normal, RewardDistribution(torch.zeros(2), torch.ones(2), "cauchy")], [normal, certain], []):
+        with pytest.raises(ValueError, match=rf"got {len(rewards)} batches of the families"):
+            RewardDistribution.cat(rewards)
+
+
+def test_fields_of_a_wrong_size():
+    two = torch.ones(2)
+    with pytest.raises(
+        ValueError, match=r"'mixture' rewards must be of size \[2, 2\] \(weight, polarization\), .* None"
+    ):
+        RewardDistribution(two, two, "mixture")
+    with pytest.raises(
+        ValueError, match=r"'normal' rewards must be of size \[2, 0\] \(none\), but it is of size \[2, 1\]"
+    ):
+        RewardDistribution(two, two, "normal", shape=torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"location_error is of size \[\] and location of \[2\]"):
+        RewardDistribution(two, two, "normal", location_error=torch.tensor(0.1))
+
+
+# The model's own error
+
+
+def test_location_errors_by_hand():
+    # σ² + τ² = 0.16 + 0.09 and 0.09 + 0.16, so s = √0.5 = 0.707107 and z = 0.5 / s = 0.707107:  Φ(z) = 0.760250.
+    # With the first error alone s = √(0.16 + 0.09 + 0.09) = 0.583095, z = 0.857493:  Φ(z) = 0.804414.
+    a = RewardDistribution(torch.tensor([1.7]), torch.tensor([0.4]), "normal", location_error=torch.tensor([0.3]))
+    b = RewardDistribution(torch.tensor([1.2]), torch.tensor([0.3]), "normal", location_error=torch.tensor([0.4]))
+    assert a.prob_greater(b).item() == pytest.approx(0.760250, abs=1e-6)
+    assert a.prob_greater(RewardDistribution(b.location, b.scale, "normal")).item() == pytest.approx(
+        0.804414, abs=1e-6
+    )
+    assert RewardDistribution(b.location, b.scale, "normal").prob_greater(a).item() == pytest.approx(
+        1 - 0.804414, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_no_error_and_an_error_of_zero_are_one(name):
+    shape = torch.tensor([[0.3, 0.7]] * 4) if get_family(name).shape_names else None
+    location, scale = torch.tensor([0.0, -8.0, 0.5, 5.0]), torch.tensor([1.0, 0.1, 0.7, 2.0])
+    error = torch.zeros(4, requires_grad=True)
+    known = RewardDistribution(location, scale, name, shape)
+    sure = RewardDistribution(location, scale, name, shape, error)
+    log_prob = sure[:, None].log_prob_greater(sure[None])
+    torch.testing.assert_close(log_prob, known[:, None].log_prob_greater(known[None]), rtol=1e-6, atol=1e-9)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), error)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_an_error_changes_what_is_said_of_pairs_and_not_of_people(name):
+    shape = torch.tensor([[0.3, 0.7], [0.5, 0.2]]) if get_family(name).shape_names else None
+    known = RewardDistribution(torch.tensor([0.0, 1.5]), torch.tensor([1.0, 0.5]), name, shape)
+    guess = RewardDistribution(known.location, known.scale, name, shape, torch.tensor([2.0, 1.0]))
+    assert known[1].prob_greater(known[0]) > guess[1].prob_greater(guess[0]) + 0.05
+    torch.testing.assert_close(guess.quantile(0.2), known.quantile(0.2), rtol=0, atol=0)
+    torch.testing.assert_close(guess.cdf(0.3), known.cdf(0.3), rtol=0, atol=0)
+    draws = [reward.sample((9,), torch.Generator().manual_seed(0)) for reward in (guess, known)]
+    torch.testing.assert_close(*draws, rtol=0, atol=0)
+
+
+def mean_over_error(name: str, log_unit: float, delta, error, scale_a, scale_b, *shapes) -> mpmath.mpf:
+    """∫ P(R_a > R_b at Δ + τη) φ(η) dη / e^log_unit, cut where the integrand bends and about where it is large.
+
+    The unit is there because mpmath's quadrature stops at an absolute error.
+    """
+    s = mpmath.sqrt(scale_a**2 + scale_b**2)
+    bend = -delta / error
+    cuts = {bend + k * s / error for k in (-16, -4, -1, 0, 1, 4, 16)} | {mpmath.mpf(x) for x in range(-30, 31, 5)}
+    return mpmath.quad(
+        lambda x: mpmath.exp(reference(name, delta + error * x, scale_a, 0, scale_b, *shapes) - x**2 / 2 - log_unit),
+        sorted(x for x in cuts if -30 <= x <= 30),
+    ) / mpmath.sqrt(2 * mpmath.pi)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_probabilities_averaged_over_the_error_against_quadrature(name):
+    shape = (0.5, 0.8125)
+    for (scale_a, scale_b), ratio, z in itertools.product(
+        [(1.0, 1.0), (0.25, 1.125)], [0.05, 3.0], [-30.0, -0.4, 1.5]
+    ):
+        s = math.hypot(scale_a, scale_b)
+        arguments = [torch.tensor(x, dtype=torch.float64) for x in (z * s, ratio * s, scale_a, scale_b, shape, shape)]
+        log_prob = get_family(name).log_mean_prob_exceeds(*arguments).item()
+        with mpmath.workdps(15):
+            share = mean_over_error(
+                name, log_prob, *map(mpmath.mpf, (z * s, ratio * s, scale_a, scale_b, *shape, *shape))
+            )
+        assert float(share) == pytest.approx(1, rel=1e-6), (scale_a, scale_b, ratio, z)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_an_error_far_beyond_the_scales_is_finite(name):
+    # It is then the error alone that decides: Φ(Δ / τ).
+    family = get_family(name)
+    shape = torch.tensor([0.5, 0.8])
+    delta = torch.tensor([-1e4, -30.0, -1.0, 0.0, 1.0, 30.0, 1e4], requires_grad=True)
+    zero, one, error = torch.zeros(7), torch.full((7,), 0.01), torch.full((7,), 10.0, requires_grad=True)
+    log_prob = family.log_prob_greater(delta, one, zero, one, shape, shape, error)
+    gradients = torch.autograd.grad(log_prob.sum(), [delta, error])
+    assert all(torch.isfinite(tensor).all() for tensor in (log_prob, *gradients))
+    expected = torch.special.ndtr(delta.detach() / 10)
+    torch.testing.assert_close(log_prob[2:5].exp().detach(), expected[2:5], rtol=2e-3, atol=0)
+
+
+def test_the_examples_in_the_docstrings():
+    result = doctest.testmod(distributions)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_maths_needs_torch_alone():
+    code = (
+        "import sys, disco_trl.distributions.reward_distribution; "
+        "sys.exit(any(m in sys.modules for m in ('transformers', 'trl', 'peft')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

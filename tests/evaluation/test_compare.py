@@ -1,0 +1,181 @@
+"""`disco-trl compare`: real runs by TRL's trainer and ours in processes of their own, and what is made of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_evaluate import read_pairs, rewards_of
+
+from disco_trl.cli.compare import main
+from disco_trl.evaluation.compare import Result, Variant, compare, mean_over_seeds
+
+
+def write_data(folder: Path) -> Path:
+    """Pairs in which the answer with more of the word "good" is preferred."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    for split, count in (("train", 64), ("test", 30)):
+        rows = []
+        for _ in range(count):
+            words = [" ".join(generator.choice(["good", "bad", "plain"], 5)) for _ in range(2)]
+            chosen, rejected = sorted(words, key=lambda text: -text.count("good"))
+            rows.append(json.dumps({"prompt": "Say:", "chosen": f" {chosen}!", "rejected": f" {rejected}."}) + "\n")
+        (folder / f"{split}.jsonl").write_text("".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, tiny_llama_dir) -> tuple[list[str], Path]:
+    """A comparison that was made, as its command line and its folder."""
+    data = write_data(tmp_path_factory.mktemp("compare") / "data")
+    out = data.parent / "out"
+    arguments = [str(data), "--model", tiny_llama_dir, "--out", str(out), "--lora-r", "4"]
+    arguments += ["--variants", "bradley-terry", "normal"]
+    arguments += ["--set", "learning_rate=0.01", "logging_steps=2", "bf16=false"]
+    main(arguments)
+    return arguments, out
+
+
+def figures_of(out: Path, run: str) -> dict:
+    return json.loads((out / run / "metrics.json").read_text())
+
+
+def test_each_is_trained_by_whom_it_should_be(compared):
+    _, out = compared
+    theirs, ours = (figures_of(out, run) for run in ("bradley-terry-0", "normal-0"))
+    assert (theirs["trainer"], ours["trainer"]) == ("trl.RewardTrainer", "disco_trl.DiscoRewardTrainer")
+    assert (theirs["family"], ours["family"]) == ("logistic", "normal")
+    for figures in (theirs, ours):
+        assert figures["pairs"] == 64 and figures["counts"]["comparisons"] == 30
+        losses = [loss for _, loss in figures["history"]]
+        assert len(losses) == 12 and losses[-1] < losses[0]
+        assert figures["minutes"] > 0 and 0.1 < figures["peak_gib"] < 8
+    scales = load_file(out / "bradley-terry-0" / "rewards.safetensors")["scale"]
+    assert scales == pytest.approx(2**-0.5)
+
+
+def test_table_and_report(compared):
+    _, out = compared
+    table = (out / "table.md").read_text().splitlines()
+    assert table[0].startswith("| | seeds | Accuracy |") and table[0].endswith("| minutes | peak GiB |")
+    accuracy = figures_of(out, "normal-0")["metrics"]["accuracy"]["value"]
+    assert table[3].startswith(f"| normal | 1 | {accuracy:.3f} |")
+    assert table[5].startswith("| less Bradley–Terry | NLL | Accuracy |") and table[7].startswith("| normal | ")
+    page = (out / "report.html").read_text()
+    assert "2 runs compared" in page and f"{accuracy:.4f}" in page
+    for cell in table[7].split(" | ")[1:]:
+        word, said = cell.removesuffix(" |").split(": ")
+        assert word in ("better", "worse", "undecided") and said in page
+    assert {path.name for path in out.glob("*.png")} == {"reliability.png", "risk-coverage.png", "learning.png"}
+
+
+def test_goes_on_where_it_was_and_outlives_a_failure(compared, capsys):
+    arguments, out = compared
+    before = (out / "normal-0" / "metrics.json").stat().st_mtime_ns
+    at = arguments.index("normal") + 1
+    main([*arguments[:at], "normal:max_length=1", *arguments[at:]])
+    assert (out / "normal-0" / "metrics.json").stat().st_mtime_ns == before
+    printed = capsys.readouterr()
+    assert "normal:max_length=1, seed 0 failed:" in printed.err and "max_length" in printed.err.split("failed:")[1]
+    assert "| normal | " in printed.out and "normal:max_length=1" not in printed.out
+    assert "normal:max_length=1, seed 0 failed" in (out / "report.html").read_text()
+
+
+def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(compared):
+    arguments, _ = compared
+    with pytest.raises(SystemExit, match="another settings; remove it, or choose another --out"):
+        main([*arguments, "--set", "learning_rate=0.02"])
+
+
+def test_bradley_terry_in_our_trainer_is_that_of_trls(compared, tmp_path):
+    arguments, out = compared
+    again = [*arguments]
+    again[again.index("--out") + 1] = str(tmp_path)
+    main([*again, "--variants", "bradley-terry", "--bradley-terry", "disco"])
+    ours = figures_of(tmp_path, "bradley-terry-0")
+    assert ours["trainer"] == "disco_trl.DiscoRewardTrainer"
+    theirs = load_file(out / "bradley-terry-0" / "rewards.safetensors")
+    rewards = load_file(tmp_path / "bradley-terry-0" / "rewards.safetensors")
+    assert theirs.keys() == rewards.keys()
+    for name, tensor in theirs.items():
+        assert torch.allclose(rewards[name], tensor, atol=1e-3), name
+
+
+def test_search_finds_settings_for_all_seeds(compared, tmp_path):
+    common, _ = compared
+    arguments = [common[0], "--model", common[2], "--out", str(tmp_path), "--lora-r", "4", "--search", "2"]
+    arguments += ["--variants", "bradley-terry", "--seeds", "0", "1", "--set", "bf16=false", "num_train_epochs=1"]
+    main(arguments)
+    found = figures_of(tmp_path, "bradley-terry-search")
+    assert len(found["trials"]) == 2 and found["nll"] == min(trial["nll"] for trial in found["trials"])
+    for seed in (0, 1):
+        settings = json.loads((tmp_path / f"bradley-terry-{seed}" / "run.json").read_text())["settings"]
+        assert settings == {"bf16": False, "num_train_epochs": 1, **found["best"]}
+        assert figures_of(tmp_path, f"bradley-terry-{seed}")["trainer"] == "trl.RewardTrainer"
+    assert f"learning_rate={found['best']['learning_rate']}" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variants", "gamma"], "'gamma' is none of bradley-terry, normal"),
+        (["--variants", "normal:temperature=2"], "'temperature=2' is no setting"),
+        (["--variants", "normal:label_noise"], "'label_noise' is no setting"),
+        (["--variants", "bradley-terry:learning_rate=1"], "what the others are compared with"),
+        (["--test-split", "validation"], "validation"),
+    ],
+)
+def test_errors_come_before_training(arguments, message, compared, tmp_path, capsys):
+    common, _ = compared
+    with pytest.raises(SystemExit, match=message):
+        main([common[0], "--model", common[2], "--out", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_of_the_type_that_they_look_like():
+    variant = Variant.parse("logistic:prefix_sharing=False,label_noise=0.05,learning_rate=1e-4,weigh_by=vote")
+    assert variant.base == "logistic"
+    expected = {"prefix_sharing": False, "label_noise": 0.05, "learning_rate": 1e-4, "weigh_by": "vote"}
+    assert variant.settings == expected
+
+
+def result(name: str, seed: int, held_out, location: np.ndarray, scale: float) -> Result:
+    figures = {"metrics": {"nll": {"value": scale, "low": 0, "high": 1}}, "benchmark": {}, "agreement": {}}
+    return Result(Variant.parse(name), seed, figures, rewards_of(held_out, location, scale))
+
+
+def test_the_better_of_two_models_is_called_better():
+    generator = np.random.default_rng(0)
+    location = generator.normal(size=100)
+    pairs = generator.integers(100, size=(3000, 2))
+    people = generator.normal(scale=0.7, size=(3000, 2))
+    held_out = read_pairs(pairs, location[pairs[:, 0]] + people[:, 0] > location[pairs[:, 1]] + people[:, 1])
+    blurred = location + generator.normal(scale=0.7, size=100)
+    truth, worse = (
+        [result(name, seed, held_out, values, 0.7) for seed in (0, 1)]
+        for name, values in (("normal", location), ("bradley-terry", blurred))
+    )
+    verdicts = compare([*truth, *worse], held_out)["normal"]
+    assert {name: found.word for name, found in verdicts.items()} == dict.fromkeys(
+        ("nll", "accuracy", "brier"), "better"
+    )
+    assert verdicts["nll"].low < verdicts["nll"].mean < verdicts["nll"].high < 0 < verdicts["accuracy"].low
+    turned = [replace(result, variant=truth[0].variant) for result in worse]
+    as_reference = [replace(result, variant=worse[0].variant) for result in truth]
+    worst = compare([*turned, *as_reference], held_out)["normal"]
+    assert {name: found.word for name, found in worst.items()} == dict.fromkeys(("nll", "accuracy", "brier"), "worse")
+    same = [result("normal", seed, held_out, blurred, 0.7) for seed in (0, 1)]
+    for found in compare([*same, *worse], held_out)["normal"].values():
+        assert str(found) == "undecided: +0.0000 (+0.0000 to +0.0000)"
+
+
+def test_mean_over_seeds():
+    held_out = read_pairs(np.array([[0, 1]]), np.array([1.0]))
+    runs = [result("normal", seed, held_out, np.zeros(2), scale) for seed, scale in enumerate((0.2, 0.4))]
+    merged = mean_over_seeds(runs)["metrics"]["nll"]
+    assert merged == pytest.approx({"value": 0.3, "low": 0.2, "high": 0.4})
+    assert runs[0].figures["metrics"]["nll"]["value"] == 0.2 and torch.equal(runs[0].rewards.location, torch.zeros(2))

@@ -1,0 +1,104 @@
+"""The text of the model card. (What the trainer puts in it: `contracts/test_c4_trl_options.py`.)"""
+
+import ast
+import re
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from disco_trl.models.model_card import TEMPLATE, add_evaluation
+
+
+CARD = {
+    "model_name": "tiny-disco",
+    "base_model": "org/base",
+    "hub_model_id": "org/tiny-disco",
+    "dataset_name": "org/pairs",
+    "family": "normal",
+    "fixed_scale": None,
+    "is_adapter": False,
+    "metrics": {"accuracy": 0.84912, "pairs": 30000},
+    "versions": {"disco-trl": "0.1.0", "TRL": "1.16.0"},
+}
+
+
+def render_card(**changes) -> str:
+    variables = CARD | changes
+    card_data = ModelCardData(
+        base_model=variables["base_model"], library_name="transformers", tags=["disco-trl", "reward-trainer"]
+    )
+    card = ModelCard.from_template(card_data, template_path=str(TEMPLATE), **variables)
+    assert card.data.library_name == "transformers"  # the header survives as YAML
+    return card.text
+
+
+def test_says_what_the_model_is_and_how_to_load_it():
+    text = render_card()
+    assert "# tiny-disco" in text
+    assert "https://huggingface.co/org/base" in text and "https://huggingface.co/datasets/org/pairs" in text
+    assert "| Family of the distribution | normal |" in text
+    assert "Φ((μa − μb) / √(σa² + σb²))" in text
+    assert "| Scale σ | learned for each answer |" in text
+    assert "| accuracy | 0.8491 |" in text and "| pairs | 30000 |" in text
+    assert "| TRL | 1.16.0 |" in text
+    assert text.count('path = "org/tiny-disco"') == 1
+    assert "PEFT" not in text
+
+
+def test_card_of_an_adapter_that_was_never_pushed():
+    text = render_card(base_model=None, hub_model_id=None, dataset_name=None, is_adapter=True, metrics={})
+    assert "PEFT adapter" in text and "Transformers and PEFT" in text
+    assert 'path = "path/to/this/folder"' in text
+    assert "None recorded" in text
+    assert "None]" not in text and "huggingface.co" not in text
+
+
+def test_names_what_a_family_lacks():
+    text = render_card(family="cauchy", fixed_scale=0.5)
+    assert "no mean and no variance" in text
+    assert "| Scale σ | fixed at 0.5 |" in text
+    assert "geometrically" not in text
+
+
+@pytest.mark.parametrize("family", ["normal", "cauchy", "logistic"])
+def test_code_parses(family):
+    text = render_card(family=family)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("changes", [{}, {"base_model": None, "dataset_name": None, "metrics": {}}])
+def test_is_tidy_markdown(changes):
+    text = render_card(**changes)
+    assert "{{" not in text and "{%" not in text
+    assert "\n\n\n" not in text
+    assert not re.search(r"\|\n\n\|", text)  # a blank line would cut a table in two
+
+
+def test_an_evaluation_takes_the_place_of_the_one_before(tmp_path):
+    picture = tmp_path / "elsewhere" / "reliability.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"a picture")
+    card = tmp_path / "README.md"
+    card.write_text(render_card())
+    add_evaluation(tmp_path, "| old |", [])
+    add_evaluation(tmp_path, r"| new \1 |", [picture])
+    text = card.read_text()
+    assert "| old |" not in text and text.count("### On held-out data") == 1
+    assert text.index("## Evaluation") < text.index(r"| new \1 |") < text.index("](reliability.png)")
+    assert text.index("](reliability.png)") < text.index("## Training")
+    assert (tmp_path / "reliability.png").read_bytes() == b"a picture"
+
+
+def test_an_evaluation_goes_into_any_card_and_needs_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"README\.md: there is no such file"):
+        add_evaluation(tmp_path, "", [])
+    (tmp_path / "README.md").write_text("# Mine\n")
+    add_evaluation(tmp_path, "figures", [])
+    assert (
+        (tmp_path / "README.md")
+        .read_text()
+        .startswith("# Mine\n\n<!-- evaluation -->\n### On held-out data\n\nfigures")
+    )

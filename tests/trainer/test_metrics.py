@@ -1,0 +1,100 @@
+"""What is logged of a batch, against counts by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_training import disco_trainer, preferences
+
+from disco_trl.distributions.judgements import Judgements
+from disco_trl.distributions.reward_distribution import RewardDistribution
+from disco_trl.trainer.metrics import pair_figures, summarize
+
+
+def said(**columns) -> Judgements:
+    """Judgements of three pairs; what is not named is absent."""
+    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    return replace(Judgements.forced_choices(3, torch.device("cpu")), **tensors)
+
+
+CHOSEN = RewardDistribution(torch.tensor([1.0, -0.5, 0.0]), torch.tensor([1.0, 2.0, 0.5]), "normal")
+REJECTED = RewardDistribution(torch.tensor([0.0, 0.5, 0.0]), torch.tensor([0.1, 0.2, 0.3]), "normal")
+
+
+def test_forced_choices():
+    metrics = summarize(pair_figures(CHOSEN, REJECTED, said()))
+    prob = CHOSEN.prob_greater(REJECTED)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)  # equal locations are not ahead, as in TRL
+    assert metrics["nll"] == pytest.approx(-prob.log().mean().item())
+    assert metrics["prob_chosen"] == pytest.approx(prob.mean().item())
+    assert (metrics["scale_min"], metrics["scale_max"]) == pytest.approx((0.1, 2.0))
+    assert metrics["scale_mean"] == pytest.approx(4.1 / 6)
+
+
+def test_votes_count_one_by_one():
+    votes = said(wins=[3.0, 1.0, 0.0], losses=[1.0, 5.0, 0.0])
+    metrics = summarize(pair_figures(CHOSEN, REJECTED, votes))
+    assert metrics["accuracy"] == pytest.approx((3 + 5) / 10)
+    prob = CHOSEN.prob_greater(REJECTED)
+    log_votes = 3 * prob[0].log() + (1 - prob[0]).log() + prob[1].log() + 5 * (1 - prob[1]).log()
+    assert metrics["nll"] == pytest.approx(-log_votes.item() / 10)
+
+
+def test_nobody_voted():
+    metrics = summarize(pair_figures(CHOSEN, REJECTED, said(wins=[0.0] * 3, losses=[0.0] * 3)))
+    assert set(metrics) == {"prob_chosen", "scale_mean", "scale_min", "scale_max"}
+
+
+def test_figures_of_processes_are_put_together():
+    votes = said(wins=[3.0, 1.0, 0.0], losses=[1.0, 5.0, 2.0])
+    whole = pair_figures(CHOSEN, REJECTED, votes)
+    assert whole.shape == (3, 8)
+    parts = torch.cat([whole[:1], whole[1:]])
+    assert summarize(parts) == summarize(whole)
+
+
+# What the trainer makes of them
+
+
+def evaluations(tmp_path, model, *batch_sizes: int) -> list[dict[str, float]]:
+    data = {"train_dataset": preferences(), "eval_dataset": preferences(rows=13, seed=1)}
+    found = []
+    for size in batch_sizes:
+        trainer = disco_trainer(tmp_path, model=model, per_device_eval_batch_size=size, **data)
+        with torch.no_grad():
+            trainer.model.score.weight *= 30  # so that pairs differ
+            trainer.model.score.scale.weight += 0.1
+        trainer.predict(trainer.eval_dataset.select(range(3)))  # leaves nothing behind
+        found.append(trainer.evaluate())
+    return found
+
+
+def test_an_evaluation_is_over_pairs_and_not_over_batches(tmp_path, tiny_llama_dir):
+    in_fours, at_once = evaluations(tmp_path, tiny_llama_dir, 4, 13)
+    names = ("nll", "accuracy", "prob_chosen", "scale_mean", "scale_min", "scale_max", "margin", "mean_reward", "loss")
+    for name in names:
+        assert in_fours[f"eval_{name}"] == pytest.approx(at_once[f"eval_{name}"], rel=1e-5, abs=1e-6), name
+    assert in_fours["eval_nll"] == pytest.approx(in_fours["eval_loss"], rel=1e-5)
+    assert abs(in_fours["eval_margin"]) > 1e-3
+
+
+def test_every_accumulated_batch_counts_whole(tmp_path, tiny_llama_dir):
+    """The Trainer fetches the batches of a step before the first is computed, and accelerate then calls each the last
+    of its epoch, which it cuts to the two rows that the real last one has."""
+    trainer = disco_trainer(
+        tmp_path,
+        model=tiny_llama_dir,
+        train_dataset=preferences(rows=6),
+        train_sampling_strategy="sequential",
+        max_steps=1,
+        gradient_accumulation_steps=2,
+    )
+    with torch.no_grad():
+        trainer.model.score.weight *= 30
+    parts = [trainer._prepare_dataset(preferences(rows=6).select(rows), trainer.processing_class, trainer.args, "part")
+             for rows in (range(4), range(4, 6))]  # fmt: skip
+    first, last = (trainer.evaluate(part)["eval_nll"] for part in parts)
+    trainer.train()
+    (nll,) = (log["nll"] for log in trainer.state.log_history if "nll" in log)
+    assert nll == pytest.approx((first + last) / 2, rel=1e-5)
+    assert abs(first - last) > 1e-3

@@ -1,0 +1,211 @@
+"""Several processes train what one does: uneven last batches, uneven evaluations, length grouping, FSDP2.
+
+What accelerate does where rows do not fill the last step of an epoch is written out by hand: that step begins again
+with the epoch's first rows. They count in its loss, as with TRL's trainer and any other, and not in what is logged
+beside it, nor anywhere in evaluation.
+
+Run by itself under a launcher (`torchrun --nproc_per_node 2 test_processes.py ddp|fsdp2 FOLDER`) this file trains on
+each process, and the first one saves what came of it; the tests do so. A machine without GPUs has accelerate's FSDP2
+run on its CPU by being told that it has several.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_prefix_sharing import PAD, random_model
+from test_prefix_sharing_training import pairs
+from tiny_training import disco_trainer, furthest, logged, weights
+
+from disco_trl.models.heads import DiscoHead
+
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+Run = dict[str, Any]
+ROWS = 14  # two steps of eight, the last of which lacks two
+EVALUATED = 13
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "shared": {"train_sampling_strategy": "sequential"},
+    "padded": {"train_sampling_strategy": "sequential", "prefix_sharing": False},
+    "grouped": {"train_sampling_strategy": "group_by_length", "rows": 32},
+}
+EVALUATION = (
+    "loss",
+    "nll",
+    "accuracy",
+    "prob_chosen",
+    "margin",
+    "mean_reward",
+    "scale_mean",
+    "scale_min",
+    "scale_max",
+)
+
+
+def train(folder: Path, rows: Any = ROWS, **options: Any) -> Run:
+    import conftest
+
+    tokenizer = conftest.build_tokenizer()
+    tokenizer.pad_token_id = PAD
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    trainer = disco_trainer(
+        folder,
+        model=random_model("llama"),
+        processing_class=tokenizer,
+        train_dataset=pairs(rows) if isinstance(rows, int) else rows,
+        eval_dataset=pairs(EVALUATED, seed=1),
+        per_device_train_batch_size=8 // processes,
+        per_device_eval_batch_size=4,
+        max_steps=-1,
+        **{"num_train_epochs": 2, "optim": "sgd", "learning_rate": 0.02, "lr_scheduler_type": "constant", **options},
+    )
+    start = weights(trainer.model)
+    trainer.train()
+    logs = [log for log in logged(trainer) if "loss" in log]
+    seen = []
+    forward = DiscoHead.forward
+
+    def watch(self, hidden_states, with_scale=False):
+        result = forward(self, hidden_states, with_scale)
+        if with_scale:
+            seen.append([str(tensor.dtype) for tensor in (self.weight, self.scale.weight, hidden_states, result)])
+        return result
+
+    DiscoHead.forward = watch
+    evaluation = trainer.evaluate()
+    DiscoHead.forward = forward
+    end = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "is_fsdp2": getattr(trainer.accelerator, "is_fsdp2", False),
+        "shares": trainer.data_collator.share_prefixes,
+        "logs": logs,
+        "evaluation": {name: evaluation[f"eval_{name}"] for name in EVALUATION},
+        "head": [list(types) for types in {tuple(types) for types in seen}],
+        "start": start,
+        "end": {name: tensor.detach().clone() for name, tensor in end.items()},
+    }
+
+
+def launch(kind: str, folder: Path, **environment: str) -> dict[str, Run]:
+    here = Path(__file__)
+    paths = [str(here.parents[1]), str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
+    launched = subprocess.run(
+        [*command, kind, str(folder)], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    return torch.load(folder / "runs.pt", weights_only=True)
+
+
+def assert_same_weights(one: Run, other: Run, tolerance: float) -> None:
+    way = furthest(other["end"], other["start"])
+    assert way > 0.01
+    assert furthest(one["end"], other["end"]) < tolerance * max(way, 1)
+
+
+# DDP
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> dict[str, Run]:
+    # A machine with one GPU cannot run two processes on it; without a GPU this changes nothing.
+    return launch("ddp", tmp_path_factory.mktemp("ddp"), ACCELERATE_USE_CPU="true")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_ddp_is_one_process(name, ddp, tmp_path):
+    two, options = ddp[name], {"rows": pairs(ROWS).select([*range(ROWS), 0, 1]), **SCENARIOS[name]}
+    one = train(tmp_path, **options)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["shares"] == two["shares"] == (name != "padded")
+    assert len(one["logs"]) == len(two["logs"]) == (8 if name == "grouped" else 4)
+    for log, other in zip(two["logs"], one["logs"], strict=True):
+        for entry in ("loss", "grad_norm"):
+            assert log[entry] == pytest.approx(other[entry], rel=1e-5, abs=1e-5), entry
+    assert_same_weights(two, one, 1e-5)
+    # Of 13 pairs in batches of four, two processes even out the last with three, and one process does not.
+    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5, abs=1e-5)
+
+
+def test_what_is_logged_leaves_repetitions_out(ddp, tmp_path):
+    # The first step is that of one process, and so is what the second step predicts before it changes anything.
+    one = train(tmp_path, num_train_epochs=1, **SCENARIOS["shared"])
+    for step, pairs_of_step in enumerate((8, 6)):
+        for entry in ("nll", "accuracy", "prob_chosen", "scale_mean"):
+            assert ddp["shared"]["logs"][step][entry] == pytest.approx(one["logs"][step][entry], rel=1e-5), entry
+        assert one["logs"][step]["accuracy"] * pairs_of_step == pytest.approx(
+            round(one["logs"][step]["accuracy"] * pairs_of_step)
+        )
+    assert ddp["shared"]["logs"][1]["loss"] != pytest.approx(one["logs"][1]["loss"], rel=1e-4)  # the two repeated ones
+
+
+# FSDP2, by accelerate
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory) -> dict[str, Run]:
+    import yaml
+
+    settings = yaml.safe_load((Path(__file__).parents[2] / "examples" / "launch" / "fsdp2.yaml").read_text())
+    environment = {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
+    environment["FSDP_STATE_DICT_TYPE"] = settings["fsdp_config"]["fsdp_state_dict_type"]
+    environment["FSDP_AUTO_WRAP_POLICY"] = settings["fsdp_config"]["fsdp_auto_wrap_policy"]
+    environment |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    return launch("fsdp2", tmp_path_factory.mktemp("fsdp2"), **environment)
+
+
+def test_fsdp2_is_one_process(fsdp2, tmp_path):
+    two = fsdp2["float32"]
+    one = train(tmp_path, pairs(16), train_sampling_strategy="sequential", calibrate=False)
+    assert two["is_fsdp2"]
+    assert two["processes"] == 2
+    for log, other in zip(two["logs"], one["logs"], strict=True):
+        assert log["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert_same_weights(two, one, 1e-5)
+    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5, abs=1e-5)
+
+
+def test_fsdp2_in_bfloat16_leaves_the_head_in_float32(fsdp2):
+    two = fsdp2["bfloat16"]
+    assert two["is_fsdp2"]
+    ((weight, scale, hidden, rewards),) = two["head"]
+    assert (weight, scale, rewards) == ("torch.float32",) * 3
+    assert hidden == "torch.bfloat16"  # and the language model in bfloat16
+    head = two["end"]["score.weight"]
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float())
+    # A reward that had been cast on its way out would be one that bfloat16 has.
+    rewards = torch.tensor([two["evaluation"][name] for name in ("scale_mean", "scale_min")])
+    assert not torch.equal(rewards, rewards.bfloat16().float())
+
+
+if __name__ == "__main__":
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    if kind == "ddp":
+        runs = {name: train(folder / name, **options) for name, options in SCENARIOS.items()}
+    else:
+        import transformers.training_args
+        from accelerate.state import DistributedType, PartialState
+
+        # accelerate knows FSDP on GPUs alone, and the Trainer bfloat16.
+        PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        common = {"rows": 16, "train_sampling_strategy": "sequential", "use_cpu": False}
+        runs = {"float32": train(folder / "float32", **common)}
+        from accelerate.state import AcceleratorState, GradientState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        runs["bfloat16"] = train(folder / "bfloat16", bf16=True, **common)
+    if int(os.environ["RANK"]) == 0:
+        torch.save(runs, folder / "runs.pt")
+    # Left to the interpreter's end, gloo's threads are now and then still busy, and abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
