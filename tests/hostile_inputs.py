@@ -378,7 +378,7 @@ MODEL_ROWS = (
         (
             "a chat template that fails",
             [CHAT | {"chat_template_kwargs": {"chat_template": "{{ raise_exception('no') }}"}}],
-            "the chat template, or the tokenizer, does not take it (TemplateError: no); drop the row, or mend it",
+            "the chat template, or the tokenizer, does not take it (TemplateError: no); drop the row, or fix it",
         ),
         (
             "template arguments that reach beyond the template",
@@ -1101,7 +1101,7 @@ ABOUT = """\
 # Bad data, and what becomes of it
 
 Made by `python tests/hostile_inputs.py > docs/hostile_inputs.md`; every row is put through the code that users run by
-`tests/test_hostile_inputs.py`. A message names the row, the column and the mend; where it goes on in another library's
+`tests/test_hostile_inputs.py`. A message names the row, the column and the fix; where it goes on in another library's
 words, only its beginning is here. What is refused leaves the files that were there as they were. No code that came
 with data or a checkpoint is run.
 
@@ -1121,7 +1121,7 @@ is run only where `trust_remote_code=True` is given, and is never asked about at
 **What nobody thought of.** `python -m benchmarks.fuzz_data --minutes 31 --seed 20261128` put 1,292,980 mutated rows
 through the checks, the converters, evaluation, tokenization and the collator. It and shorter runs before it found
 seven ways to fail other than by a `ValueError`, all by arrays or NaN where numbers, tools or settings should be, and
-all mended (`tests/test_properties.py` keeps them). Then `--minutes 24 --seed 2`, 1,373,422 rows, found nothing.
+all fixed (`tests/test_properties.py` keeps them). Then `--minutes 24 --seed 2`, 1,373,422 rows, found nothing.
 
 **What is not held off.** A chat template in the data (`chat_template_kwargs`) runs in transformers' sandbox, which has
 no way out but sets no limit to its time. JSON whose values are nested hundreds of thousands deep ends the process in

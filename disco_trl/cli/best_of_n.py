@@ -19,7 +19,7 @@ NEW_COLUMNS = ["best", "best_index", "rewards", "locations", "scales"]
 
 
 def check_candidates(row: Row, number: int, prompt_column: str, candidates_column: str) -> None:
-    """Raise a `ValueError` naming row, column and mend unless the row is a prompt and answers of the same kind."""
+    """Raise a `ValueError` naming row, column and fix unless the row is a prompt and answers of the same kind."""
     prompt, candidates = row[prompt_column], row[candidates_column]
     if not isinstance(prompt, str | list):
         raise ValueError(

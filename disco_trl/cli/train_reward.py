@@ -42,8 +42,8 @@ def refuse_unknown_arguments(parser: "TrlParser", remaining: Iterable[str]) -> N
         option = argument.split("=")[0]
         if option.startswith("--") and option not in launcher_options:
             near = difflib.get_close_matches(option, [*parser._option_string_actions, *launcher_options], n=1)
-            mend = f"did you mean {near[0]}?" if near else "see --help for the arguments there are."
-            sys.exit(f"{parser.prog}: unknown argument {option} (in a config file: {option[2:]}); {mend}")
+            fix = f"did you mean {near[0]}?" if near else "see --help for the arguments there are."
+            sys.exit(f"{parser.prog}: unknown argument {option} (in a config file: {option[2:]}); {fix}")
 
 
 MOST_VALUES = 100_000

@@ -63,7 +63,7 @@ def parquet_features(
     Raises:
         ValueError: Parquet has no type for a column.
     """
-    mend = "write to a .jsonl file instead"
+    fix = "write to a .jsonl file instead"
     features = dataset.features
     if features is None:
         schema = pa.schema([])
@@ -74,7 +74,7 @@ def parquet_features(
                 schema = pa.unify_schemas([schema, found], promote_options="permissive")
             except pa.ArrowException as error:
                 raise ValueError(
-                    f"rows {first} to {first + len(rows) - 1}: {error}; Parquet needs one type for a column: {mend}"
+                    f"rows {first} to {first + len(rows) - 1}: {error}; Parquet needs one type for a column: {fix}"
                 ) from error
             first += len(rows)
         features = Features.from_arrow_schema(schema)
@@ -83,14 +83,14 @@ def parquet_features(
         # Better now than when all has been scored.
         pq.ParquetWriter(pa.BufferOutputStream(), features.arrow_schema).close()
     except pa.ArrowException as error:
-        raise ValueError(f"{error} {mend}") from error
+        raise ValueError(f"{error} {fix}") from error
     return features
 
 
-def refuse_clash(found: list[str], new: list[str], mend: str) -> None:
+def refuse_clash(found: list[str], new: list[str], fix: str) -> None:
     """Raise a `ValueError` if a dataset has a column that is about to be added."""
     if clash := [name for name in new if name in found]:
-        raise ValueError(f"column {' and '.join(map(repr, clash))}: the data has one of this name already; {mend}")
+        raise ValueError(f"column {' and '.join(map(repr, clash))}: the data has one of this name already; {fix}")
 
 
 def check_output(path: Path) -> None:
@@ -271,14 +271,14 @@ def choose_split(dataset: Any, split: str, argument: str) -> Any:
         ValueError: there is no such split.
     """
     if split not in dataset:
-        mends = [
+        fixes = [
             f"pass {argument} with one of these names",
             f"put the data in a folder as train.jsonl and {split}.jsonl and pass the folder",
         ]
         if argument == "--dataset_test_split":
-            mends += ["set test_split_size if you mix `datasets`", "train without evaluation (--eval_strategy no)"]
+            fixes += ["set test_split_size if you mix `datasets`", "train without evaluation (--eval_strategy no)"]
         raise ValueError(
             f"{argument}: the dataset has no split {split!r}; it has {', '.join(map(repr, dataset))}. "
-            f"Either {', or '.join(mends)}."
+            f"Either {', or '.join(fixes)}."
         )
     return dataset[split]

@@ -68,10 +68,10 @@ def find_problem(row: dict[str, Any]) -> Problem | None:
             return Problem("tie", wrong, "give the tied votes a row of their own, with a weight")
         if tie and "preference_probability" in there:
             return Problem("tie", "true in a row with a soft label", "remove one of the two from this row")
-    for name, mend in (("margin", "0.0 for no margin"), ("weight", "1.0 for an ordinary row")):
+    for name, fix in (("margin", "0.0 for no margin"), ("weight", "1.0 for an ordinary row")):
         # A margin has to be in every row, as in TRL; a weight need not.
         if name in row and (name in there or name == "margin") and as_number(row[name]) is None:
-            return Problem(name, f"{shown(row[name])} is not a finite number", f"give every row a number ({mend})")
+            return Problem(name, f"{shown(row[name])} is not a finite number", f"give every row a number ({fix})")
     if "weight" in there and row["weight"] < 0:
         return Problem("weight", f"{row['weight']!r} is negative", "give 0 or more; 0 leaves the row out")
     for name in RATINGS:

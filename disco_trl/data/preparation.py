@@ -56,7 +56,7 @@ def expand_rankings(dataset: Dataset | IterableDataset, dataset_name: str) -> Da
         The dataset, in which `chosen` and `rejected` of a ranking are its best and its worst answer.
 
     Raises:
-        `ValueError`: something is wrong with a ranking; it names dataset, row, column and mend. (Of a stream, when the
+        `ValueError`: something is wrong with a ranking; it names dataset, row, column and fix. (Of a stream, when the
         row is read.)
     """
     first_row: dict[str, Any] = next(iter(dataset.with_format(None)), {})
@@ -81,7 +81,7 @@ def _best_and_worst(row: dict[str, Any], index: int, dataset_name: str) -> dict[
     problem = find_ranking_problem(row, Layout(TEXT_PAIR, kind))
     if problem is not None:
         raise ValueError(
-            f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.mend}"
+            f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.fix}"
         )
     order = sorted(range(len(row["ranks"])), key=row["ranks"].__getitem__)
     return {"chosen": row["completions"][order[0]], "rejected": row["completions"][order[-1]]}
@@ -293,7 +293,7 @@ def naming_the_row(dataset_name: str, row: Any, column: str) -> Iterator[None]:
     except ValueError as error:
         number = f" {int(row[ROW_COLUMN])}" if ROW_COLUMN in row else ""
         raise ValueError(
-            f"{dataset_name} dataset, row{number}, column '{column}': {error}; drop the row, or mend it"
+            f"{dataset_name} dataset, row{number}, column '{column}': {error}; drop the row, or fix it"
         ) from error
 
 
@@ -398,14 +398,14 @@ class _UsablePairs:
 
 
 def _nothing_left(dataset_name: str, max_length: int | None, too_long: int, identical: int) -> str:
-    reasons, mends = [], []
+    reasons, fixes = [], []
     if too_long:
         reasons.append(f"{too_long} have a side of more than max_length={max_length} tokens")
-        mends.append("raise max_length (None keeps all)")
+        fixes.append("raise max_length (None keeps all)")
     if identical:
         reasons.append(f"{identical} have identical sides after tokenization")
-        mends.append("check that the chat template renders the last turn and that the sides differ")
+        fixes.append("check that the chat template renders the last turn and that the sides differ")
     return (
         f"{dataset_name} dataset: no pair is left of {too_long + identical}: {' and '.join(reasons)}; "
-        f"{', and '.join(mends)}"
+        f"{', and '.join(fixes)}"
     )

@@ -2,7 +2,7 @@
 What a preference dataset must look like: its columns, and every row of it, before TRL touches them.
 
 `check_preferences` numbers the rows and turns whatever would crash, or worse not crash, inside a chat template or a
-loss into an error that names the row, the column and the mend. The row numbers go on into the batch, so that the
+loss into an error that names the row, the column and the fix. The row numbers go on into the batch, so that the
 trainer can name the rows of a batch that goes wrong.
 """
 
@@ -73,7 +73,7 @@ def check_preferences(
         the tokenization have already been through is returned as it is.
 
     Raises:
-        `ValueError`: the first thing wrong, with dataset, row, column and mend.
+        `ValueError`: the first thing wrong, with dataset, row, column and fix.
     """
     first_row = next(iter(dataset.with_format(None)), None)
     if first_row is None:
@@ -167,14 +167,14 @@ def _missing_columns(missing: list[str], first_row: dict[str, Any], dataset_name
         renames[prompt] = "prompt"
     if len(renames) == 1:
         ((old, new),) = renames.items()
-        mend = f'dataset.rename_column("{old}", "{new}")'
+        fix = f'dataset.rename_column("{old}", "{new}")'
     elif renames:
-        mend = f"dataset.rename_columns({json.dumps(renames, ensure_ascii=False)})"
+        fix = f"dataset.rename_columns({json.dumps(renames, ensure_ascii=False)})"
     else:
-        mend = "name the columns 'chosen' and 'rejected' (and 'prompt'), or 'chosen_ids' and 'rejected_ids'"
+        fix = "name the columns 'chosen' and 'rejected' (and 'prompt'), or 'chosen_ids' and 'rejected_ids'"
     return (
         f"{dataset_name} dataset, column {' and '.join(map(repr, missing))}: missing "
-        f"(there are {', '.join(map(repr, first_row))}); {mend}"
+        f"(there are {', '.join(map(repr, first_row))}); {fix}"
     )
 
 
@@ -250,7 +250,7 @@ def _number_checked_row(
     problem = find_problem(row, layout)
     if problem is not None:
         raise ValueError(
-            f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.mend}"
+            f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.fix}"
         )
     notice(row, index, dataset_name)
     return {ROW_COLUMN: index}
@@ -306,8 +306,8 @@ def _text_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
         if text is None:
             yield Problem(column, "None", "drop the row or fill in the text")
         elif not isinstance(text, str):
-            mend = "write every row and column the same way as 'chosen' of row 0: a string, or a list of messages"
-            yield Problem(column, f"{_format_of(text)} in a dataset of plain text", mend)
+            fix = "write every row and column the same way as 'chosen' of row 0: a string, or a list of messages"
+            yield Problem(column, f"{_format_of(text)} in a dataset of plain text", fix)
         elif column != "prompt" and (not text or text.isspace()):
             yield Problem(column, "an empty string", "drop the row or fill in the text")
         else:
@@ -332,14 +332,14 @@ def _conversation_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
         elif not isinstance(messages, list):
             wrong = f"{_format_of(messages)} in a dataset of conversations"
             role = "user" if column == "prompt" else "assistant"
-            mend = f'make it [{{"role": "{role}", "content": ...}}], or every row and column a string'
+            fix = f'make it [{{"role": "{role}", "content": ...}}], or every row and column a string'
             # As in HuggingFaceH4/ultrafeedback_binarized. By now 'chosen' is known to hold messages.
             if column == "prompt" and row["chosen"][0].get("content") == messages:
-                wrong, mend = f"{wrong} that begin with it already", 'dataset.remove_columns("prompt")'
-            yield Problem(column, wrong, mend)
+                wrong, fix = f"{wrong} that begin with it already", 'dataset.remove_columns("prompt")'
+            yield Problem(column, wrong, fix)
         elif not messages:
-            mend = "put the user's turn there" if column == "prompt" else "put the answer there, or drop the row"
-            yield Problem(column, "no messages", mend)
+            fix = "put the user's turn there" if column == "prompt" else "put the answer there, or drop the row"
+            yield Problem(column, "no messages", fix)
         else:
             for turn, message in enumerate(messages):
                 yield _message_problem(column, turn, message)
@@ -364,8 +364,8 @@ def _message_problem(column: str, turn: int, message: Any) -> Problem | None:
         return Problem(column, wrong, "join the text of its parts into one string")
     if role == "tool" or (role == "assistant" and message.get("tool_calls")):
         return None
-    mend = "fill it in (only a tool's turn, and an assistant's with tool_calls, may go without), or drop the row"
-    return Problem(column, f"turn {turn} ({shown(role)}) has no content", mend)
+    fix = "fill it in (only a tool's turn, and an assistant's with tool_calls, may go without), or drop the row"
+    return Problem(column, f"turn {turn} ({shown(role)}) has no content", fix)
 
 
 def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> Problem | None:
@@ -373,8 +373,8 @@ def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> P
     roles = [message["role"] for _, _, message in turns]
     if "assistant" not in roles:
         wrong = f"no assistant turn, so there is no answer to reward (roles: {', '.join(map(shown, roles[:20]))})"
-        mend = 'end it with {"role": "assistant", "content": ...}, or rename the role that answers to \'assistant\''
-        return Problem(side, wrong, mend)
+        fix = 'end it with {"role": "assistant", "content": ...}, or rename the role that answers to \'assistant\''
+        return Problem(side, wrong, fix)
     previous = None
     for (column, turn, _), role in zip(turns, roles, strict=True):
         at_the_front = previous is None or previous in ROLES_AT_THE_FRONT
@@ -386,13 +386,13 @@ def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> P
             wrong = f"turn {turn} is '{role}', but nobody has asked anything yet"
             return Problem(column, wrong, "put the user's turn before it, or into a column 'prompt'")
         if role == "tool" and previous not in ("assistant", "tool"):
-            mend = "put the assistant's tool call before it"
-            return Problem(column, f"turn {turn} is 'tool' after {shown(previous)}", mend)
+            fix = "put the assistant's tool call before it"
+            return Problem(column, f"turn {turn} is 'tool' after {shown(previous)}", fix)
         previous = role
     column, turn, answer = turns[-1]
     if answer["role"] != "assistant":
-        mend = "cut the conversation after the assistant's answer"
-        return Problem(column, f"the last turn is {shown(answer['role'])}, not 'assistant'", mend)
+        fix = "cut the conversation after the assistant's answer"
+        return Problem(column, f"the last turn is {shown(answer['role'])}, not 'assistant'", fix)
     if not answer.get("tool_calls") and not answer["content"].strip():
         return Problem(column, f"turn {turn}, the assistant's answer, is empty", "drop the row or fill in the answer")
     return None
@@ -401,14 +401,14 @@ def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> P
 def _rendering_problems(row: dict[str, Any]) -> Iterator[Problem | None]:
     """What is wrong with the columns that TRL hands to the chat template."""
     tools = row.get("tools")
-    mend = "write it with json.dumps, or give a list"
+    fix = "write it with json.dumps, or give a list"
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:  # also of numbers too long, or nested too deeply
-            yield Problem("tools", f"a string that is not JSON ({error})", mend)
+            yield Problem("tools", f"a string that is not JSON ({error})", fix)
     if not is_missing(tools) and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        yield Problem("tools", f"{shown(tools)} where a list of tools should be", mend)
+        yield Problem("tools", f"{shown(tools)} where a list of tools should be", fix)
     if "chat_template_kwargs" in row and not isinstance(row["chat_template_kwargs"], dict):
         wrong = f"{_format_of(row['chat_template_kwargs'])} where a dict should be"
         yield Problem("chat_template_kwargs", wrong, "give every row a dict ({} for none)")

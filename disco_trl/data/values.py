@@ -16,11 +16,11 @@ LARGEST = 3.4028234e38
 
 
 class Problem(NamedTuple):
-    """What is wrong with a row: where, what, and how to mend it."""
+    """What is wrong with a row: where, what, and how to fix it."""
 
     column: str
     wrong: str
-    mend: str
+    fix: str
 
 
 def _plain(value: Any) -> Any:

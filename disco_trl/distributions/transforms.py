@@ -194,8 +194,8 @@ def get_transform(name: str, **options: Any) -> Transform:
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
-            mend = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(map(repr, known))}"
-            raise ValueError(f"transform {name!r} has no option {option!r}; {mend}")
+            fix = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(map(repr, known))}"
+            raise ValueError(f"transform {name!r} has no option {option!r}; {fix}")
     if not isinstance(options.get("total", False), bool):
         raise ValueError(f"transform {name!r}: total={options['total']!r} must be True or False")
     return TRANSFORMS[name](**options)

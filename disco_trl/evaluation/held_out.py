@@ -59,7 +59,7 @@ def item_reader(kind: str) -> Callable[[Row, int], list[Item]]:
     """
     A function from a row and its number to its items.
 
-    It raises `ValueError`, with row, column and mend, if the row cannot be read.
+    It raises `ValueError`, with row, column and fix, if the row cannot be read.
     """
     if kind in BENCHMARKS:
         benchmark = BENCHMARKS[kind]
@@ -68,8 +68,8 @@ def item_reader(kind: str) -> Callable[[Row, int], list[Item]]:
             try:
                 return [benchmark.read(row)]
             except BadRow as error:
-                column, wrong, mend = error.problem
-                raise ValueError(f"row {number}, column {column!r}: {wrong}; {mend}") from error
+                column, wrong, fix = error.problem
+                raise ValueError(f"row {number}, column {column!r}: {wrong}; {fix}") from error
 
         return read
     if kind in FORMATS:
@@ -79,7 +79,7 @@ def item_reader(kind: str) -> Callable[[Row, int], list[Item]]:
     def read_checked(row: Row, number: int) -> list[Item]:
         problem = find_row_problem(row, find_layout(row))
         if problem is not None:
-            raise ValueError(f"row {number}, column {problem.column!r}: {problem.wrong}; {problem.mend}")
+            raise ValueError(f"row {number}, column {problem.column!r}: {problem.wrong}; {problem.fix}")
         return [read_preference(row)]
 
     return read_checked
@@ -133,7 +133,7 @@ class HeldOut:
             max_length: leave out items with a longer answer, in tokens, as TRL's trainer does.
 
         Raises:
-            ValueError: a row cannot be read (with row, column and mend), or there are none.
+            ValueError: a row cannot be read (with row, column and fix), or there are none.
         """
         number_of: dict[tuple[int, ...], int] = {}
         items, answers = [], []
@@ -196,7 +196,7 @@ def _tokens(answer: Row, processing_class: Any, number: int) -> tuple[int, ...]:
         try:
             ids = tokenize(processing_class, content, **chat_template_arguments(answer))
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}; drop the row, or mend it") from error
+            raise ValueError(f"row {number}: {error}; drop the row, or fix it") from error
     if not ids:
         raise ValueError(f"row {number}: an answer without tokens; drop the row, or check the chat template")
     return tuple(ids)

@@ -9,7 +9,7 @@
 ``disco``      a disco checkpoint                           disco-trl; everybody else, as a scalar model
 =============  ===========================================  =======================================================
 
-An adapter is merged into its base, in float32 and before anything is rounded. That is also the mend where an adapter's
+An adapter is merged into its base, in float32 and before anything is rounded. That is also the fix where an adapter's
 own directory does not do: `AutoModelForSequenceClassification.from_pretrained(adapter_dir)` neither resizes the base
 model for tokens that training has added (with TRL's `chat_template_path`: it stops at an index out of bounds) nor sets
 the padding token that training has set, by which the last token is found.

@@ -207,19 +207,19 @@ def _load_adapter(
 @contextlib.contextmanager
 def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator[None]:
     """Say of which checkpoint it is that a file cannot be read, where a reader only says what it met in it."""
-    mend = "download or save the checkpoint again"
+    fix = "download or save the checkpoint again"
     configuration: tuple[type[Exception], ...] = (RecursionError, json.JSONDecodeError, *of_configuration)
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{path}: its weights are not whole ({error}); {mend}") from error
+        raise ValueError(f"{path}: its weights are not whole ({error}); {fix}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: its pickled weights hold more than tensors, so reading them might run code, and they were not "
             "read; save the model as safetensors where you trust it"
         ) from error
     except configuration as error:
-        raise ValueError(f"{path}: its configuration is not what it should be ({error}); {mend}") from error
+        raise ValueError(f"{path}: its configuration is not what it should be ({error}); {fix}") from error
 
 
 def _resize_vocabulary(base: Any, shapes: dict[str, list[int]], peft_config: Any, path: str) -> None:

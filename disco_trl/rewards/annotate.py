@@ -66,7 +66,7 @@ class Answers:
         Tell the dataset type, one of those in TRL's documentation, by the columns of a row.
 
         Raises:
-            ValueError: it has no answers, or they are not whole; with the mend.
+            ValueError: it has no answers, or they are not whole; with the fix.
         """
         names = row.keys()
         if (pair := tokenized_pair(names)) is not None:
@@ -82,17 +82,17 @@ class Answers:
         else:
             there = ", ".join(map(repr, names))
             if "candidates" in names or ("completions" in names and "labels" not in names):
-                mend = "to rank several answers to each prompt use `disco-trl best-of-n`"
+                fix = "to rank several answers to each prompt use `disco-trl best-of-n`"
             elif "completions" in names:
-                mend = "join the steps of each row into one column 'completion'"
+                fix = "join the steps of each row into one column 'completion'"
             elif "prompt" in names:
-                mend = "a prompt alone has no answer to score: add its answer as 'completion'"
+                fix = "a prompt alone has no answer to score: add its answer as 'completion'"
             else:
-                mend = (
+                fix = (
                     "rename the columns to 'chosen' and 'rejected' (with 'prompt'), 'prompt' and 'completion', "
                     "'messages', 'text', or 'chosen_ids' and 'rejected_ids'"
                 )
-            raise ValueError(f"row 0: no column holds answers (there are {there}); {mend}")
+            raise ValueError(f"row 0: no column holds answers (there are {there}); {fix}")
         kind = "conversational" if isinstance(row[columns[0]], list) else "standard"
         return cls(columns, kind, "prompt" in names and columns not in (("messages",), ("text",)))
 
@@ -102,7 +102,7 @@ class Answers:
         return len(self.columns) == 2
 
     def check(self, row: Row, number: int) -> None:
-        """Raise a `ValueError` naming row, column and mend if a reward for the row would be none."""
+        """Raise a `ValueError` naming row, column and fix if a reward for the row would be none."""
         read = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
         if self.have_prompt:
             read["prompt"] = row.get("prompt")
@@ -111,11 +111,11 @@ class Answers:
         answers = {side: row.get(name) for side, name in zip(layout.pair, (self.columns * 2)[:2], strict=True)}
         problem: Problem | None = find_problem(read | answers, layout)
         if problem is not None:
-            column, mend = problem.column, problem.mend
+            column, fix = problem.column, problem.fix
             if not self.are_pairs:
                 column = self.columns[0] if column in TEXT_PAIR else column
-                mend = mend.replace("'chosen'", repr(self.columns[0]))
-            raise ValueError(f"row {number}, column {column!r}: {problem.wrong}; {mend}")
+                fix = fix.replace("'chosen'", repr(self.columns[0]))
+            raise ValueError(f"row {number}, column {column!r}: {problem.wrong}; {fix}")
 
     def tokens(self, row: Row, processing_class: Any) -> list[list[int]]:
         """Token ids of each answer after its prompt, as in training."""
@@ -202,7 +202,7 @@ class Annotator:
                 sequences += answers.tokens(row, self.reward.processing_class)
             except ValueError as refusal:
                 places = " or ".join(map(repr, answers.columns))
-                raise ValueError(f"row {number}, column {places}: {refusal}; drop the row, or mend it") from refusal
+                raise ValueError(f"row {number}, column {places}: {refusal}; drop the row, or fix it") from refusal
         sides = len(answers.columns)
         if [] in sequences:
             number, side = divmod(sequences.index([]), sides)

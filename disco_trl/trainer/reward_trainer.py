@@ -99,7 +99,7 @@ class DiscoRewardTrainer(RewardTrainer):
             As for [`~trl.RewardTrainer`].
 
     Raises:
-        ValueError: if a row of the data cannot be used (it names row, column and mend), if the model cannot carry a
+        ValueError: if a row of the data cannot be used (it names row, column and fix), if the model cannot carry a
             reward distribution, or if its checkpoint contradicts `args`.
         FloatingPointError: in training, when a loss or a gradient is not finite; it names the rows of the batch.
     """

@@ -105,8 +105,8 @@ def test_a_missing_scale(architecture, disco_dir, tmp_path):
     path = edited_copy(disco_dir(architecture), tmp_path / "x", drop=(scale,))
     with pytest.raises(ValueError, match=rf"scale was learned, but its files lack {scale}.*remove 'disco'"):
         load(path)
-    # The mend that the message names: what is left is a scalar reward model.
-    path = edited_copy(path, tmp_path / "mended", config={"disco": None})
+    # The fix that the message names: what is left is a scalar reward model.
+    path = edited_copy(path, tmp_path / "fixed", config={"disco": None})
     assert load(path).newly_initialized == (scale,)
 
 

@@ -65,7 +65,7 @@ def test_look_alikes(column, meant):
     assert find_look_alikes([column]) == ({} if meant is None else {column: meant})
 
 
-def test_columns_that_are_no_preferences_are_refused_with_a_mend():
+def test_columns_that_are_no_preferences_are_refused_with_a_fix():
     with pytest.raises(ValueError, match=r"\(there are 'winner', 'loser'\); rename 'winner' to 'chosen', 'loser'"):
         check([{"winner": "a", "loser": "b"}])
     with pytest.raises(ValueError, match="convert them with `disco-trl data convert`"):
@@ -96,8 +96,8 @@ def test_errors_are_all_counted_by_kind():
         ("tie", 1),
     }
     assert errors["chosen_votes", 7]["first"] == [1, 2, 3, 4, 5]
-    assert errors["rejected", 1] | {"mend": None} == {
-        **{"column": "rejected", "wrong": "None", "mend": None, "rows": 1, "first": [9]}
+    assert errors["rejected", 1] | {"fix": None} == {
+        **{"column": "rejected", "wrong": "None", "fix": None, "rows": 1, "first": [9]}
     }
     assert found["rows"] == 12 and found["terms"] == {"forced choices": 1}  # figures are of the good rows
 

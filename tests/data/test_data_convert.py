@@ -293,7 +293,7 @@ def test_draw_pairs_beyond_one_each_are_all_different_and_run_out():
 # Bad rows and bad arguments
 
 
-def test_a_bad_row_is_named_with_column_and_mend(convert):
+def test_a_bad_row_is_named_with_column_and_fix(convert):
     with pytest.raises(SystemExit, match=r"row 1, column 'prob_b': 1.5 is not a probability; give .*--skip-bad"):
         convert([SOFT, {**SOFT, "prob_b": 1.5}])
 

@@ -150,8 +150,8 @@ def test_there_are_rows_of_every_way_in_and_none_twice():
 
 
 def test_the_document_is_up_to_date():
-    mend = "python tests/hostile_inputs.py > docs/hostile_inputs.md"
-    assert DOCUMENT.read_text(encoding="utf-8") == document(), mend
+    fix = "python tests/hostile_inputs.py > docs/hostile_inputs.md"
+    assert DOCUMENT.read_text(encoding="utf-8") == document(), fix
 
 
 # Links

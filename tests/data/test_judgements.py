@@ -25,7 +25,7 @@ RANKING = {"completions": ["a", "b", "c"], "ranks": [1, 2, 2]}
 
 
 @pytest.mark.parametrize(
-    ("row", "column", "wrong", "mend"),
+    ("row", "column", "wrong", "fix"),
     [
         ({"chosen_votes": 3}, "rejected_votes", "missing where 'chosen_votes' is given", "both, or neither"),
         ({"chosen_votes": -1, "rejected_votes": 2}, "chosen_votes", "-1 is not a number of votes", "0 or more"),
@@ -56,10 +56,10 @@ RANKING = {"completions": ["a", "b", "c"], "ranks": [1, 2, 2]}
     ],
     ids=str,
 )
-def test_what_is_wrong_is_named_with_its_mend(row, column, wrong, mend):
+def test_what_is_wrong_is_named_with_its_fix(row, column, wrong, fix):
     problem = find_problem(row)
     assert problem is not None
-    assert (problem.column, wrong in problem.wrong, mend in problem.mend) == (column, True, True), problem
+    assert (problem.column, wrong in problem.wrong, fix in problem.fix) == (column, True, True), problem
 
 
 @pytest.mark.parametrize(

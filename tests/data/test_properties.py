@@ -143,7 +143,7 @@ def test_a_row_is_converted_or_refused_by_its_column(seed):
 
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(st.integers(0, 2**32))
-def test_a_row_is_sound_or_its_problem_has_a_place_and_a_mend(seed):
+def test_a_row_is_sound_or_its_problem_has_a_place_and_a_fix(seed):
     rng = random.Random(seed)
     row = fuzz_data.mutated(rng.choice(fuzz_data.SOUND), rng)
     problem = find_row_problem(row, find_layout(row))
@@ -172,7 +172,7 @@ LLM_BAR = {"input": "Two and two?", "output_1": "Four.", "output_2": "Five.", "l
         ("evaluate", PAIR | {"chosen_votes": np.array(1), "rejected_votes": torch.tensor(1.0)}),
     ],
 )
-def test_what_the_fuzzer_found_stays_mended(step, row):
+def test_what_the_fuzzer_found_stays_fixed(step, row):
     getattr(fuzz_data.DataPath(), step)(row)
 
 

@@ -26,7 +26,7 @@ from disco_trl.data.columns import ROW_COLUMN
 from disco_trl.data.validation import check_preferences
 
 
-# Errors at a row: a good row, the columns that make it bad, and the error's column, complaint and mend.
+# Errors at a row: a good row, the columns that make it bad, and the error's column, complaint and fix.
 BAD_ROWS = {
     "empty chosen": (STANDARD, {"chosen": ""}, "chosen", "an empty string", "drop the row"),
     "blank rejected": (STANDARD, {"rejected": " \n"}, "rejected", "an empty string", "drop the row"),
@@ -170,7 +170,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("kind", ["Dataset", "IterableDataset"])
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_bad_row_is_named(case, kind, tiny_tokenizer):
-    good, change, column, wrong, mend = BAD_ROWS[case]
+    good, change, column, wrong, fix = BAD_ROWS[case]
     rows = [good, good, {**good, **change}, good]
     with pytest.raises(ValueError) as error:
         if kind == "Dataset":
@@ -180,7 +180,7 @@ def test_bad_row_is_named(case, kind, tiny_tokenizer):
     place, _, complaint = str(error.value).partition(": ")
     assert place == f"train dataset, row 2, column '{column}'"
     assert wrong in complaint.partition("; ")[0]
-    assert mend in complaint.partition("; ")[2]
+    assert fix in complaint.partition("; ")[2]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_two_processes_name_the_row_of_the_whole_dataset(tiny_tokenizer):
     ],
 )
 @pytest.mark.parametrize("make", [map_style, streamed])
-def test_columns_are_named_with_their_mend(columns, message, make, tiny_tokenizer):
+def test_columns_are_named_with_their_fix(columns, message, make, tiny_tokenizer):
     with pytest.raises(ValueError) as error:
         check_preferences(make([dict.fromkeys(columns, "text")]), tiny_tokenizer, "train")
     assert str(error.value) == f"train dataset, {message}"

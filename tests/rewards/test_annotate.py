@@ -124,7 +124,7 @@ def test_every_dataset_type(name, reward_dir, tiny_tokenizer):
     assert list(reward.map(dataset.to_iterable_dataset())) == scored.to_list()
 
 
-# Refusals, with the row, the column and the mend
+# Refusals, with the row, the column and the fix
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_verls_reward_kwargs_choose_the_transform(reward, url):
     close(found["score"], found["location"] - 2 * found["scale"])
 
 
-def test_verls_errors_name_the_mend(url, monkeypatch):
+def test_verls_errors_name_the_fix(url, monkeypatch):
     monkeypatch.delenv("DISCO_TRL_URL", raising=False)
     with pytest.raises(ValueError, match=r"extra_info\['prompt'\] is missing"):
         disco_trl.serving.verl.compute_score("films", "Good.", None, {"index": 3}, url=url)

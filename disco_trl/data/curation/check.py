@@ -81,14 +81,14 @@ class ErrorCounts:
         self._kinds: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, problem: Problem, number: int) -> None:
-        """Count what is wrong with row `number`. The mend of two problems is the same if they are of one kind."""
-        kind = self._kinds.setdefault((problem.column, problem.mend), {**problem._asdict(), "rows": 0, "first": []})
+        """Count what is wrong with row `number`. The fix of two problems is the same if they are of one kind."""
+        kind = self._kinds.setdefault((problem.column, problem.fix), {**problem._asdict(), "rows": 0, "first": []})
         kind["rows"] += 1
         if len(kind["first"]) < ROWS_NAMED:
             kind["first"].append(number)
 
     def figures(self) -> list[dict[str, Any]]:
-        """The kinds, the most frequent first: `column`, `wrong` (of the first such row), `mend`, `rows`, `first`."""
+        """The kinds, the most frequent first: `column`, `wrong` (of the first such row), `fix`, `rows`, `first`."""
         return sorted(self._kinds.values(), key=lambda kind: -kind["rows"])
 
 
@@ -128,7 +128,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
                         counts[:] = _token_counts(row, tokenizer)
                     except ValueError as error:
                         column = layout.pair[0] if is_missing(row.get("completions")) else "completions"
-                        problem = Problem(column, str(error), "drop the row, or mend it")
+                        problem = Problem(column, str(error), "drop the row, or fix it")
                 if problem is None:
                     survey.add(row, read)
                     if special is not None and layout.kind != "tokenized" and find_special_token(row, special):
@@ -158,10 +158,10 @@ def _require_answers(row: Row) -> None:
     if any(row.keys() >= set(pair) for pair in (TEXT_PAIR, TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR, RANKING)):
         return
     renames = [f"{old!r} to {new!r}" for old, new in find_look_alikes(list(row)).items()]
-    mend = f"rename {', '.join(renames)}" if renames else "convert them with `disco-trl data convert`"
+    fix = f"rename {', '.join(renames)}" if renames else "convert them with `disco-trl data convert`"
     raise ValueError(
         f"the rows have neither 'chosen' and 'rejected' nor 'completions' and 'ranks' (there are "
-        f"{', '.join(map(repr, row))}); {mend}"
+        f"{', '.join(map(repr, row))}); {fix}"
     )
 
 

@@ -41,7 +41,7 @@ def render(found: dict[str, Any], name: str) -> str:
     if found["warnings"]:
         blocks.append(_block("Warnings", [f"- {warning}" for warning in found["warnings"]]))
     errors = [
-        f"- {rows_of(error['rows'])}, column {error['column']!r}: {error['wrong']}; {error['mend']} "
+        f"- {rows_of(error['rows'])}, column {error['column']!r}: {error['wrong']}; {error['fix']} "
         f"(row {', '.join(map(str, error['first']))}{', ...' if error['rows'] > len(error['first']) else ''})"
         for error in found["errors"]
     ]

@@ -124,7 +124,7 @@ class Converter:
         The rows, checked, that a row becomes; none if it is skipped. Rated answers are not yet pairs, nor checked.
 
         Raises:
-            ValueError: the row cannot be converted; with row, column and mend.
+            ValueError: the row cannot be converted; with row, column and fix.
         """
         row = rename(row, self.renamed)
         try:
@@ -149,9 +149,9 @@ class Converter:
 
     def _refuse(self, error: BadRow, number: int) -> None:
         if not self.skip_bad:
-            column, wrong, mend = error.problem
+            column, wrong, fix = error.problem
             raise ValueError(
-                f"row {number}, column {column!r}: {wrong}; {mend} (or skip all such rows with --skip-bad)"
+                f"row {number}, column {column!r}: {wrong}; {fix} (or skip all such rows with --skip-bad)"
             ) from error
         self.report.bad.add(error.problem, number)
 
@@ -181,7 +181,7 @@ class Converter:
             raise BadRow(name, f"{wrong}, unlike in the first row", "convert rows with it and without it apart")
         problem = find_row_problem(row, layout)
         if problem is not None:
-            raise BadRow(problem.column, f"once converted, {problem.wrong}", problem.mend)
+            raise BadRow(problem.column, f"once converted, {problem.wrong}", problem.fix)
         if self.flat and any(len(message) > 2 for message in _all_messages(row)):
             raise BadRow("prompt", "a tool call, for which Parquet has no type", "write to a .jsonl file instead")
         return row

@@ -54,11 +54,11 @@ ROLES = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be converted: where, what, and how to mend it."""
+    """A row that cannot be converted: where, what, and how to fix it."""
 
-    def __init__(self, column: str, wrong: str, mend: str):
-        super().__init__(column, wrong, mend)
-        self.problem = Problem(column, wrong, mend)
+    def __init__(self, column: str, wrong: str, fix: str):
+        super().__init__(column, wrong, fix)
+        self.problem = Problem(column, wrong, fix)
 
 
 @dataclass(frozen=True)
