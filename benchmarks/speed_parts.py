@@ -25,8 +25,8 @@ from disco_trl.distributions.judgements import Judgements
 from disco_trl.distributions.likelihood import Responses
 from disco_trl.models.heads import DiscoHead
 from disco_trl.rewards.reward_function import Content
-from disco_trl.trainer.calibration import HeadMemory
 from disco_trl.trainer.epistemic import MOST_DIRECTIONS, fit_posterior
+from disco_trl.trainer.predictions import PredictionMemory
 
 from .peak_memory import PeakMemory, in_fresh_process
 from .speed_counts import synthetic_pairs
@@ -307,7 +307,7 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(args.seed)
 
     def posterior() -> None:
-        memory = HeadMemory()
+        memory = PredictionMemory()
         for _ in range(steps):
             states = hidden.detach() + torch.randn(hidden.shape, generator=noise).to(hidden)
             memory.add(states, states[:, :1], None, said)

@@ -3,8 +3,8 @@ The end of training: unit and scale, fitted again to what the model predicted of
 
 One pass of small steps leaves the scale half-way, and by its end the model is too sure of texts that it has never
 seen. While training goes through its data for the first time, though, each prediction is made before the model learns
-from the pair. `HeadMemory` keeps the latest of them, with the hidden states that they came from (no pass of its own is
-needed), and `calibrate` chooses
+from the pair. `PredictionMemory` keeps the latest of them, with the hidden states that they came from (no pass of its
+own is needed), and `calibrate` chooses
 
 - the scale head's weight, by maximum a posteriori with a ridge on log σ, from predictions in hindsight: an answer that
   came again in a later pair counts as it was predicted last. Where a location is wrong, its votes look divided; the
@@ -17,154 +17,29 @@ The gauge holds: the geometric mean of the scales stays the family's unit, and t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
-from ..models.outputs import RewardModelOutput
+from .predictions import PredictionMemory, Predictions
 
 
 logger = get_logger(__name__)
 
-MEMORY_FILE = "predictions.safetensors"
-"""In a checkpoint: what `HeadMemory` holds."""
 LEAST_PAIRS = 512
 """Fewer predictions say too little to choose by."""
-MOST_PAIRS = 8192
-"""Of the latest predictions; they are kept in memory and in checkpoints, two hidden states each."""
 STRENGTHS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 1e4)
 """Of the ridge. At strength s the prior standard deviation of log σ is about 1/√s."""
-
-
-@dataclass
-class Predictions:
-    """
-    Pairs as they were predicted, oldest first.
-
-    Attributes:
-        hidden_states: `[P, 2, H]`, pooled, of chosen and rejected.
-        location: `[P, 2]`.
-        raw_shape: `[P, 2, S]`, S often 0.
-        said: `[P, 6]`, the `Judgements.table`.
-        answers: `[P, 2]`, integers; equal ones stand for equal answers, those below 0 for an answer of its own each.
-    """
-
-    hidden_states: Tensor
-    location: Tensor
-    raw_shape: Tensor
-    said: Tensor
-    answers: Tensor
-
-    def __len__(self) -> int:
-        return len(self.location)
-
-    def __getitem__(self, pairs: slice) -> Predictions:
-        return Predictions(**{field.name: getattr(self, field.name)[pairs] for field in fields(self)})
-
-    def in_hindsight(self) -> Predictions:
-        """The same pairs, with each answer as it was predicted last."""
-        answers = self.answers.flatten()
-        place = torch.arange(len(answers))
-        _, number = torch.where(answers < 0, -1 - place, answers).unique(return_inverse=True)
-        last = torch.zeros_like(place).scatter_reduce(0, number, place, "amax")[number].view_as(self.answers)
-        hidden_states, location, raw_shape = (
-            tensor.flatten(0, 1)[last] for tensor in (self.hidden_states, self.location, self.raw_shape)
-        )
-        return Predictions(hidden_states, location, raw_shape, self.said, self.answers)
-
-
-class HeadMemory:
-    """The latest predictions of a training run, each made before the model has learned from its pair."""
-
-    def __init__(self) -> None:
-        self._batches: deque[Predictions] = deque()
-        self._pairs = 0
-        self.seen = 0
-        """Pairs that were ever added."""
-        self.factor: float | None = None
-        """What the locations were multiplied by, with those of the head, when that was calibrated."""
-
-    @torch.no_grad()
-    def add(
-        self,
-        hidden_states: Tensor,
-        location: Tensor,
-        raw_shape: Tensor | None,
-        judgements: Judgements,
-        answers: Tensor | None = None,
-    ) -> None:
-        """
-        Keep a batch of P pairs, and forget the oldest beyond `MOST_PAIRS`.
-
-        Args:
-            hidden_states, location, raw_shape: `[2 * P, H]`, `[2 * P, 1]` and `[2 * P, S]`, chosen sides first.
-            judgements: of the P pairs.
-            answers: `[2 * P]`, as in `Predictions`; None if nobody knows which are equal.
-        """
-        count = len(location) // 2
-
-        def in_pairs(tensor: Tensor) -> Tensor:
-            return torch.stack([tensor[:count], tensor[count:]], dim=1).cpu()
-
-        shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
-        answers = torch.full((2 * count,), -1) if answers is None else answers
-        self._batches.append(
-            Predictions(
-                hidden_states=in_pairs(hidden_states.float()),
-                location=in_pairs(location[:, 0].float()),
-                raw_shape=in_pairs(shape.float()),
-                said=judgements.table.cpu(),
-                answers=in_pairs(answers),
-            )
-        )
-        self._pairs += count
-        self.seen += count
-        while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
-            self._pairs -= len(self._batches.popleft())
-
-    def rescale(self, factor: float) -> None:
-        """Go along with a head whose locations were multiplied by a factor."""
-        for batch in self._batches:
-            batch.location.mul_(factor)
-        self.factor = factor * (1.0 if self.factor is None else self.factor)
-
-    def predictions(self) -> Predictions | None:
-        """All that is kept, or None if that is nothing."""
-        return Predictions(**self._tensors()) if self._batches else None
-
-    def _tensors(self) -> dict[str, Tensor]:
-        names = [field.name for field in fields(Predictions)]
-        return {name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names}
-
-    def save(self, path: Path) -> None:
-        """Write what is kept, for a run that is resumed."""
-        if self._batches:
-            sizes = torch.tensor([len(batch) for batch in self._batches])
-            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), **self._tensors()}, path)
-
-    def load(self, path: Path) -> None:
-        """Read what :meth:`save` wrote."""
-        tensors = load_file(path)
-        sizes = tensors.pop("sizes").tolist()
-        self.seen = int(tensors.pop("seen"))
-        parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
-        batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-        self._batches = deque(Predictions(**batch) for batch in batches)
-        self._pairs = sum(sizes)
 
 
 def calibrate(head: DiscoHead, family: Family, predictions: Predictions, responses: Responses) -> float:
@@ -310,48 +185,86 @@ def _minimize(objective: Callable[[], Tensor], parameters: list[Tensor]) -> None
     optimizer.step(step)
 
 
-def why_not_fitted(trainer: Any) -> str | None:
-    """Why nothing can be fitted to the last layer of a `DiscoRewardTrainer`'s model when training ends, or None."""
-    weight = trainer._reward_model._head.weight
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+def why_not_fitted(head: DiscoHead, args: TrainingArguments, state: TrainerState) -> str | None:
+    """
+    Say why nothing can be fitted to a head when training ends.
+
+    Args:
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head that would be fitted.
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the run.
+        state ([`~transformers.TrainerState`]):
+            State of the run at its end.
+
+    Returns:
+        `str` or `None`: The reason, or `None` if the head can be fitted.
+    """
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
         return "load_best_model_at_end has put back other weights than those that training ended with"
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
+    # A head in pieces would be fitted piece by piece. `ds_id` marks the parameters that ZeRO-3 has partitioned.
+    if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
         return "the head is sharded, and is needed whole"
     return None
 
 
 @torch.no_grad()
-def how_people_answer(model: Any, predictions: Predictions) -> Responses:
-    """What the finished model has learned of that, on the CPU, as the predictions are."""
-    columns = model._head(predictions.hidden_states[:1, 0].to(model._head.weight), with_scale=True).cpu()
-    return model.responses_of(RewardModelOutput(**model.split_columns(columns)))
+def how_people_answer(head: DiscoHead) -> Responses:
+    """What a whole head has learned of how people answer, on the CPU."""
+    likelihood = head.likelihood
+    if likelihood is None:
+        return Responses()
+    columns = likelihood(head.weight[0]).cpu().split(likelihood.sizes)
+    learned = dict(zip(likelihood.names, columns, strict=True))
+    learned.pop("location_error", None)
+    return Responses(**learned)
 
 
 class Calibration(TrainerCallback):
-    """Calibrates the head of a `DiscoRewardTrainer` when training has gone through its data once."""
+    """
+    Calibrates a head when training has gone through its data once.
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    Args:
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head to calibrate. Its location row and the weight of its scale are changed.
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of its rewards.
+        memory ([`PredictionMemory`], *optional*):
+            Predictions to calibrate by. Only the first process keeps them; every other one passes `None` and receives
+            the result.
+        log (`Callable[[dict[str, float]], None]`):
+            Function that logs metrics, such as [`~transformers.Trainer.log`].
+    """
+
+    def __init__(
+        self,
+        head: DiscoHead,
+        family: Family,
+        memory: PredictionMemory | None,
+        log: Callable[[dict[str, float]], None],
+    ):
+        self.head = head
+        self.family = family
+        self.memory = memory
+        self.log = log
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if not trainer._calibrates or (state.epoch or 0) > 1 + 1e-6:
+        """Fit the unit and the scale, on all processes alike, and log the factor."""
+        # After a second pass the latest predictions are of pairs that the model has learned from: no forecasts.
+        if (state.epoch or 0) > 1 + 1e-6:
             return
-        refusal = why_not_fitted(trainer)
+        refusal = why_not_fitted(self.head, args, state)
         if refusal is not None:
             logger.warning(f"the rewards are not calibrated: {refusal}")
             return
-        model = trainer._reward_model
-        head = model._head
-        predictions = None if trainer._memory is None else trainer._memory.predictions()
-        factor = torch.zeros((), device=head.weight.device)  # 0 says that it was left out
-        if predictions is not None and len(predictions) >= LEAST_PAIRS:
-            responses = how_people_answer(model, predictions)
-            factor.fill_(calibrate(head, trainer._family, predictions, responses))
-            trainer._memory.rescale(factor.item())
+        predictions = None if self.memory is None else self.memory.predictions()
+        factor = torch.zeros((), device=self.head.weight.device)  # 0 says that it was left out
+        if self.memory is not None and predictions is not None and len(predictions) >= LEAST_PAIRS:
+            factor.fill_(calibrate(self.head, self.family, predictions, how_people_answer(self.head)))
+            self.memory.rescale(factor.item())
         if broadcast(factor) == 0:
             return
-        for parameter in (head.weight, head.scale.weight, head.bias):
+        for parameter in (self.head.weight, self.head.scale.weight, self.head.bias):
             if parameter is not None:
                 broadcast(parameter.data)
-        trainer.log({"calibration_factor": factor.item()})
+        self.log({"calibration_factor": factor.item()})

@@ -1,14 +1,15 @@
-"""What stops a run whose numbers are not finite before its weights are touched."""
+"""Callbacks of the trainers: a guard against numbers that are not finite, epochs of samplers, settings of adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..models.adapters import save_adapter_settings
@@ -16,39 +17,62 @@ from ..models.adapters import save_adapter_settings
 
 class FiniteGuard(TrainerCallback):
     """
-    Raises `FloatingPointError` where the loss of a batch of a `DiscoRewardTrainer`, or a gradient before an optimizer
-    step, is not finite; the message names the rows of the step.
+    Stops a run whose numbers are not finite before its weights are touched.
+
+    It raises `FloatingPointError` where the loss of a batch, or a gradient before an optimizer step, is not finite.
+    The message names the rows of the step.
+
+    Args:
+        scales_gradients (`Callable[[], bool]`):
+            Whether a gradient scaler is at work, as in fp16. It skips a step that overflows and lowers its factor,
+            which is ordinary, so gradients are not looked at then.
 
     Attributes:
-        rows: of the batches since the last optimizer step.
+        rows (`list[int]`):
+            Rows of the training dataset in the batches since the last optimizer step.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, scales_gradients: Callable[[], bool]):
+        self.scales_gradients = scales_gradients
         self.rows: list[int] = []
 
-    def check_loss(self, loss: Tensor, rows: Tensor | None) -> None:
-        """Look at the loss of a training batch of these rows of the dataset; None if its collator carries none."""
+    def check_loss(self, loss: Tensor, rows: Tensor | None, args: TrainingArguments, state: TrainerState) -> None:
+        """
+        Check the loss of a training batch.
+
+        Args:
+            loss (`torch.Tensor`):
+                Loss of the batch, a scalar.
+            rows (`torch.Tensor` of shape `(B,)`, *optional*):
+                Rows of the training dataset in the batch. A data collator of the user's own may carry none.
+            args ([`~transformers.TrainingArguments`]):
+                Arguments of the run, for the message.
+            state ([`~transformers.TrainerState`]):
+                State of the run, for the message.
+
+        Raises:
+            `FloatingPointError`: If the loss is not finite.
+        """
         self.rows += [] if rows is None else rows.tolist()
         if not torch.isfinite(loss):
-            raise self._error(f"the loss is {loss.item()}")
+            raise self._error(f"the loss is {loss.item()}", args, state)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # In fp16 the scaler skips a step that overflows and lowers its factor: ordinary, and its own business.
-        if self.trainer.accelerator.scaler is None:
-            gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Check the gradients, which by now have been clipped."""
+        if not self.scales_gradients():
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
             # Clipping has spread a NaN to every gradient, and an infinite norm has made NaNs of infinite elements: one
-            # norm over all of them tells, at the cost of reading them once.
+            # norm over all of them shows either, at the cost of reading them once.
             if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-                raise self._error("a gradient is not finite")
+                raise self._error("a gradient is not finite", args, state)
         self.rows.clear()
 
-    def _error(self, what: str) -> FloatingPointError:
+    def _error(self, what: str, args: Any, state: Any) -> FloatingPointError:
         rows = ", ".join(map(str, self.rows)) or "unknown (a data collator of your own carries no row_index)"
-        folder = Path(str(self.trainer.args.output_dir))
+        folder = Path(str(args.output_dir))
         checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         return FloatingPointError(
-            f"step {self.trainer.state.global_step + 1}: {what}, so training stops before the weights are touched. "
+            f"step {state.global_step + 1}: {what}, so training stops before the weights are touched. "
             f"Rows of the training dataset in this step: {rows}. Last good checkpoint: "
             f"{checkpoint or 'none saved yet'}. Look at these rows, then lower learning_rate or max_grad_norm, or "
             "train in bf16 instead of fp16."
@@ -57,11 +81,11 @@ class FiniteGuard(TrainerCallback):
 
 class SamplerEpoch(TrainerCallback):
     """
-    Tells the sampler of the training dataloader which epoch begins.
+    Sets the epoch of the training dataloader's sampler.
 
-    The Trainer does so too, but not through every wrapper. Where several processes resume in the middle of an epoch, a
-    sampler that is not accelerate's own hears nothing (accelerate 1.10 to 1.15) and would give the order of the first
-    epoch; a batch sampler of several processes never does.
+    The Trainer does so too, but does not reach it through every wrapper. Where several processes resume in the middle
+    of an epoch, accelerate (1.10 to 1.15) passes the epoch to its own samplers only, and another one would repeat the
+    order of the first epoch. A batch sampler of several processes is never reached.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
@@ -76,10 +100,13 @@ class SamplerEpoch(TrainerCallback):
 
 class PushWithSettings(TrainerCallback):
     """
-    Puts an adapter's settings where a push takes its files from. While training goes on transformers copies there, by
-    a list of names, what belongs to a checkpoint's model, and the list does not have them.
+    Writes an adapter's settings to the folder that is pushed to the Hub.
+
+    While training goes on, transformers copies the files of a checkpoint's model there by a list of names, and the
+    settings file of a disco adapter is not on that list.
     """
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Write the settings before the files are uploaded."""
         if args.should_save and is_peft_model(model):
             save_adapter_settings(model, Path(args.output_dir))

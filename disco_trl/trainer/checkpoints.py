@@ -1,5 +1,5 @@
 """
-Which checkpoint of a run can be trusted, after the run was killed or its disk was full; and checkpoints on the Hub.
+Which checkpoint of a run can be trusted, after the run was killed or its disk was full.
 
 A checkpoint is a folder of files that are written one after another. One that was cut off in between is torn: a file
 is missing, or ends early. transformers resumes from the folder with the highest number, whatever is in it; here the
@@ -12,9 +12,15 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from accelerate.logging import get_logger
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+
+from .predictions import MEMORY_FILE, PredictionMemory
 
 
 logger = get_logger(__name__)
@@ -45,17 +51,12 @@ def why_torn(checkpoint: Path) -> str | None:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    try:
+        # Opening compares the header with the size of the file and reads no tensor.
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -78,3 +79,51 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             f"every checkpoint in {folder} is torn; remove them, and begin anew without resume_from_checkpoint"
         )
     return None
+
+
+class WholeCheckpoints(Trainer):
+    """
+    A trainer that resumes from whole checkpoints, and keeps its predictions in them.
+
+    It is inherited beside one of TRL's trainers and before it, so that `super()` here reaches that one's methods.
+    """
+
+    _memory: PredictionMemory | None
+
+    def train(  # type: ignore[override]  # the rest goes through `kwargs`
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """
+        As in transformers, but `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole: one
+        that was cut off in writing, as the process was killed or the disk full, is warned of and passed over.
+
+        Raises:
+            ValueError: the checkpoint to resume from is torn, or all there are.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_whole_checkpoint(self._output_dir) or "") or True
+        elif resume_from_checkpoint:
+            problem = why_torn(Path(resume_from_checkpoint))
+            if problem is not None:
+                raise ValueError(
+                    f"{resume_from_checkpoint} is no checkpoint to resume from: {problem}. Name another, or pass "
+                    "resume_from_checkpoint=True for the newest whole one"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Before transformers writes its state, which says that the checkpoint is whole, and removes older ones
+        if self._memory is not None and not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._memory.save(folder / MEMORY_FILE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._memory is not None and checkpoint is not None and Path(checkpoint, MEMORY_FILE).is_file():
+            self._memory.load(Path(checkpoint, MEMORY_FILE))
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))

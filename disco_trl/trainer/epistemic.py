@@ -7,9 +7,9 @@ location is linear in the hidden state, μ = w · h, so a normal approximation a
 ridge. The model's error about an answer is then √(φᵀ A⁻¹ φ), small where training answers have pointed the same way
 and large elsewhere.
 
-What flows: training pairs → hidden states of both sides, as `disco_trl.trainer.calibration.HeadMemory` has kept them
-(no pass of its own) → curvature of each pair in its two locations, `[2, 2]` → the precision A `[H, H]` → its strongest
-directions, in the checkpoint. From there on the model's rewards have a `location_error`.
+What flows: training pairs → hidden states of both sides, as `disco_trl.trainer.predictions.PredictionMemory` has kept
+them (no pass of its own) → curvature of each pair in its two locations, `[2, 2]` → the precision A `[H, H]` → its
+strongest directions, in the checkpoint. From there on the model's rewards have a `location_error`.
 
 Only the last layer is uncertain here. The language model below, which may map strange texts onto familiar states, is
 taken for granted.
@@ -17,6 +17,7 @@ taken for granted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
-from .calibration import Predictions, how_people_answer, recalibrate_unit, why_not_fitted
+from .calibration import how_people_answer, recalibrate_unit, why_not_fitted
+from .predictions import PredictionMemory, Predictions
 
 
 logger = get_logger(__name__)
@@ -127,26 +129,50 @@ def fit_posterior(
 
 
 class Posterior(TrainerCallback):
-    """Fits the posterior of the head of a `DiscoRewardTrainer` when training ends."""
+    """
+    Fits the posterior of a head's location row when training ends.
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    Args:
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head with room for the posterior, an [`~disco_trl.models.heads.EpistemicHead`].
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of its rewards.
+        memory ([`PredictionMemory`], *optional*):
+            Predictions to fit to. Only the first process keeps them; every other one passes `None` and receives the
+            result.
+        log (`Callable[[dict[str, float]], None]`):
+            Function that logs metrics, such as [`~transformers.Trainer.log`].
+    """
+
+    def __init__(
+        self,
+        head: DiscoHead,
+        family: Family,
+        memory: PredictionMemory | None,
+        log: Callable[[dict[str, float]], None],
+    ):
+        self.head = head
+        self.family = family
+        self.memory = memory
+        self.log = log
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        refusal = why_not_fitted(trainer)
+        """Fit the posterior, and after a calibration the unit once more, on all processes alike."""
+        refusal = why_not_fitted(self.head, args, state)
         if refusal is not None:
-            logger.warning(f"what the model does not know is not fitted: {refusal}")
+            logger.warning(f"the epistemic uncertainty is not fitted: {refusal}")
             return
-        model = trainer._reward_model
-        if trainer._memory is not None and (predictions := trainer._memory.predictions()) is not None:
-            # A pair that was seen in several epochs says what it says once.
-            pairs = trainer._memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
-            responses = how_people_answer(model, predictions)
-            fit_posterior(model._head, trainer._family, predictions.in_hindsight(), responses, pairs)
-            if trainer._memory.factor is not None:
-                trainer._memory.rescale(recalibrate_unit(model._head, trainer._family, predictions, responses))
-                trainer.log({"calibration_factor_with_errors": trainer._memory.factor})
-        for tensor in (model._head.weight.data, model._head.bias, *model._head.epistemic.buffers()):
+        head, memory = self.head, self.memory
+        if memory is not None and (predictions := memory.predictions()) is not None:
+            # A pair that was seen in several epochs counts once.
+            pairs = memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
+            responses = how_people_answer(head)
+            fit_posterior(head, self.family, predictions.in_hindsight(), responses, pairs)
+            if memory.factor is not None:
+                # The factor of the calibration stood for all errors of the model, those of the posterior included.
+                memory.rescale(recalibrate_unit(head, self.family, predictions, responses))
+                self.log({"calibration_factor_with_errors": memory.factor})
+        assert head.epistemic is not None
+        for tensor in (head.weight.data, head.bias, *head.epistemic.buffers()):
             if tensor is not None:
                 broadcast(tensor)

@@ -5,10 +5,8 @@ This class lends it a model with a scale, replaces the loss by the exact -log P(
 that fixes the unit of reward, and checks what goes in.
 """
 
-import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
-from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -27,31 +24,33 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalPrediction
 from trl import RewardConfig, RewardTrainer
-from trl.trainer import reward_trainer as trl_reward_trainer
 from trl.trainer.utils import get_config_model_id
 
 from ..data.collator import ANSWERS, DataCollatorForDiscoPreference
 from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN
 from ..data.judgements import Survey, check_answerable, survey
 from ..data.preparation import check_token_ids, expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
-from ..data.samplers import LengthGroupedSampler, TokenBudgetBatchSampler, group_stream, pair_lengths, with_batches
+from ..data.samplers import group_stream
 from ..data.validation import check_preferences
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
 from ..distributions.reward_distribution import get_family
-from ..models.adapters import keep_to_one_family, save_reward_head
+from ..models.adapters import keep_to_one_family
 from ..models.distributed import check_parallelism, keep_head_apart
 from ..models.inference import vocabulary_size
 from ..models.model_card import make_model_card
-from ..models.modeling import DiscoRewardModel, upgrade
+from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
-from .calibration import MEMORY_FILE, Calibration, HeadMemory
+from .adoption import Adoption
+from .batching import PairBatching
+from .calibration import Calibration
 from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
-from .checkpoints import last_whole_checkpoint, why_torn
-from .epistemic import MOST_DIRECTIONS, Posterior
+from .checkpoints import WholeCheckpoints
+from .epistemic import Posterior
 from .metrics import pair_figures, summarize, summarize_rewards
+from .predictions import PredictionMemory
 from .reward_config import DiscoRewardConfig, likelihood_settings
 from .search import Beginning, space_around
 
@@ -61,7 +60,7 @@ logger = get_logger(__name__)
 LIKELIHOOD_LEARNING_RATE = 0.02
 
 
-class DiscoRewardTrainer(RewardTrainer):
+class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
     """
     Trainer for distributional reward models.
 
@@ -139,51 +138,21 @@ class DiscoRewardTrainer(RewardTrainer):
             args = DiscoRewardConfig(f"{name.split('/')[-1]}-Reward")
         elif not isinstance(args, DiscoRewardConfig):
             raise TypeError(f"args must be a DiscoRewardConfig, got {type(args).__name__}; change the class name")
-        if args.max_tokens_per_batch is not None and isinstance(train_dataset, IterableDataset):
-            raise ValueError(
-                "max_tokens_per_batch needs the length of every pair before the first batch, and train_dataset is a "
-                "stream; set per_device_train_batch_size instead, or load the dataset without streaming=True"
-            )
-
-        # Processes: what they may not divide among each other
-        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        accelerator_config: Any = args.accelerator_config
-        if accelerator_config.dispatch_batches is None and any(
-            isinstance(dataset, IterableDataset) for dataset in evaluated.values()
-        ):
-            # accelerate's default for a stream. TRL (1.12 to 1.16) sees to it where the training data are one.
-            accelerator_config.dispatch_batches = False
-        from_launcher = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")  # what the Accelerator looks at
-        check_parallelism(
-            args.world_size,
-            getattr(args, "parallelism_config", None) or (ParallelismConfig() if from_launcher else None),
-            getattr(args.deepspeed_plugin, "deepspeed_config", None),
-            accelerator_config.dispatch_batches,
-        )
+        _check_streams(args, train_dataset, eval_dataset)
+        _check_processes(args)
 
         # What there is to learn beside the rewards
-        surveyed = survey(train_dataset) if isinstance(train_dataset, Dataset | IterableDataset) else Survey()
-        likelihood = likelihood_settings(args, surveyed)
+        is_dataset = isinstance(train_dataset, Dataset | IterableDataset)  # TRL refuses anything else
+        self._surveyed = survey(train_dataset) if is_dataset else Survey()
+        self._surveyed_dataset = train_dataset
+        likelihood = likelihood_settings(args, self._surveyed)
 
-        # Model and PEFT. TRL builds a string model between seeding and wrapping it, with its own rules for dtype,
-        # devices and revision, so that is where ours has to come in.
-        peft_config = copy.deepcopy(peft_config)
-        head_weights: dict[str, dict[str, torch.Tensor]] = {}
-
-        def adopt(model: Any) -> None:
-            reward_model = upgrade(model, args.reward_family, args.fixed_scale, likelihood)
-            if args.epistemic:
-                reward_model.know_epistemic(MOST_DIRECTIONS)
-            if "rating_values" in likelihood:
-                reward_model.start_thresholds(surveyed.ratings)
-            if isinstance(peft_config, PeftConfig):  # TRL refuses any other type
-                save_reward_head(peft_config, reward_model.head_name, reward_model.newly_initialized)
-            for name, head in reward_model.named_reward_heads():
-                head_weights[name] = {key: value.clone() for key, value in head.state_dict().items()}
-
+        # Model, PEFT and data, by TRL. The model is adopted as soon as it is there: an instance now, a string model
+        # where TRL builds it.
+        self._adoption = Adoption(args, likelihood, self._surveyed.ratings, peft_config)
         if not isinstance(model, str):
-            adopt(model)
-        with _lend_model_class(args, adopt):
+            self._adoption.adopt(model)
+        with self._adoption.lend_model_class():
             super().__init__(
                 model=model,
                 args=args,
@@ -197,91 +166,93 @@ class DiscoRewardTrainer(RewardTrainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 quantization_config=quantization_config,
-                peft_config=peft_config,
+                peft_config=self._adoption.peft_config,
             )
-        self._reward_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._adoption.restore_heads()
+        self._reward_model = self._adoption.model
         self._family = get_family(self._reward_model.config.disco["reward_family"])
         if is_peft_model(self.model):
             keep_to_one_family(self.model)
 
-        known = self._reward_model.config.disco.get("likelihood", {})
-        for name, dataset in [("train", train_dataset), *evaluated.items()]:
-            if isinstance(dataset, Dataset | IterableDataset):
-                found = surveyed if dataset is train_dataset else survey(dataset)
-                check_answerable(dataset, name, found, known)
-
-        check = functools.partial(check_token_ids, known=vocabulary_size(self._reward_model))
-        if self.train_dataset is not None:
-            self.train_dataset = check(self.train_dataset, "train")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: check(dataset, name) for name, dataset in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = check(self.eval_dataset, "eval")
-
-        # TRL (1.12 to 1.16) casts every trainable parameter of a quantized model to bfloat16, the head included. Its
-        # float32 values are put back, not the rounded ones cast up.
-        (any_weights, *_) = head_weights.values()
-        for name, head in self._reward_model.named_reward_heads():
-            if head.weight.dtype != torch.float32:
-                head.to(torch.float32)
-                head.load_state_dict(head_weights.get(name, any_weights))
-
-        # Optimizer: one that was made before the model had a scale would leave the scale as it starts
+        # Optimizer
         if optimizers[0] is not None:
-            optimized = {parameter for group in optimizers[0].param_groups for parameter in group["params"]}
-            if not optimized.issuperset(self._reward_model.scale_head.parameters()):
-                raise ValueError(
-                    "the optimizer passed does not hold the parameters of the scale, which this model has only now; "
-                    "make the optimizer from those of DiscoRewardModel.from_pretrained(...), or pass "
-                    "optimizer_cls_and_kwargs instead"
-                )
+            self._check_optimizer(optimizers[0])
 
-        # Data collator: TRL's, which also carries the row numbers that an error message needs, or one that puts what
-        # the sequences of a batch share there once
+        # Data collator
         if data_collator is None:
-            pairs_of_rows = surveyed.pairs_of_rows
-            refusal = self._why_no_prefix_sharing() if args.prefix_sharing else None
-            if refusal is not None:
-                logger.warning(
-                    f"prefix_sharing is off for this {type(self._reward_model).__name__}: {refusal}. Batches are "
-                    "padded as TRL's are, which costs time and changes nothing else."
-                )
-            self.data_collator = DataCollatorForDiscoPreference(
-                pad_token_id=self.data_collator.pad_token_id,
-                pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
-                share_prefixes=args.prefix_sharing and refusal is None,
-                weigh_by=args.weigh_by,
-                rating_values=known.get("rating_values"),
-                # Processes put their batches together for the metrics, and have to have as many pairs.
-                pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
-            )
+            self.data_collator = self._make_collator()
 
         # Which pairs go into a batch
-        self._pairs_per_batch: float | None = None  # the mean, where batches of max_tokens_per_batch differ in it
         if args.groups_by_length and isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = group_stream(self.train_dataset, self._pairs_per_step, self._data_seed)
         self.add_callback(SamplerEpoch())
 
         # What is fitted when training ends, to the predictions that it has made
-        is_learned = self._reward_model.scale_head.fixed_scale is None
-        has_error = "location_error" in self._reward_model.config.disco.get("likelihood", {})
-        passes_once = args.max_steps > 0 or args.num_train_epochs <= 1
-        wanted = passes_once and not has_error if args.calibrate is None else args.calibrate
-        self._calibrates = wanted and is_learned
-        # The first process does it, for all to have the same head.
+        self._calibrates = self._resolve_calibrate()
+        # The first process keeps them and fits; the others receive the result, for all to have the same head.
         keeps = (self._calibrates or args.epistemic) and args.process_index == 0
-        self._memory = HeadMemory() if keeps else None
-        self.add_callback(Calibration(self))
+        self._memory = PredictionMemory() if keeps else None
+        if self._calibrates:
+            self.add_callback(Calibration(self._reward_model._head, self._family, self._memory, self.log))
         if args.epistemic:
-            self.add_callback(Posterior(self))
+            self.add_callback(Posterior(self._reward_model._head, self._family, self._memory, self.log))
 
         # Figures of the pairs of an evaluation, for when it is logged
         self._evaluated: list[torch.Tensor] = []
 
         # Guard against losses and gradients that are not finite
-        self._guard = FiniteGuard(self)
+        self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
         self.add_callback(self._guard)
         self.add_callback(PushWithSettings())
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that was made before the model had a scale: the scale would stay as it starts."""
+        optimized = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if not optimized.issuperset(self._reward_model.scale_head.parameters()):
+            raise ValueError(
+                "the optimizer passed does not hold the parameters of the scale, which this model has only now; "
+                "make the optimizer from those of DiscoRewardModel.from_pretrained(...), or pass "
+                "optimizer_cls_and_kwargs instead"
+            )
+
+    def _make_collator(self) -> DataCollatorForDiscoPreference:
+        """
+        TRL's collator with the row numbers that an error message needs, or one that puts what the sequences of a batch
+        share there once.
+        """
+        args = self.args
+        refusal = self._why_no_prefix_sharing() if args.prefix_sharing else None
+        if refusal is not None:
+            logger.warning(
+                f"prefix_sharing is off for this {type(self._reward_model).__name__}: {refusal}. Batches are "
+                "padded as TRL's are, which costs time and changes nothing else."
+            )
+        pairs_of_rows = self._surveyed.pairs_of_rows
+        return DataCollatorForDiscoPreference(
+            pad_token_id=self.data_collator.pad_token_id,
+            pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+            share_prefixes=args.prefix_sharing and refusal is None,
+            weigh_by=args.weigh_by,
+            rating_values=self._likelihood.get("rating_values"),
+            # Processes gather their batches for the metrics, and have to have as many pairs.
+            pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
+        )
+
+    def _resolve_calibrate(self) -> bool:
+        """Whether the head is calibrated when training ends; see `calibrate` in [`DiscoRewardConfig`]."""
+        args = self.args
+        if self._reward_model.scale_head.fixed_scale is not None:
+            return False
+        if args.calibrate is not None:
+            return args.calibrate
+        # In later passes predictions are no forecasts; and a location error that is learned has the same effect.
+        passes_once = args.max_steps > 0 or args.num_train_epochs <= 1
+        return passes_once and "location_error" not in self._likelihood
+
+    @property
+    def _likelihood(self) -> dict[str, Any]:
+        """What the model learns of how people answer: its training data's, and its checkpoint's before."""
+        return self._adoption.model.config.disco.get("likelihood", {})
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -305,56 +276,25 @@ class DiscoRewardTrainer(RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        # TRL calls this for each dataset of its constructor, with the model in place, and for those of `evaluate`.
         num_proc = args.dataset_num_proc
-        dataset = expand_rankings(dataset, dataset_name)
-        dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=num_proc)
-        dataset = tokenize_pairs(dataset, processing_class, dataset_name, num_proc=num_proc)
-        dataset = tokenize_rankings(dataset, processing_class, dataset_name, max_length=args.max_length)
-        # TRL tokenizes what is not tokenized yet; its filter reads the dataset row by row once more, and ours does not
+        prepared = expand_rankings(dataset, dataset_name)
+        prepared = check_preferences(prepared, processing_class, dataset_name, num_proc=num_proc)
+        prepared = tokenize_pairs(prepared, processing_class, dataset_name, num_proc=num_proc)
+        prepared = tokenize_rankings(prepared, processing_class, dataset_name, max_length=args.max_length)
+        # TRL tokenizes what is not tokenized yet. Its filter would read the dataset row by row once more.
         unfiltered = copy.copy(args)
         unfiltered.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, unfiltered, dataset_name)
-        return filter_pairs(dataset, dataset_name, max_length=args.max_length)
+        prepared = super()._prepare_dataset(prepared, processing_class, unfiltered, dataset_name)
+        prepared = filter_pairs(prepared, dataset_name, max_length=args.max_length)
+        found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
+        check_answerable(dataset, dataset_name, found, self._likelihood)
+        return check_token_ids(prepared, dataset_name, vocabulary_size(self._adoption.model))
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         columns += [name for name in (ROW_COLUMN, RANKED_IDS, "ranks", *JUDGEMENT_COLUMNS) if name not in columns]
-
-    @property
-    def _pairs_per_step(self) -> int:
-        return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.groups_by_length and isinstance(dataset, Dataset):
-            return LengthGroupedSampler(pair_lengths(dataset), self._pairs_per_step, self._data_seed)
-        return super()._get_train_sampler(train_dataset)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # transformers' own groups evaluation by length too: it needs `input_ids`, and takes predictions out of order.
-        if self.args.groups_by_length and isinstance(eval_dataset, Dataset):
-            return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-        return super()._get_eval_sampler(eval_dataset)
-
-    def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        if self.args.max_tokens_per_batch is None:
-            return loader
-        sampler = TokenBudgetBatchSampler(
-            pair_lengths(loader.dataset),
-            self.args.max_tokens_per_batch,
-            num_processes=self.args.world_size,
-            accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self._data_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        self._pairs_per_batch = sampler.pairs_per_batch
-        return with_batches(loader, sampler, self.accelerator)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is not None:  # the caller's own
@@ -416,7 +356,7 @@ class DiscoRewardTrainer(RewardTrainer):
             self._metrics[mode][name].append(metric)
 
         if mode == "train":
-            self._guard.check_loss(loss, rows)
+            self._guard.check_loss(loss, rows, self.args, self.state)
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
                 head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
@@ -424,24 +364,6 @@ class DiscoRewardTrainer(RewardTrainer):
             if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
-
-    def _real_pairs(self, pairs: int, process: bool = False) -> int:
-        """
-        How many of the pairs in hand are no repetitions: accelerate evens out the last batches of several processes
-        with rows from the beginning, which come last.
-
-        Args:
-            pairs: gathered from all processes, or with `process` those of this one.
-        """
-        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
-        # In training the Trainer fetches all batches of an optimizer step before it computes the first of them.
-        is_last = state.end_of_dataloader and (not self.model.training or state.sync_gradients)
-        if processes == 1 or not is_last or state.remainder <= 0:
-            return pairs
-        total = pairs * processes if process else pairs
-        # (A row may be a ranking, which is several pairs, of one number in all rows.)
-        real = total * state.remainder // state.active_dataloader.total_batch_size
-        return min(max(real - pairs * self.accelerator.process_index, 0), pairs) if process else min(real, pairs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluated.clear()  # of predictions, which are not logged
@@ -461,40 +383,6 @@ class DiscoRewardTrainer(RewardTrainer):
         # margins, weights and soft labels, none of which the model sees.
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
-    def train(  # type: ignore[override]  # the rest goes through `kwargs`
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> TrainOutput:
-        """
-        As in transformers, but `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole: one
-        that was cut off in writing, as the process was killed or the disk full, is warned of and passed over.
-
-        Raises:
-            ValueError: the checkpoint to resume from is torn, or all there are.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_whole_checkpoint(self._output_dir) or "") or True
-        elif resume_from_checkpoint:
-            problem = why_torn(Path(resume_from_checkpoint))
-            if problem is not None:
-                raise ValueError(
-                    f"{resume_from_checkpoint} is no checkpoint to resume from: {problem}. Name another, or pass "
-                    "resume_from_checkpoint=True for the newest whole one"
-                )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Before transformers writes its state, which says that the checkpoint is whole, and removes older ones
-        if self._memory is not None and not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._memory.save(folder / MEMORY_FILE)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._memory is not None and checkpoint is not None and Path(checkpoint, MEMORY_FILE).is_file():
-            self._memory.load(Path(checkpoint, MEMORY_FILE))
-
     def hyperparameter_search(  # type: ignore[override]  # the rest goes through `kwargs`
         self,
         hp_space: Callable[[Any], dict[str, Any]] | None = None,
@@ -511,7 +399,13 @@ class DiscoRewardTrainer(RewardTrainer):
             compute_objective: the default is the NLL on the `eval_dataset`, `eval_nll`.
             **kwargs: `n_trials`, `direction`, `backend`, `hp_name` and those of the backend.
         """
-        beginning = Beginning(self)
+        heads = [head for _, head in self._reward_model.named_reward_heads()]
+        beginning = Beginning(
+            self.model,
+            heads,
+            self._memory,
+            lambda model: self.accelerator.unwrap_model(model, keep_fp32_wrapper=False),
+        )
         self.model_init = beginning  # type: ignore[assignment]
         try:
             return super().hyperparameter_search(
@@ -530,10 +424,6 @@ class DiscoRewardTrainer(RewardTrainer):
         # In the place of the card that PEFT leaves
         card = self._make_model_card(model_name=self._output_dir.name)
         card.save(Path(output_dir or self._output_dir) / "README.md")
-
-    @property
-    def _output_dir(self) -> Path:
-        return Path(str(self.args.output_dir))
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, which is not transformers' own
         self,
@@ -573,27 +463,29 @@ class DiscoRewardTrainer(RewardTrainer):
         )
 
 
-@contextlib.contextmanager
-def _lend_model_class(args: DiscoRewardConfig, adopt: Callable[[Any], None]) -> Iterator[None]:
-    """While TRL builds a model from a string, the class it asks is ours.
+def _check_streams(args: DiscoRewardConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse what a stream cannot have, and set for streams of evaluation what TRL sets for those of training."""
+    if args.max_tokens_per_batch is not None and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "max_tokens_per_batch needs the length of every pair before the first batch, and train_dataset is a "
+            "stream; set per_device_train_batch_size instead, or load the dataset without streaming=True"
+        )
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    accelerator_config: Any = args.accelerator_config
+    if accelerator_config.dispatch_batches is None and any(
+        isinstance(dataset, IterableDataset) for dataset in evaluated
+    ):
+        # accelerate's default for a stream. TRL (1.12 to 1.16) turns it off where the training data are one.
+        accelerator_config.dispatch_batches = False
 
-    TRL (1.12 to 1.16) hands `AutoModelForSequenceClassification`, a global of its module, to a function that only
-    calls `from_pretrained` on it; there is no argument to name another class.
-    """
 
-    class ModelClass:
-        @staticmethod
-        def from_pretrained(path: str, **kwargs: Any) -> Any:
-            model = DiscoRewardModel.from_pretrained(
-                path, reward_family=args.reward_family, fixed_scale=args.fixed_scale, is_trainable=True, **kwargs
-            )
-            adopt(model)
-            return model
-
-    name = "AutoModelForSequenceClassification"
-    original = getattr(trl_reward_trainer, name)
-    setattr(trl_reward_trainer, name, ModelClass)
-    try:
-        yield
-    finally:
-        setattr(trl_reward_trainer, name, original)
+def _check_processes(args: DiscoRewardConfig) -> None:
+    """Refuse what processes may not divide among each other, before a model is loaded."""
+    accelerator_config: Any = args.accelerator_config
+    from_launcher = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")  # what the Accelerator looks at
+    check_parallelism(
+        args.world_size,
+        getattr(args, "parallelism_config", None) or (ParallelismConfig() if from_launcher else None),
+        getattr(args.deepspeed_plugin, "deepspeed_config", None),
+        accelerator_config.dispatch_batches,
+    )

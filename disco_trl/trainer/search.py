@@ -7,48 +7,74 @@ loaded, wrapped and given a head by then. Here each trial begins with the same m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
-from .calibration import HeadMemory
+from .predictions import PredictionMemory
 
 
 class Beginning:
     """
-    What a trainer's model is now, to begin with again: a `model_init`.
+    A `model_init` that returns a model to the state that it is in now.
 
-    Weights that are not trained are taken for granted; of the others there is a copy in the CPU's memory.
+    Weights that are not trained are not copied. Of the others there is a copy in the CPU's memory.
+
+    Args:
+        model ([`~torch.nn.Module`]):
+            Model that is trained. Between trials the trainer has none, so it is kept here.
+        heads (`Iterable[nn.Module]`):
+            Reward heads of the model, whose buffers training changes too: they describe the training rows.
+        memory ([`PredictionMemory`], *optional*):
+            Predictions of the run, which each trial begins without.
+        unwrap (`Callable[[nn.Module], nn.Module]`):
+            Function that takes off what accelerate has put around the model for the last trial.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-        self.model = trainer.model  # between trials the trainer has none
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: Iterable[nn.Module],
+        memory: PredictionMemory | None,
+        unwrap: Callable[[nn.Module], nn.Module],
+    ):
+        self.model = model
+        self.heads = list(heads)
+        self.memory = memory
+        self.unwrap = unwrap
         self._copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """All that training changes: parameters, and what the heads know of the training rows."""
-        heads = {
-            id(tensor) for _, head in self.trainer._reward_model.named_reward_heads() for tensor in head.buffers()
-        }
+        """All that training changes: trained parameters, and the buffers of the heads."""
+        of_heads = {id(tensor) for head in self.heads for tensor in head.buffers()}
         tensors = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
-        return tensors | {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) in heads}
+        return tensors | {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) in of_heads}
 
     @torch.no_grad()
-    def __call__(self) -> torch.nn.Module:
+    def __call__(self) -> nn.Module:
         """Put the weights back, and return the model."""
         for name, tensor in self._tensors().items():
             tensor.copy_(self._copies[name])
-        if self.trainer._memory is not None:
-            self.trainer._memory = HeadMemory()
-        # Without what accelerate has put around it for the last trial
-        return self.trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.memory is not None:
+            self.memory.clear()
+        return self.unwrap(self.model)
 
 
 def space_around(learning_rate: float, batch_size: int) -> Callable[[Any], dict[str, Any]]:
-    """What to try if nobody says otherwise: learning rates from a quarter to four times this one, on a logarithmic
-    scale, and batches of half, once and twice as many pairs. As an `hp_space` for Optuna."""
+    """
+    Make the `hp_space` that is searched by default, for Optuna.
+
+    Args:
+        learning_rate (`float`):
+            Learning rate in the middle: rates from a quarter to four times this one are tried, on a logarithmic scale.
+        batch_size (`int`):
+            Number of pairs in a batch of a process: half of it, itself and twice it are tried.
+
+    Returns:
+        `Callable[[optuna.Trial], dict[str, Any]]`: The settings of a trial.
+    """
 
     def space(trial: Any) -> dict[str, Any]:
         sizes = sorted({max(1, batch_size // 2), batch_size, 2 * batch_size})

@@ -16,7 +16,8 @@ from disco_trl.distributions.reward_distribution import RewardDistribution, get_
 from disco_trl.evaluation.metrics import spearman
 from disco_trl.models.heads import DiscoHead
 from disco_trl.models.inference import score
-from disco_trl.trainer.calibration import MOST_PAIRS, HeadMemory, Predictions, calibrate
+from disco_trl.trainer.calibration import calibrate
+from disco_trl.trainer.predictions import MOST_PAIRS, PredictionMemory, Predictions
 
 
 # Predictions
@@ -114,7 +115,7 @@ def test_hindsight_finds_the_scale_where_answers_come_again():
 
 
 def test_the_memory_keeps_the_latest(tmp_path):
-    memory = HeadMemory()
+    memory = PredictionMemory()
     assert memory.predictions() is None
     for start in range(0, MOST_PAIRS + 1000, 100):
         numbers = torch.arange(start, start + 100).float()
@@ -132,7 +133,7 @@ def test_the_memory_keeps_the_latest(tmp_path):
     assert torch.equal(kept.answers.float(), kept.hidden_states[..., 0])
 
     memory.save(tmp_path / "memory.safetensors")
-    other = HeadMemory()
+    other = PredictionMemory()
     other.load(tmp_path / "memory.safetensors")
     assert other.seen == memory.seen
     for one in (memory, other):

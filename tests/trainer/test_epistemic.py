@@ -14,8 +14,9 @@ from disco_trl.distributions.likelihood import Responses
 from disco_trl.distributions.reward_distribution import FAMILIES, RewardDistribution, get_family
 from disco_trl.models.heads import DiscoHead
 from disco_trl.models.inference import score
-from disco_trl.trainer.calibration import LEAST_PAIRS, Predictions, recalibrate_unit
+from disco_trl.trainer.calibration import LEAST_PAIRS, recalibrate_unit
 from disco_trl.trainer.epistemic import curvature, fit_posterior, prior_precision
+from disco_trl.trainer.predictions import Predictions
 
 
 def make_head(size: int, family: str = "normal", rank: int | None = None) -> DiscoHead:
@@ -305,7 +306,7 @@ def test_other_weights_than_those_of_the_end_get_none(tmp_path, tiny_llama_dir, 
     )
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "what the model does not know is not fitted: load_best_model_at_end" in caplog.text
+    assert "the epistemic uncertainty is not fitted: load_best_model_at_end" in caplog.text
     assert score(trainer.model, TEXTS).location_error is None
 
 

@@ -296,11 +296,11 @@ def test_an_overflow_in_fp16_is_the_scalers_business(build):
     (guard,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FiniteGuard))
     guard.rows += [1, 2]
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+    guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert guard.rows == []
     trainer.accelerator.scaler = None
     with pytest.raises(FloatingPointError, match="gradient"):
-        guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+        guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 def test_an_evaluation_that_is_not_finite_goes_on(build):

@@ -1,0 +1,149 @@
+"""
+Predictions that a training run makes of its pairs before it learns from them.
+
+While training goes through its data for the first time, each prediction is a forecast: the model has not seen the
+answer yet. `PredictionMemory` keeps the latest of them together with the hidden states that they came from, so what is
+fitted at the end of training (`disco_trl.trainer.calibration`, `disco_trl.trainer.epistemic`) needs no pass of its
+own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..distributions.judgements import Judgements
+
+
+MEMORY_FILE = "predictions.safetensors"
+"""Name of the file in a checkpoint that holds a `PredictionMemory`."""
+MOST_PAIRS = 8192
+"""Number of latest pairs that are kept, in memory and in checkpoints, with two hidden states each."""
+
+
+@dataclass
+class Predictions:
+    """
+    Pairs as they were predicted, oldest first.
+
+    Attributes:
+        hidden_states: `[P, 2, H]`, pooled, of chosen and rejected.
+        location: `[P, 2]`.
+        raw_shape: `[P, 2, S]`, S often 0.
+        said: `[P, 6]`, the `Judgements.table`.
+        answers: `[P, 2]`, integers; equal ones stand for equal answers, those below 0 for an answer of its own each.
+    """
+
+    hidden_states: Tensor
+    location: Tensor
+    raw_shape: Tensor
+    said: Tensor
+    answers: Tensor
+
+    def __len__(self) -> int:
+        return len(self.location)
+
+    def __getitem__(self, pairs: slice) -> Predictions:
+        return Predictions(**{field.name: getattr(self, field.name)[pairs] for field in fields(self)})
+
+    def in_hindsight(self) -> Predictions:
+        """The same pairs, with each answer as it was predicted last."""
+        answers = self.answers.flatten()
+        place = torch.arange(len(answers))
+        _, number = torch.where(answers < 0, -1 - place, answers).unique(return_inverse=True)
+        last = torch.zeros_like(place).scatter_reduce(0, number, place, "amax")[number].view_as(self.answers)
+        hidden_states, location, raw_shape = (
+            tensor.flatten(0, 1)[last] for tensor in (self.hidden_states, self.location, self.raw_shape)
+        )
+        return Predictions(hidden_states, location, raw_shape, self.said, self.answers)
+
+
+class PredictionMemory:
+    """The latest predictions of a training run, each made before the model has learned from its pair."""
+
+    def __init__(self) -> None:
+        self._batches: deque[Predictions] = deque()
+        self._pairs = 0
+        self.seen = 0
+        """Pairs that were ever added."""
+        self.factor: float | None = None
+        """What the locations were multiplied by, with those of the head, when that was calibrated."""
+
+    @torch.no_grad()
+    def add(
+        self,
+        hidden_states: Tensor,
+        location: Tensor,
+        raw_shape: Tensor | None,
+        judgements: Judgements,
+        answers: Tensor | None = None,
+    ) -> None:
+        """
+        Keep a batch of P pairs, and forget the oldest beyond `MOST_PAIRS`.
+
+        Args:
+            hidden_states, location, raw_shape: `[2 * P, H]`, `[2 * P, 1]` and `[2 * P, S]`, chosen sides first.
+            judgements: of the P pairs.
+            answers: `[2 * P]`, as in `Predictions`; None if nobody knows which are equal.
+        """
+        count = len(location) // 2
+
+        def in_pairs(tensor: Tensor) -> Tensor:
+            return torch.stack([tensor[:count], tensor[count:]], dim=1).cpu()
+
+        shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
+        answers = torch.full((2 * count,), -1) if answers is None else answers
+        self._batches.append(
+            Predictions(
+                hidden_states=in_pairs(hidden_states.float()),
+                location=in_pairs(location[:, 0].float()),
+                raw_shape=in_pairs(shape.float()),
+                said=judgements.table.cpu(),
+                answers=in_pairs(answers),
+            )
+        )
+        self._pairs += count
+        self.seen += count
+        while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
+            self._pairs -= len(self._batches.popleft())
+
+    def clear(self) -> None:
+        """Forget everything, as before the first batch."""
+        self._batches.clear()
+        self._pairs = self.seen = 0
+        self.factor = None
+
+    def rescale(self, factor: float) -> None:
+        """Go along with a head whose locations were multiplied by a factor."""
+        for batch in self._batches:
+            batch.location.mul_(factor)
+        self.factor = factor * (1.0 if self.factor is None else self.factor)
+
+    def predictions(self) -> Predictions | None:
+        """All that is kept, or None if that is nothing."""
+        return Predictions(**self._tensors()) if self._batches else None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = [field.name for field in fields(Predictions)]
+        return {name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names}
+
+    def save(self, path: Path) -> None:
+        """Write what is kept, for a run that is resumed."""
+        if self._batches:
+            sizes = torch.tensor([len(batch) for batch in self._batches])
+            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), **self._tensors()}, path)
+
+    def load(self, path: Path) -> None:
+        """Read what :meth:`save` wrote."""
+        tensors = load_file(path)
+        sizes = tensors.pop("sizes").tolist()
+        self.seen = int(tensors.pop("seen"))
+        parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
+        batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        self._batches = deque(Predictions(**batch) for batch in batches)
+        self._pairs = sum(sizes)
