@@ -1,16 +1,15 @@
 """
-The end of training: unit and scale, fitted again to what the model predicted of its training pairs.
+Calibration: the unit of reward and the scale, fitted again when training ends.
 
-One pass of small steps leaves the scale half-way, and by its end the model is too sure of texts that it has never
-seen. While training goes through its data for the first time, though, each prediction is made before the model learns
-from the pair. `PredictionMemory` keeps the latest of them, with the hidden states that they came from (no pass of its
-own is needed), and `calibrate` chooses
+One pass of small steps leaves the scale half-way, and makes the model overconfident about texts that it has never
+seen. The predictions that it made of its training pairs before it learned from them
+(`disco_trl.trainer.predictions`) are free of that, and `calibrate` fits to them
 
-- the scale head's weight, by maximum a posteriori with a ridge on log σ, from predictions in hindsight: an answer that
-  came again in a later pair counts as it was predicted last. Where a location is wrong, its votes look divided; the
-  better the locations, the more of what is left is disagreement;
-- one factor for all locations (their unit; temperature scaling, C. Guo et al., 2017), and the strength of the ridge,
-  from predictions in advance (A. P. Dawid, 1984), the latter from the last fifth of the pairs.
+- the weight of the scale head, by maximum a posteriori with a ridge on log σ. It uses predictions in hindsight, in
+  which an answer that came again in a later pair counts as it was predicted last: where a location is wrong, its votes
+  look divided, so better locations leave more of the disagreement that is real;
+- one factor for all locations (temperature scaling; C. Guo et al., 2017) and the strength of the ridge. These use
+  predictions in advance (A. P. Dawid, 1984), the latter from the last fifth of the pairs.
 
 The gauge holds: the geometric mean of the scales stays the family's unit, and the locations take the factor.
 """
@@ -37,26 +36,30 @@ from .predictions import PredictionMemory, Predictions
 logger = get_logger(__name__)
 
 LEAST_PAIRS = 512
-"""Fewer predictions say too little to choose by."""
+"""Smallest number of predictions that a head is calibrated by."""
 STRENGTHS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 1e4)
-"""Of the ridge. At strength s the prior standard deviation of log σ is about 1/√s."""
+"""Strengths of the ridge that are tried. At strength s the prior standard deviation of log σ is about 1/√s."""
 
 
 def calibrate(head: DiscoHead, family: Family, predictions: Predictions, responses: Responses) -> float:
     """
-    Fit unit and scale to predictions, in place.
+    Fit the unit of the locations and the scale to predictions, in place.
 
     Args:
-        head: its location row and the weight of its scale are changed.
-        family: of the rewards.
-        predictions: what it predicted, and what was said.
-        responses: how people answer; left as it is.
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head whose location row and scale weight are changed.
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of its rewards.
+        predictions ([`Predictions`]):
+            What the head predicted in advance, and what people said.
+        responses ([`~disco_trl.distributions.likelihood.Responses`]):
+            How people answer. It is not changed.
 
     Returns:
-        The factor that the locations were multiplied by.
+        `float`: Factor that the locations were multiplied by.
     """
     centre = head.scale.mean_hidden.cpu().double()
-    # Features are in units of their own deviations, and such that the ridge means the same for every hidden size.
+    # Features are in units of their standard deviations, divided by √H, so that one ridge suits every hidden size.
     unit = (predictions.hidden_states.double() - centre).flatten(0, 1).std(dim=0).clamp_min(1e-12) * len(centre) ** 0.5
 
     def problem(pairs: Predictions) -> _Problem:
@@ -82,18 +85,23 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions, respons
 @torch.no_grad()
 def recalibrate_unit(head: DiscoHead, family: Family, predictions: Predictions, responses: Responses) -> float:
     """
-    Fit the unit of the locations again, in place, for a head that knows its own errors.
+    Fit the unit of the locations again, in place, for a head with epistemic uncertainty.
 
-    P(a ≻ b) counts the error of each answer. The factor that :func:`calibrate` found stands for all that the model had
-    wrong, these errors included; with both, the probabilities would be too modest.
+    P(a ≻ b) counts the epistemic uncertainty of each answer. The factor that [`calibrate`] has found stands for all
+    errors of the model, these included, so that with both the probabilities would be too close to ½.
 
     Args:
-        head: calibrated, with its :class:`~disco_trl.models.heads.EpistemicHead` fitted.
-        family, responses: as for :func:`calibrate`.
-        predictions: in advance, in the units that the head has now.
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Calibrated head whose [`~disco_trl.models.heads.EpistemicHead`] is fitted.
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of its rewards.
+        predictions ([`Predictions`]):
+            Predictions in advance, in the unit that the head has now.
+        responses ([`~disco_trl.distributions.likelihood.Responses`]):
+            How people answer.
 
     Returns:
-        The factor that the locations were multiplied by.
+        `float`: Factor that the locations were multiplied by.
     """
     assert head.epistemic is not None
     states = predictions.hidden_states
@@ -115,8 +123,9 @@ def _multiply_locations(head: DiscoHead, factor: float) -> None:
 
 class _Problem:
     """
-    −log likelihood of predictions as a function of the scale's weight `[H]` and the log of the factor. Errors of the
-    locations, `[P, 2]`, do not take the factor.
+    −log likelihood of predictions, as a function of the scale's weight `[H]` and the log of the factor.
+
+    Errors of the locations, `[P, 2]`, are not multiplied by the factor: they are in the unit that it leads to.
     """
 
     def __init__(
@@ -138,8 +147,8 @@ class _Problem:
         self.location_error = location_error
 
     def loss(self, weight: Tensor, log_factor: Tensor) -> Tensor:
-        """The sum over pairs, each with its weight."""
-        # (Bounded as in the head, but by a clamp: a weight that gets there is out of the question.)
+        """The weighted sum over pairs, in nats."""
+        # Bounded as in the head, but by a clamp, as no weight that gets there would be chosen.
         scale = self.unit_scale * torch.exp((self.features @ weight).clamp(-5, 5))
         location = self.location * log_factor.exp()
         chosen, rejected = (
@@ -156,13 +165,13 @@ class _Problem:
         return -(self.judgements.weight * log_probs).sum()
 
     def weight(self, strength: float) -> Tensor:
-        """The maximum a posteriori of the weight, with whatever factor goes best with it."""
+        """Maximum a posteriori of the weight, together with the best factor for it."""
         weight, log_factor = self._zeros(self.features.shape[-1]), self._zeros()
         _minimize(lambda: self.loss(weight, log_factor) + strength / 2 * weight.square().sum(), [weight, log_factor])
         return weight.detach()
 
     def log_factor(self, weight: Tensor) -> Tensor:
-        """The factor that goes best with a weight."""
+        """Log of the best factor for a weight."""
         log_factor = self._zeros()
         _minimize(lambda: self.loss(weight, log_factor), [log_factor])
         return log_factor.detach()
@@ -173,7 +182,7 @@ class _Problem:
 
 
 def _minimize(objective: Callable[[], Tensor], parameters: list[Tensor]) -> None:
-    """Change the parameters to where the objective is least."""
+    """Minimize the objective over the parameters, in place."""
     optimizer = torch.optim.LBFGS(parameters, max_iter=100, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
     def step() -> Tensor:

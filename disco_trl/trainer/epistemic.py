@@ -1,18 +1,18 @@
 """
-What a reward model does not know: the posterior of its last layer, fitted after training.
+Epistemic uncertainty: the posterior of the last layer, fitted when training ends.
 
-The scale of a reward is people's disagreement; it says nothing of how well the model knows the location. The
-location is linear in the hidden state, μ = w · h, so a normal approximation about the trained w (Laplace; D. MacKay,
-1992) has a closed form: its precision A is the sum over training pairs of the curvature of −log likelihood, plus a
-ridge. The model's error about an answer is then √(φᵀ A⁻¹ φ), small where training answers have pointed the same way
-and large elsewhere.
+The scale of a reward is people's disagreement, which is aleatoric. It does not say how well the model knows the
+location. The location is linear in the hidden state, μ = w · h, so a normal approximation about the trained w
+(Laplace; D. MacKay, 1992) has a closed form: its precision A is the sum over training pairs of the curvature of
+−log likelihood, plus a ridge. The standard deviation of the location of an answer is then √(φᵀ A⁻¹ φ). It is small
+where hidden states of training answers have pointed the same way, and large elsewhere.
 
 What flows: training pairs → hidden states of both sides, as `disco_trl.trainer.predictions.PredictionMemory` has kept
 them (no pass of its own) → curvature of each pair in its two locations, `[2, 2]` → the precision A `[H, H]` → its
 strongest directions, in the checkpoint. From there on the model's rewards have a `location_error`.
 
-Only the last layer is uncertain here. The language model below, which may map strange texts onto familiar states, is
-taken for granted.
+Only the last layer is uncertain here. The language model below it, which may map unfamiliar texts onto familiar
+states, is taken as known.
 """
 
 from __future__ import annotations
@@ -37,24 +37,30 @@ from .predictions import PredictionMemory, Predictions
 logger = get_logger(__name__)
 
 MOST_DIRECTIONS = 512
-"""Of the posterior that are kept; in the others, where the data say least, the prior is."""
+"""Number of directions of the posterior that are kept. In the others, where the data say least, the prior holds."""
 
 
 def curvature(
     family: Family, location: Tensor, scale: Tensor, shape: Tensor | None, judgements: Judgements, responses: Responses
 ) -> Tensor:
     """
-    The curvature of −log likelihood of pairs in their two locations.
+    Compute the curvature of −log likelihood of pairs in their two locations.
 
     Args:
-        family: of the rewards.
-        location, scale: `[P, 2]`, float64.
-        shape: `[P, 2, S]`, of families that have shape parameters.
-        judgements: what was said of the P pairs.
-        responses: how people answer.
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of the rewards.
+        location, scale (`torch.DoubleTensor` of shape `(P, 2)`):
+            Locations and scales of both sides.
+        shape (`torch.DoubleTensor` of shape `(P, 2, S)`, *optional*):
+            Shape parameters of families that have them.
+        judgements ([`~disco_trl.distributions.judgements.Judgements`]):
+            What was said about the pairs.
+        responses ([`~disco_trl.distributions.likelihood.Responses`]):
+            How people answer.
 
     Returns:
-        `[P, 2, 2]`, positive semidefinite: where the likelihood curves the wrong way, it counts as flat.
+        `torch.DoubleTensor` of shape `(P, 2, 2)`: Positive semidefinite matrices. Where the likelihood curves the
+            wrong way, it counts as flat, because a precision cannot be negative.
     """
     location = location.detach().clone().requires_grad_()
     chosen, rejected = (
@@ -71,11 +77,16 @@ def curvature(
 
 def prior_precision(informations: Tensor, weight: Tensor) -> float:
     """
-    The ridge λ with the highest evidence, by D. MacKay's fixed point λ = γ / |w|², γ = Σ e / (e + λ).
+    Find the ridge λ with the highest evidence, by D. MacKay's fixed point λ = γ / |w|², γ = Σ e / (e + λ).
 
     Args:
-        informations: eigenvalues `[H]` of what the data say, e.
-        weight: `[H]`, w in the same features.
+        informations (`torch.Tensor` of shape `(H,)`):
+            Eigenvalues e of the information in the data.
+        weight (`torch.Tensor` of shape `(H,)`):
+            Trained weight w, in the same features.
+
+    Returns:
+        `float`: The ridge, at least 1e-6.
     """
     square = weight.square().sum().item()
     strength = 1.0
@@ -91,14 +102,19 @@ def fit_posterior(
     head: DiscoHead, family: Family, predictions: Predictions, responses: Responses, pairs: float | None = None
 ) -> None:
     """
-    Fit the head's :class:`~disco_trl.models.heads.EpistemicHead`, in place.
+    Fit the posterior of a head's location row, in place.
 
     Args:
-        head: with room for it (`know_epistemic`).
-        family: of the rewards.
-        predictions: training pairs; of them the hidden states and what was said.
-        responses: how people answer.
-        pairs: how many the model was trained on, if the predictions are a sample of them.
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head with an [`~disco_trl.models.heads.EpistemicHead`].
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of its rewards.
+        predictions ([`Predictions`]):
+            Training pairs, of which the hidden states and what was said are used.
+        responses ([`~disco_trl.distributions.likelihood.Responses`]):
+            How people answer.
+        pairs (`float`, *optional*):
+            Number of pairs that the model was trained on, if the predictions are a sample of them.
     """
     epistemic = head.epistemic
     assert epistemic is not None

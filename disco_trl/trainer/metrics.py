@@ -1,5 +1,8 @@
-"""What the trainer logs of a batch beside TRL's metrics, in two steps: figures of each pair, which processes can put
-together, and what they come to."""
+"""
+What the trainer logs of a batch beside TRL's metrics.
+
+It is computed in two steps: figures of each pair, which processes can gather, and what they come to over all pairs.
+"""
 
 import torch
 from torch import Tensor
@@ -9,7 +12,19 @@ from ..distributions.reward_distribution import RewardDistribution
 
 
 def pair_figures(chosen: RewardDistribution, rejected: RewardDistribution, judgements: Judgements) -> Tensor:
-    """Figures of B pairs, `[B, 8]`. (In pairs, of which those that a process has only to fill up can be left out.)"""
+    """
+    Figures of each pair, from which those of repeated pairs can be left out before they are summarized.
+
+    Args:
+        chosen, rejected ([`~disco_trl.RewardDistribution`]):
+            Rewards of the two sides of `B` pairs.
+        judgements ([`~disco_trl.distributions.judgements.Judgements`]):
+            What was said about the pairs.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 8)`: Log-likelihood of the votes (nats), number of votes, votes that agree with
+            the locations, P(chosen ≻ rejected), scales of both sides, and locations of both sides.
+    """
     log_prob = chosen.log_prob_greater(rejected)
     votes = judgements.wins + judgements.losses
     log_votes = judgements.wins * log_prob + judgements.losses * rejected.log_prob_greater(chosen)
@@ -20,10 +35,15 @@ def pair_figures(chosen: RewardDistribution, rejected: RewardDistribution, judge
 
 def summarize(figures: Tensor) -> dict[str, float]:
     """
-    Metrics of :func:`pair_figures`.
+    Summarize the figures of pairs.
 
-    `accuracy` and `nll` are per vote, and left out where nobody voted (ratings alone); the others are per pair and
-    per answer.
+    Args:
+        figures (`torch.Tensor` of shape `(B, 8)`):
+            What [`pair_figures`] returns.
+
+    Returns:
+        `dict[str, float]`: `accuracy` and `nll` per vote, which are left out if nobody voted (with ratings alone);
+            `prob_chosen` per pair; `scale_mean`, `scale_min` and `scale_max` over answers.
     """
     log_votes, votes, agreed, prob, *scales = figures[:, :6].T
     scale = torch.cat(scales)
@@ -39,6 +59,15 @@ def summarize(figures: Tensor) -> dict[str, float]:
 
 
 def summarize_rewards(figures: Tensor) -> dict[str, float]:
-    """TRL's means of the rewards, of :func:`pair_figures`."""
+    """
+    Summarize the locations as TRL does the rewards.
+
+    Args:
+        figures (`torch.Tensor` of shape `(B, 8)`):
+            What [`pair_figures`] returns.
+
+    Returns:
+        `dict[str, float]`: `mean_reward` and `margin`, in reward units.
+    """
     chosen, rejected = figures[:, 6:].T
     return {"mean_reward": ((chosen + rejected) / 2).mean().item(), "margin": (chosen - rejected).mean().item()}

@@ -29,14 +29,19 @@ MOST_PAIRS = 8192
 @dataclass
 class Predictions:
     """
-    Pairs as they were predicted, oldest first.
+    Pairs as they were predicted, the oldest first. Sides are chosen and rejected, in this order.
 
     Attributes:
-        hidden_states: `[P, 2, H]`, pooled, of chosen and rejected.
-        location: `[P, 2]`.
-        raw_shape: `[P, 2, S]`, S often 0.
-        said: `[P, 6]`, the `Judgements.table`.
-        answers: `[P, 2]`, integers; equal ones stand for equal answers, those below 0 for an answer of its own each.
+        hidden_states (`torch.Tensor` of shape `(P, 2, H)`):
+            Pooled hidden states.
+        location (`torch.Tensor` of shape `(P, 2)`):
+            Locations, in reward units.
+        raw_shape (`torch.Tensor` of shape `(P, 2, S)`):
+            Raw shape parameters. S is 0 for families without any.
+        said (`torch.Tensor` of shape `(P, 6)`):
+            What people said, as [`~disco_trl.distributions.judgements.Judgements.table`].
+        answers (`torch.LongTensor` of shape `(P, 2)`):
+            Which answers are equal: those with equal numbers. Each negative number is an answer of its own.
     """
 
     hidden_states: Tensor
@@ -52,7 +57,12 @@ class Predictions:
         return Predictions(**{field.name: getattr(self, field.name)[pairs] for field in fields(self)})
 
     def in_hindsight(self) -> Predictions:
-        """The same pairs, with each answer as it was predicted last."""
+        """
+        Replace the prediction of each answer by its last one.
+
+        Returns:
+            [`Predictions`]: The same pairs, in the same order.
+        """
         answers = self.answers.flatten()
         place = torch.arange(len(answers))
         _, number = torch.where(answers < 0, -1 - place, answers).unique(return_inverse=True)
@@ -70,9 +80,9 @@ class PredictionMemory:
         self._batches: deque[Predictions] = deque()
         self._pairs = 0
         self.seen = 0
-        """Pairs that were ever added."""
+        """Number of pairs that were ever added."""
         self.factor: float | None = None
-        """What the locations were multiplied by, with those of the head, when that was calibrated."""
+        """Factor that the locations here and in the head were multiplied by, or `None` before a calibration."""
 
     @torch.no_grad()
     def add(
@@ -84,12 +94,19 @@ class PredictionMemory:
         answers: Tensor | None = None,
     ) -> None:
         """
-        Keep a batch of P pairs, and forget the oldest beyond `MOST_PAIRS`.
+        Add a batch of P pairs, and forget the oldest ones beyond `MOST_PAIRS`.
 
         Args:
-            hidden_states, location, raw_shape: `[2 * P, H]`, `[2 * P, 1]` and `[2 * P, S]`, chosen sides first.
-            judgements: of the P pairs.
-            answers: `[2 * P]`, as in `Predictions`; None if nobody knows which are equal.
+            hidden_states (`torch.Tensor` of shape `(2 * P, H)`):
+                Pooled hidden states, chosen sides first.
+            location (`torch.Tensor` of shape `(2 * P, 1)`):
+                Locations.
+            raw_shape (`torch.Tensor` of shape `(2 * P, S)`, *optional*):
+                Raw shape parameters of families that have them.
+            judgements ([`~disco_trl.distributions.judgements.Judgements`]):
+                What was said about the pairs.
+            answers (`torch.LongTensor` of shape `(2 * P,)`, *optional*):
+                Which answers are equal, as in [`Predictions`]. If `None`, no two of them are.
         """
         count = len(location) // 2
 
@@ -119,13 +136,13 @@ class PredictionMemory:
         self.factor = None
 
     def rescale(self, factor: float) -> None:
-        """Go along with a head whose locations were multiplied by a factor."""
+        """Multiply the locations by the factor that those of the head were multiplied by."""
         for batch in self._batches:
             batch.location.mul_(factor)
         self.factor = factor * (1.0 if self.factor is None else self.factor)
 
     def predictions(self) -> Predictions | None:
-        """All that is kept, or None if that is nothing."""
+        """All pairs that are kept, or `None` if there are none."""
         return Predictions(**self._tensors()) if self._batches else None
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -133,7 +150,7 @@ class PredictionMemory:
         return {name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names}
 
     def save(self, path: Path) -> None:
-        """Write what is kept, for a run that is resumed."""
+        """Write what is kept to a safetensors file, for a run that is resumed."""
         if self._batches:
             sizes = torch.tensor([len(batch) for batch in self._batches])
             save_file({"sizes": sizes, "seen": torch.tensor(self.seen), **self._tensors()}, path)

@@ -1,8 +1,9 @@
-"""The trainer: TRL's `RewardTrainer` with a distribution where it has a number.
+"""
+TRL's `RewardTrainer` with a distribution in the place of a number.
 
-TRL keeps doing what it does: it loads tokenizers, wraps adapters, prepares datasets, pools, logs, evaluates and saves.
-This class lends it a model with a scale, replaces the loss by the exact -log P(chosen ≻ rejected), keeps up the mean
-that fixes the unit of reward, and checks what goes in.
+TRL loads tokenizers, wraps adapters, prepares datasets, logs, evaluates and saves as before. The class here gives it a
+model with a scale, replaces the loss by the exact −log P(chosen ≻ rejected), tracks the mean hidden state that fixes
+the unit of reward, and checks the data. `docs/upstream.md` lists what is overridden, and why.
 """
 
 import copy
@@ -58,17 +59,18 @@ from .search import Beginning, space_around
 logger = get_logger(__name__)
 
 LIKELIHOOD_LEARNING_RATE = 0.02
+"""Learning rate of what the likelihood learns beside the rewards, such as the tie width and the rating thresholds."""
 
 
 class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
     """
     Trainer for distributional reward models.
 
-    It takes the arguments of [`~trl.RewardTrainer`], with the same meaning, and trains a reward with a location and a
-    scale for each answer by minimizing -log P(chosen ≻ rejected), the exact probability that one random reward exceeds
-    the other (Thurstone, 1927, with a learned scale for every answer; for its use in reward models see Distributional
-    Preference Learning, arXiv 2312.08358, and PURM, arXiv 2503.22480). With a `margin` m in the data, the loss is
-    -log F((Δ - m) / s); the metrics leave m out.
+    The arguments are those of [`~trl.RewardTrainer`], with the same meaning. The reward of an answer is a random
+    variable with a location and a scale, and the loss is −log P(chosen ≻ rejected), where P is the exact probability
+    that one random reward exceeds the other. The model goes back to Thurstone (1927), with a learned scale for every
+    answer. For its use in reward models see Distributional Preference Learning (arXiv 2312.08358) and PURM
+    (arXiv 2503.22480). With a `margin` m in the data, the loss is −log F((Δ − m) / s). Metrics do not count m.
 
     Example:
 
@@ -85,22 +87,26 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            A Hub id or directory (of a base language model, a scalar reward model, a disco checkpoint or a PEFT
-            adapter), or a sequence classifier with one label, or a `PeftModel` around one. Instances are upgraded in
-            place: they keep their weights and gain a scale.
+            Model to be trained. Can be either:
+
+            - A Hub id or a directory of a base language model, a scalar reward model, a disco checkpoint or a PEFT
+              adapter.
+            - A sequence classifier with one label, or a [`~peft.PeftModel`] around one. It is upgraded in place: it
+              keeps its weights and gains a scale.
         args ([`DiscoRewardConfig`], *optional*):
             Configuration for this trainer.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            As in TRL, but the reward head is trained, kept in float32 and saved with the adapter whatever it says: the
-            task type and `modules_to_save` need not be set. The object passed is not changed.
+            PEFT configuration used to wrap the model. The reward head is trained, kept in float32 and saved with the
+            adapter even if neither `task_type` nor `modules_to_save` is set. The object passed is not changed.
         data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
         optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config:
-            As for [`~trl.RewardTrainer`].
+            Same as in [`~trl.RewardTrainer`].
 
     Raises:
-        ValueError: if a row of the data cannot be used (it names row, column and fix), if the model cannot carry a
-            reward distribution, or if its checkpoint contradicts `args`.
-        FloatingPointError: in training, when a loss or a gradient is not finite; it names the rows of the batch.
+        `ValueError`: If a row of the data cannot be used, in which case the message names row, column and fix; if the
+            model cannot carry a reward distribution; or if its checkpoint contradicts `args`.
+        `FloatingPointError`: If a loss or a gradient is not finite during training. The message names the rows of the
+            batch.
     """
 
     args: DiscoRewardConfig
@@ -216,10 +222,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             )
 
     def _make_collator(self) -> DataCollatorForDiscoPreference:
-        """
-        TRL's collator with the row numbers that an error message needs, or one that puts what the sequences of a batch
-        share there once.
-        """
+        """TRL's collator, with row numbers for error messages and, where the model supports it, shared prefixes."""
         args = self.args
         refusal = self._why_no_prefix_sharing() if args.prefix_sharing else None
         if refusal is not None:
@@ -234,7 +237,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             share_prefixes=args.prefix_sharing and refusal is None,
             weigh_by=args.weigh_by,
             rating_values=self._likelihood.get("rating_values"),
-            # Processes gather their batches for the metrics, and have to have as many pairs.
+            # Processes gather their figures for the metrics, which needs the same number of pairs in each.
             pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
         )
 
@@ -256,11 +259,12 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # (Tensor parallelism may have come with the model.)
+        # Once more, as a model can bring tensor parallelism with it.
         check_parallelism(parallelism=getattr(self.accelerator, "parallelism_config", None))
         keep_head_apart(self.accelerator)
 
     def _why_no_prefix_sharing(self) -> str | None:
+        """Reason why batches are padded instead, or `None`."""
         if self.args.torch_compile:
             return "with torch_compile each shape of a batch would be compiled anew"
         if self.args.n_gpu > 1:
@@ -282,7 +286,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         prepared = check_preferences(prepared, processing_class, dataset_name, num_proc=num_proc)
         prepared = tokenize_pairs(prepared, processing_class, dataset_name, num_proc=num_proc)
         prepared = tokenize_rankings(prepared, processing_class, dataset_name, max_length=args.max_length)
-        # TRL tokenizes what is not tokenized yet. Its filter would read the dataset row by row once more.
+        # TRL tokenizes what is not tokenized yet, a stream say. Its own length filter is turned off, because it would
+        # read the dataset row by row once more.
         unfiltered = copy.copy(args)
         unfiltered.max_length = None
         prepared = super()._prepare_dataset(prepared, processing_class, unfiltered, dataset_name)
@@ -292,6 +297,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         return check_token_ids(prepared, dataset_name, vocabulary_size(self._adoption.model))
 
     def _set_signature_columns_if_needed(self):
+        # The Trainer removes every other column before the collator sees it, without a word.
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         columns += [name for name in (ROW_COLUMN, RANKED_IDS, "ranks", *JUDGEMENT_COLUMNS) if name not in columns]
@@ -300,8 +306,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         if self.optimizer is not None:  # the caller's own
             return super().create_optimizer(*args, **kwargs)
         optimizer = super().create_optimizer(*args, **kwargs)
-        # The few numbers that the likelihood learns beside the rewards have a learning rate of their own: they are in
-        # units of reward, or logarithms, whatever suits the language model.
+        # What the likelihood learns beside the rewards are a few numbers in units of reward, or logarithms. A learning
+        # rate that suits a language model would hardly move them.
         learned = {id(p) for name, p in self.model.named_parameters() if ".likelihood." in name}
         own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in learned]
         if own:
@@ -311,13 +317,15 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # What flows: a batch → TRL's forward and metrics → distributions → −log likelihood → figures of each pair,
+        # gathered from all processes → metrics; and, in training, running moments of the head and the memory.
         mode = "train" if self.model.training else "eval"
         rows = inputs.pop(ROW_COLUMN, None)
         answers = inputs.pop(ANSWERS, None)
         judgements = Judgements.of_batch(inputs)
 
         # TRL's method runs the model and logs its metrics of the rewards, which are the locations here. Its loss is
-        # of no use: it is a sum whose Bradley–Terry term cannot be taken out again.
+        # not used: it is a sum from which the Bradley–Terry term cannot be taken out again.
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         rewards = self._reward_model.rewards_of(outputs)
         count = len(rewards) // 2
@@ -327,14 +335,14 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
 
         responses = self._reward_model.responses_of(outputs)
         log_likelihoods = log_likelihood(self._family, chosen, rejected, judgements, responses)
-        # What accelerate repeats to even out the last batches counts in training, as with TRL's trainer and any other.
+        # accelerate repeats rows to even out the last batches. In training they count, as in every other trainer.
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
         loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)
         if self.args.center_rewards_coefficient is not None:
             center = torch.mean((chosen.location + rejected.location)[real] ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
         if mode == "train" and self._pairs_per_batch is not None:
-            # The losses of batches are averaged, whatever their size; a pair is to weigh the same in each.
+            # The Trainer averages the losses of batches whatever their size, and a pair must weigh the same in each.
             loss = loss * (len(log_likelihoods) / self._pairs_per_batch)
 
         with torch.no_grad():
@@ -349,8 +357,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             if mode == "train":
                 metrics |= summarize(figures)
             else:
-                self._evaluated.append(figures)  # of the whole evaluation, for `log`
-        if "accuracy" in metrics:  # TRL's counts pairs in which the chosen side is ahead, whoever won the votes
+                self._evaluated.append(figures)  # summarized in `log`, over the whole evaluation
+        if "accuracy" in metrics:
+            # TRL's accuracy counts pairs in which the chosen side is ahead, even if the rejected side won the votes.
             self._metrics[mode]["accuracy"].pop()
         for name, metric in metrics.items():
             self._metrics[mode][name].append(metric)
@@ -360,18 +369,18 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
                 head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
-            # In later passes predictions are not made in advance.
+            # Only in the first pass are predictions made in advance, which calibration needs. A posterior uses all.
             if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated.clear()  # of predictions, which are not logged
+        self._evaluated.clear()  # what `predict` has left, which is not logged
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._evaluated and not self.model.training:
-            # Over all pairs at once: the mean of batches' means would hang on the sizes of the batches.
+            # Over all pairs at once: a mean of batches' means would depend on the sizes of the batches.
             figures = torch.cat(self._evaluated)
             for name, value in (summarize(figures) | summarize_rewards(figures)).items():
                 self._metrics["eval"][name] = [value]
@@ -379,8 +388,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         super().log(logs, start_time)
 
     def _prepare_input(self, data: Any) -> Any:
-        # With DeepSpeed the Trainer casts what is not whole-numbered to the type of the weights. Here these are
-        # margins, weights and soft labels, none of which the model sees.
+        # With DeepSpeed the Trainer casts floating-point inputs to the dtype of the weights. Here those are margins,
+        # weights and soft labels, which the model never sees and bfloat16 would round.
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def hyperparameter_search(  # type: ignore[override]  # the rest goes through `kwargs`
@@ -390,14 +399,18 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         **kwargs: Any,
     ) -> Any:
         """
-        As in transformers, but no `model_init` is needed: each trial begins with the weights that the model has now,
-        and so does what comes after the search.
+        Launches a hyperparameter search, as in transformers, but without a `model_init`.
+
+        Each trial begins with the weights that the model has now. After the search it has them again.
 
         Args:
-            hp_space: the default tries learning rates and batch sizes around those in `args`; see
-                `disco_trl.trainer.search.space_around`.
-            compute_objective: the default is the NLL on the `eval_dataset`, `eval_nll`.
-            **kwargs: `n_trials`, `direction`, `backend`, `hp_name` and those of the backend.
+            hp_space (`Callable[[optuna.Trial], dict[str, Any]]`, *optional*):
+                Function that defines the search space. Defaults to learning rates and batch sizes around those in
+                `args`; see [`~disco_trl.trainer.search.space_around`].
+            compute_objective (`Callable[[dict[str, float]], float]`, *optional*):
+                Function that computes the objective from the metrics of an evaluation. Defaults to `eval_nll`.
+            **kwargs:
+                `n_trials`, `direction`, `backend`, `hp_name`, and arguments of the backend.
         """
         heads = [head for _, head in self._reward_model.named_reward_heads()]
         beginning = Beginning(
@@ -421,7 +434,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        # In the place of the card that PEFT leaves
+        # In the place of the card that PEFT writes
         card = self._make_model_card(model_name=self._output_dir.name)
         card.save(Path(output_dir or self._output_dir) / "README.md")
 
@@ -464,7 +477,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
 
 
 def _check_streams(args: DiscoRewardConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse what a stream cannot have, and set for streams of evaluation what TRL sets for those of training."""
+    """Refuse options that a stream cannot have, and set for evaluation streams what TRL sets for training streams."""
     if args.max_tokens_per_batch is not None and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             "max_tokens_per_batch needs the length of every pair before the first batch, and train_dataset is a "
@@ -480,7 +493,7 @@ def _check_streams(args: DiscoRewardConfig, train_dataset: Any, eval_dataset: An
 
 
 def _check_processes(args: DiscoRewardConfig) -> None:
-    """Refuse what processes may not divide among each other, before a model is loaded."""
+    """Refuse ways of dividing work among processes that would give wrong rewards, before a model is loaded."""
     accelerator_config: Any = args.accelerator_config
     from_launcher = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")  # what the Accelerator looks at
     check_parallelism(
