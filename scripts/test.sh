@@ -99,7 +99,7 @@ assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
     return $status
 }
 
-contract_tests=(tests/contracts tests/handoff
+contract_tests=(tests/contracts tests/handoff tests/test_upstream.py
     tests/trainer/test_{reward_trainer,calibration,epistemic,metrics,crashes}.py
     tests/models/test_{prefix_sharing_training,distributed}.py
     tests/data/test_{preparation,samplers,judgements,hostile_inputs}.py tests/rewards/test_disco_reward.py)
