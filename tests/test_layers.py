@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import disco_trl
+from benchmarks.structure import circles_of, floors_of, imports_of, modules_of
 
 
 PACKAGE = Path(disco_trl.__file__).parent
@@ -20,27 +21,8 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"trainer", "rewards", "models", "data", "distributions"},
 }
 ROOMS["cli"] = {*ROOMS}
-MODULES = {
-    ".".join(("disco_trl", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in PACKAGE.rglob("*.py")
-}
-
-
-def imported(module: str) -> set[str]:
-    """Modules of ours that a module imports anywhere: at its top, in functions, and for type checkers alone."""
-    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
-    found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            origin = ".".join([*base, *filter(None, [node.module])])
-            # `from .room import module` names a module, `from .module import name` does not.
-            found |= {
-                f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in MODULES else origin for alias in node.names
-            }
-    return {name for name in found if name.split(".")[0] == "disco_trl"}
+MODULES = modules_of(PACKAGE)
+IMPORTS = {module: imports_of(module, MODULES) for module in MODULES}
 
 
 def room_of(module: str) -> str | None:
@@ -55,7 +37,7 @@ def test_every_module_is_in_a_room():
 
 
 def test_every_import_is_of_a_module_that_there_is():
-    unknown = {module: names for module in MODULES if (names := imported(module) - MODULES.keys())}
+    unknown = {module: names for module in MODULES if (names := IMPORTS[module] - MODULES.keys())}
     assert not unknown
 
 
@@ -64,29 +46,30 @@ def test_rooms_import_only_what_stands_below_them():
         f"{module} imports {name}"
         for module in MODULES
         if (room := room_of(module)) is not None
-        for name in imported(module)
+        for name in IMPORTS[module]
         if name != "disco_trl._version" and room_of(name) not in {room, *ROOMS[room]}
     ]
     assert not forbidden
 
 
 def test_the_command_line_is_imported_by_nothing():
-    users = {module for module in MODULES if any(room_of(name) == "cli" for name in imported(module))}
+    users = {module for module in MODULES if any(room_of(name) == "cli" for name in IMPORTS[module])}
     assert {module for module in users if room_of(module) != "cli"} == {"disco_trl.__main__"}
 
 
-def circles() -> list[str]:
-    """Modules that reach themselves by imports."""
-    reach = {module: imported(module) & MODULES.keys() for module in MODULES}
-    for through in MODULES:  # S. Warshall, 1962
-        for names in reach.values():
-            if through in names:
-                names |= reach[through]
-    return sorted(module for module in MODULES if module in reach[module])
-
-
 def test_no_imports_run_in_a_circle():
-    assert circles() == []
+    assert circles_of(IMPORTS) == []
+
+
+def test_a_circle_would_be_seen():
+    assert circles_of({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert floors_of({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": set()}) == {
+        "b": 1,
+        "c": 1,
+        "a": 2,
+        "d": 3,
+        "e": 1,
+    }
 
 
 DOCUMENTS = [
