@@ -40,7 +40,6 @@ from ..data.samplers import LengthGroupedSampler, TokenBudgetBatchSampler, group
 from ..data.validation import check_preferences
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
-from ..distributions.reward_distribution import get_family
 from ..models.adapters import keep_to_one_family, save_reward_head
 from ..models.distributed import check_parallelism, keep_head_apart
 from ..models.inference import vocabulary_size
@@ -200,7 +199,7 @@ class DiscoRewardTrainer(RewardTrainer):
                 peft_config=peft_config,
             )
         self._reward_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._family = get_family(self._reward_model.config.disco["reward_family"])
+        self._family = self._reward_model.family
         if is_peft_model(self.model):
             keep_to_one_family(self.model)
 
@@ -386,7 +385,7 @@ class DiscoRewardTrainer(RewardTrainer):
             judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
 
         responses = self._reward_model.responses_of(outputs)
-        log_likelihoods = log_likelihood(self._family, chosen, rejected, judgements, responses)
+        log_likelihoods = log_likelihood(chosen, rejected, judgements, responses)
         # What accelerate repeats to even out the last batches counts in training, as with TRL's trainer and any other.
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
         loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)
