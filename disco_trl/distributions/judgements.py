@@ -12,16 +12,21 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Judgements:
     """
-    What was said about the P comparisons of a batch; all tensors `[P]`, in float32.
+    What was said about the P comparisons of a batch, in float32.
 
-    Attributes:
-        wins, losses, ties: how often the chosen side won, lost and tied; a soft label is a part of a win and the rest
-            of a loss.
-        tie_allowed: 1 where a tie could have been said, 0 in forced choices.
-        margin: in units of reward.
-        weight: of all that is said in the comparison's row; its mean over rows of weight 1 is 1.
-        rating_counts: `[2 * P, L]`, how many people gave each of L ratings to the chosen sides and then to the
-            rejected ones; None where the dataset has no ratings.
+    Args:
+        wins, losses, ties (`torch.Tensor` of shape `(P,)`):
+            How often the chosen side won, lost and tied. A soft label p is p wins and 1 − p losses.
+        tie_allowed (`torch.Tensor` of shape `(P,)`):
+            1 where people could call a tie, 0 in forced choices.
+        margin (`torch.Tensor` of shape `(P,)`):
+            By how much the chosen side has to exceed the other one, in reward units.
+        weight (`torch.Tensor` of shape `(P,)`):
+            The weight in the loss of all that is said in the row of the comparison. Its mean over rows of weight 1
+            is 1.
+        rating_counts (`torch.Tensor` of shape `(2 * P, L)`, *optional*):
+            How many people gave each of L ratings, to the chosen sides first and then to the rejected ones. If `None`,
+            the dataset has no ratings.
     """
 
     wins: Tensor
@@ -34,23 +39,46 @@ class Judgements:
 
     @classmethod
     def forced_choices(cls, count: int, device: torch.device, margin: Tensor | None = None) -> Judgements:
-        """One vote for each chosen side, as a dataset without any of the columns has."""
+        """
+        Makes one vote for each chosen side, which is what a dataset with none of the columns says.
+
+        Args:
+            count (`int`):
+                The number of comparisons, P.
+            device (`torch.device`):
+                Where the tensors are.
+            margin (`torch.Tensor` of shape `(P,)`, *optional*):
+                Margins; 0 by default.
+
+        Returns:
+            [`Judgements`]: Of weight 1 each.
+        """
         zeros = torch.zeros(count, device=device)
         return cls(zeros + 1, zeros, zeros, zeros, zeros if margin is None else margin, zeros + 1)
 
     @classmethod
     def of_batch(cls, batch: dict[str, Any]) -> Judgements | None:
-        """Take out of a batch what `to_tensors` put there, if it put anything."""
+        """
+        Takes the judgements out of a batch that the data collator has made.
+
+        Args:
+            batch (`dict[str, Any]`):
+                The batch. The entries `judgements` and `rating_counts` are removed from it, as models do not take
+                them.
+
+        Returns:
+            [`Judgements`] or `None`: `None` if the dataset has none of the columns.
+        """
         table, rating_counts = batch.pop("judgements", None), batch.pop("rating_counts", None)
         return None if table is None else cls.of_table(table, rating_counts)
 
     @classmethod
     def of_table(cls, table: Tensor, rating_counts: Tensor | None = None) -> Judgements:
-        """From what :attr:`table` is."""
+        """Makes judgements of a [`Judgements.table`], `(P, 6)`, and of ratings, `(2 * P, L)`."""
         wins, losses, ties, tie_allowed, margin, weight = table.unbind(dim=-1)
         return cls(wins, losses, ties, tie_allowed, margin, weight, rating_counts)
 
     @property
     def table(self) -> Tensor:
-        """All but the ratings, `[P, 6]`."""
+        """All but the ratings as one tensor of shape `(P, 6)`, which processes and files can hold."""
         return torch.stack([self.wins, self.losses, self.ties, self.tie_allowed, self.margin, self.weight], dim=-1)

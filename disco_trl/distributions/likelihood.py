@@ -1,20 +1,20 @@
 """
 The likelihood of what people say: votes, ties, soft labels and ratings, all from the same random rewards.
 
-The reward of an answer is ``R = μ + τη + σε``: location μ, people's disagreement σε (drawn anew for each judgement)
-and the model's own error τη with η ~ N(0, 1), which all judgements about the answer share. With Δ = μ_a - μ_b, a
-margin m, a tie band of half-width δ and the label noise ν,
+The reward of an answer is R = μ + τη + σε: the location μ, people's disagreement σε, which is drawn anew for each
+judgement, and the model's own error τη with η ~ N(0, 1), which all judgements about the answer share. With
+Δ = μ_a − μ_b, a margin m, a tie band of half-width δ and the label noise ν,
 
-    P(a wins)  = (1 - ν) P(R_a - R_b > m + δ) + ν P(R_a - R_b < m - δ)      (and P(b wins) with the two exchanged)
-    P(tie)     = P(m - δ < R_a - R_b < m + δ)
-    P(rating ≤ k) = P(R ≤ t_k)        with ordered thresholds t_1 < t_2 < ...
+    P(a wins)      = (1 − ν) P(R_a − R_b > m + δ) + ν P(R_a − R_b < m − δ)      (P(b wins) with the two exchanged)
+    P(tie)         = P(m − δ < R_a − R_b < m + δ)
+    P(rating ≤ k)  = P(R ≤ t_k)      with ordered thresholds t_1 < t_2 < ...
 
-η is integrated out by adaptive Gauss–Hermite quadrature (J. C. Naylor, A. F. M. Smith, 1982), for all judgements of a
-pair, or of an answer, together: so votes of one pair agree with each other more than those of different pairs do, and
-that tells the model's error from people's disagreement. Ties: P. V. Rao, L. L. Kupper, 1967. Ratings: P. McCullagh,
-1980, with a scale for each answer.
+The error η is integrated out for all judgements of a pair, or of an answer, together. Hence votes of one pair agree
+with each other more than those of different pairs do, which is what distinguishes the model's error from people's
+disagreement.
 
-Everything here takes and returns tensors, and is worked out in float64.
+Sources: ties, P. V. Rao, L. L. Kupper, 1967; ratings, P. McCullagh, 1980, here with a scale for each answer; adaptive
+Gauss–Hermite quadrature, J. C. Naylor, A. F. M. Smith, 1982.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .families import to_float64
 from .judgements import Judgements
-from .reward_distribution import Family, RewardDistribution
+from .numerics import log_difference, to_float64
+from .reward_distribution import RewardDistribution
 
 
 QUADRATURE_NODES = 21
-"""Of the adaptive rule. Where the votes of a pair are mixed 1e-6 is reached with fewer; where they all go one way, and
-the error is several times the scales, the integrand is far from normal (`tests/test_likelihood.py`)."""
+"""Nodes of the adaptive rule. Where the votes of a pair are mixed, fewer nodes reach 1e-6. Where they all go one way
+and the error is several times the scales, the integrand is far from normal, and needs these."""
 MODE_SEARCH_STEPS = 12
 _SHORTER_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
@@ -44,12 +44,15 @@ _SHORTER_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 @dataclass(frozen=True)
 class Responses:
     """
-    How people answer, given their rewards; scalars, or None where there is no such thing.
+    How people answer, given their rewards.
 
-    Attributes:
-        tie_width: δ, half-width of the tie band, in units of reward.
-        label_noise: ν, the probability that a vote says the opposite of what was meant, below ½.
-        thresholds: `[L - 1]`, between L ratings, ascending, in units of reward.
+    Args:
+        tie_width (`torch.Tensor` of shape `()`, *optional*):
+            δ, the half-width of the tie band, in reward units. If `None`, there are no ties.
+        label_noise (`torch.Tensor` of shape `()`, *optional*):
+            ν, the probability below ½ that a vote says the opposite of what was meant. If `None`, there is none.
+        thresholds (`torch.Tensor` of shape `(L - 1,)`, *optional*):
+            Thresholds between L ratings, ascending, in reward units. If `None`, there are no ratings.
     """
 
     tie_width: Tensor | None = None
@@ -58,100 +61,92 @@ class Responses:
 
 
 def log_likelihood(
-    family: Family,
     chosen: RewardDistribution,
     rejected: RewardDistribution,
     judgements: Judgements,
     responses: Responses | None = None,
 ) -> Tensor:
     """
-    The log-likelihood of all that is said about P pairs, in nats.
+    Evaluates the log-likelihood of all that is said about P pairs.
+
+    The comparisons of a pair and the ratings of either side are taken to be independent of each other (a composite
+    likelihood).
 
     Args:
-        family: the family of both.
-        chosen, rejected: `[P]` each; their `location_error` is shared by the judgements about an answer.
-        judgements: what was said.
-        responses: how people answer; needed where there are ties, ratings or label noise.
+        chosen, rejected ([`RewardDistribution`] of shape `(P,)`):
+            Rewards of one family. Their `location_error`, if both have one, is shared by the judgements about an
+            answer.
+        judgements ([`Judgements`]):
+            What was said.
+        responses ([`Responses`], *optional*):
+            How people answer; needed where there are ties, ratings or label noise.
 
     Returns:
-        Tensor `[P]`, float64 (on the CPU where the device has none), not yet weighted; the comparisons of a pair and
-        the ratings of either side are taken for independent (a composite likelihood).
+        `torch.Tensor` of shape `(P,)`: In nats, in float64 (on the CPU where the device has no such type), and not yet
+        multiplied by the weights.
 
     Raises:
-        ValueError: there are ties or ratings, but no tie width or thresholds.
+        `ValueError`: If there are ties or ratings, but no tie width or thresholds, or if the families differ.
     """
-
-    def wide(tensor: Tensor) -> Tensor:
-        return to_float64(tensor)[0]
-
-    def all_wide(record: Any) -> dict[str, Any]:
-        return {name: None if value is None else wide(value) for name, value in vars(record).items()}
-
-    chosen, rejected = chosen.map(wide), rejected.map(wide)
-    judgements = Judgements(**all_wide(judgements))
-    responses = Responses(**all_wide(responses or Responses()))
-    total = _comparisons(family, chosen, rejected, judgements, responses)
+    chosen, rejected = chosen.map(to_float64), rejected.map(to_float64)
+    judgements = Judgements(**_all_in_float64(judgements))
+    responses = Responses(**_all_in_float64(responses or Responses()))
+    total = _comparisons(chosen, rejected, judgements, responses)
     if judgements.rating_counts is not None:
         if responses.thresholds is None:
             raise ValueError("there are ratings, but no thresholds to read them by")
         sides = RewardDistribution.cat([chosen, rejected])
-        rated = _ratings(family, sides, judgements.rating_counts, responses.thresholds)
+        rated = _ratings(sides, judgements.rating_counts, responses.thresholds)
         total = total + rated[: len(total)] + rated[len(total) :]
     return total
 
 
+def _all_in_float64(record: Judgements | Responses) -> dict[str, Any]:
+    return {name: None if value is None else to_float64(value) for name, value in vars(record).items()}
+
+
 def _comparisons(
-    family: Family, a: RewardDistribution, b: RewardDistribution, judgements: Judgements, responses: Responses
+    chosen: RewardDistribution, rejected: RewardDistribution, judgements: Judgements, responses: Responses
 ) -> Tensor:
-    wins, losses, ties, margin = judgements.wins, judgements.losses, judgements.ties, judgements.margin
-    scale_a, scale_b, shape_a, shape_b = a.scale, b.scale, a.shape, b.shape
-    band = torch.zeros_like(margin) if responses.tie_width is None else responses.tie_width * judgements.tie_allowed
+    wins, losses, ties = judgements.wins, judgements.losses, judgements.ties
     has_ties = bool((ties > 0).any())
     if has_ties and responses.tie_width is None:
         raise ValueError("there are ties, but no tie width to read them by")
+    no_band = torch.zeros_like(judgements.margin)
+    band = no_band if responses.tie_width is None else responses.tie_width * judgements.tie_allowed
+    beyond_margin = chosen - rejected - judgements.margin
 
     def given(error: Tensor) -> Tensor:
-        # `error` `[..., P]` is added to the difference of the locations.
-        delta = a.location - b.location - margin + error
-        win = family.log_prob_exceeds(delta - band, scale_a, scale_b, shape_a, shape_b)
-        loss = family.log_prob_exceeds(-delta - band, scale_b, scale_a, shape_b, shape_a)
+        """From an error `(..., P)` of the difference of the locations to the log-likelihood, of the same shape."""
+        difference = beyond_margin + error
+        win, loss = difference.log_prob_exceeds(band), (-difference).log_prob_exceeds(band)
         if responses.label_noise is not None:
-            noise = responses.label_noise
-            kept, swapped = torch.log1p(-noise), noise.log()
+            kept, swapped = torch.log1p(-responses.label_noise), responses.label_noise.log()
             win, loss = (
                 torch.logaddexp(kept + win, swapped + loss),
                 torch.logaddexp(kept + loss, swapped + win),
             )
         total = wins * win + losses * loss
         if has_ties:
-            # From the side on which both probabilities are small, so that their difference does not cancel.
-            from_b = delta > 0
-            scales = torch.where(from_b, scale_b, scale_a), torch.where(from_b, scale_a, scale_b)
-            shapes: tuple[Tensor | None, Tensor | None] = (None, None)
-            if shape_a is not None and shape_b is not None:
-                shapes = (
-                    torch.where(from_b[..., None], shape_b, shape_a),
-                    torch.where(from_b[..., None], shape_a, shape_b),
-                )
-            distance = torch.where(from_b, -delta, delta)
-            # A row without a tie, whose band may be none, must not turn a gradient into NaN.
-            width = torch.where(ties > 0, band, torch.ones_like(band))
-            inner = family.log_prob_exceeds(distance + width, *scales, *shapes)
-            outer = family.log_prob_exceeds(distance - width, *scales, *shapes)
-            total = total + ties * log_difference(inner, outer)
+            # Of rows without a tie the band may have no width, whose log-probability of −∞ turns gradients into NaN,
+            # also where it is multiplied by no ties.
+            tie_band = torch.where(ties > 0, band, torch.ones_like(band))
+            total = total + ties * difference.log_prob_within(tie_band)
         return total
 
-    if a.location_error is None or b.location_error is None:
-        return given(torch.zeros_like(margin))
-    return log_marginal(given, torch.hypot(a.location_error, b.location_error))
+    if chosen.location_error is None or rejected.location_error is None:
+        return given(no_band)
+    return log_marginal(given, torch.hypot(chosen.location_error, rejected.location_error))
 
 
-def _ratings(family: Family, rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) -> Tensor:
+def _ratings(rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) -> Tensor:
+    """The log-likelihood `(B,)` of ratings with counts `(B, L)`, given thresholds `(L - 1,)`."""
     shape = None if rewards.shape is None else rewards.shape[..., None, :]
 
     def given(error: Tensor) -> Tensor:
+        """From an error `(..., B)` of the locations to the log-likelihood, of the same shape."""
         z = (thresholds - (rewards.location + error)[..., None]) / rewards.scale[:, None]
-        below, above = family.log_cdf(z, shape), family.log_survival(z, shape)
+        below, above = rewards.kind.log_cdf(z, shape), rewards.kind.log_survival(z, shape)
         # Between two thresholds: from the tail in which both probabilities are small.
         from_above = (z[..., 1:] + z[..., :-1]) > 0
         larger = torch.where(from_above, above[..., :-1], below[..., 1:])
@@ -164,17 +159,6 @@ def _ratings(family: Family, rewards: RewardDistribution, counts: Tensor, thresh
     return log_marginal(given, rewards.location_error)
 
 
-def log_difference(larger: Tensor, smaller: Tensor) -> Tensor:
-    """log(e^larger - e^smaller) for smaller < larger, elementwise, in float64."""
-    # 2⁻⁵² apart they are equal as probabilities go; the logarithm and its gradient stay finite.
-    gap = (larger - smaller).clamp_min(2**-52)
-    # log(1 - e^-gap): by expm1 where the two are close, by log1p where they are not (M. Mächler, 2012).
-    is_close = gap < math.log(2)
-    close = torch.log(-torch.expm1(-torch.where(is_close, gap, 1.0)))
-    apart = torch.log1p(-torch.exp(-torch.where(is_close, 1.0, gap)))
-    return larger + torch.where(is_close, close, apart)
-
-
 # The model's own error
 
 
@@ -185,16 +169,21 @@ def _hermite_rule(nodes: int) -> tuple[np.ndarray, np.ndarray]:
 
 def log_marginal(log_likelihood: Callable[[Tensor], Tensor], spread: Tensor, nodes: int = QUADRATURE_NODES) -> Tensor:
     """
-    log ∫ N(e; 0, spread²) exp(log_likelihood(e)) de, by Gauss–Hermite nodes about the integrand's mode.
+    Integrates a likelihood over a normal error, by Gauss–Hermite nodes about the mode of the integrand.
 
     Args:
-        log_likelihood: from `e` `[Q, P]` (or `[P]`) to the same shape, in float64; with one mode.
-        spread: `[P]`, positive, float64.
-        nodes: of the rule.
+        log_likelihood (`Callable[[torch.Tensor], torch.Tensor]`):
+            From errors e of shape `(Q, P)` (or `(P,)`) to the log-likelihood of that shape, in float64. It has one
+            mode in e.
+        spread (`torch.Tensor` of shape `(P,)`):
+            Standard deviations > 0 of the errors, in float64.
+        nodes (`int`, *optional*, defaults to `21`):
+            The number of nodes.
 
     Returns:
-        Tensor `[P]`. Differentiable in `spread` and in all that `log_likelihood` depends on: where the nodes lie is
-        taken for constant, as it makes no difference to the integral.
+        `torch.Tensor` of shape `(P,)`: log ∫ N(e; 0, spread²) exp(log_likelihood(e)) de. It is differentiable in
+        `spread` and in all that `log_likelihood` depends on. The places of the nodes count as constant, because they
+        make no difference to the integral.
     """
     with torch.no_grad():
         mode, deviation = _find_mode(lambda u: log_likelihood(spread * u) - u.square() / 2, torch.zeros_like(spread))
@@ -205,7 +194,7 @@ def log_marginal(log_likelihood: Callable[[Tensor], Tensor], spread: Tensor, nod
 
 
 def _find_mode(log_density: Callable[[Tensor], Tensor], mode: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a density is highest, and the standard deviation of the normal one as curved there, both `[P]`."""
+    """Returns where a density is highest, and the standard deviation of a normal as curved as it is there: `(P,)`."""
     deviation = torch.ones_like(mode)
     for _ in range(MODE_SEARCH_STEPS):
         # Differences in place of derivatives: the nodes need not lie exactly, and nothing has to be differentiated
@@ -214,6 +203,8 @@ def _find_mode(log_density: Callable[[Tensor], Tensor], mode: Tensor) -> tuple[T
         left, middle, right = log_density(mode + step * torch.tensor([[-1.0], [0.0], [1.0]]).to(mode))
         curvature = ((2 * middle - left - right) / step.square()).clamp_min(1.0)
         deviation = curvature.rsqrt()
+        # Newton's step may overshoot where the density is far from normal, so shorter ones compete with it. A step of
+        # 0 is among them: the density never falls.
         newton = (right - left) / (2 * step * curvature)
         candidates = mode + newton * torch.tensor(_SHORTER_STEPS).to(mode)[:, None]
         best = log_density(candidates).argmax(dim=0, keepdim=True)

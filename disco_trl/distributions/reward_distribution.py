@@ -1,115 +1,156 @@
-"""Rewards as random variables: a batch of distributions of one family, and what can be asked of them.
+"""Rewards as random variables: a batch of distributions of one family, and what can be asked of it.
 
-The mathematics is in `disco_trl.distributions.families` and `disco_trl.distributions.mixture`; here families have
-names, and a model's tensors get one.
+The families themselves, standardized, are in `disco_trl.distributions.families`. Here they get locations and scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .families import Cauchy, Family, Laplace, Logistic, Normal
-from .mixture import NormalMixture
+from .families import FAMILIES, Difference, Family, Normal, get_family
+from .numerics import to_dtype_of, to_float64
 
 
 __all__ = ["FAMILIES", "Family", "RewardDistribution", "get_family"]
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Normal(), Cauchy(), Logistic(), Laplace(), NormalMixture())
-}
 
-
-def get_family(name: str) -> Family:
-    """The family of that name.
-
-    Raises:
-        ValueError: if there is none; the message lists those there are.
-    """
-    if name not in FAMILIES:
-        raise ValueError(f"reward_family={name!r} is unknown; choose one of {', '.join(map(repr, FAMILIES))}")
-    return FAMILIES[name]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RewardDistribution:
-    """The distributions of a batch of rewards.
+    """
+    The distributions of a batch of rewards.
 
-    Location, scale and shape say how people's rewards for an answer are distributed. The location is itself estimated,
-    and `location_error` says how well: P(a ≻ b) takes it into account, or it would be overconfident. `cdf`,
-    `quantile` and `sample` are about people and leave it out.
+    Location, scale and shape describe how people's rewards for an answer are distributed. The location is itself an
+    estimate, and `location_error` says how good it is: P(a ≻ b) averages over that error, or it would be
+    overconfident. `cdf`, `quantile` and `sample` are about people and leave it out.
+
+    All computations are done in float64. Results have the widest type of the tensors involved, and at least float32.
+
+    Args:
+        location (`torch.Tensor`):
+            Locations in reward units, of shape `(B,)`. Any other shape works as well and takes the place of `(B,)`
+            below.
+        scale (`torch.Tensor`):
+            Positive scales in reward units, of shape `(B,)`, or of a shape that broadcasts with the locations.
+        family (`str` or [`Family`]):
+            The family, by its name or as [`get_family`] returns it.
+        shape (`torch.Tensor`, *optional*):
+            Shape parameters `(B, S)` of a family that has S of them (`Family.shape_names`). For other families, `None`
+            or a tensor of shape `(B, 0)`.
+        location_error (`torch.Tensor`, *optional*):
+            Standard deviations ≥ 0 of normal errors of the locations, in reward units, of shape `(B,)` and independent
+            across answers. If `None`, the locations are exact.
 
     Attributes:
-        location: Tensor ``[B]``, in reward units.
-        scale: Tensor ``[B]``, positive, in reward units.
-        family: the name of their family.
-        shape: Tensor ``[B, S]``, the shape parameters of families that have them (`Family.shape_names`), else None.
-        location_error: Tensor ``[B]``, standard deviation ≥ 0 of a normal error of each location, in reward units,
-            independent across answers; None is no error.
+        family (`str`):
+            The name of the family.
+        kind ([`Family`]):
+            The family itself.
 
     Raises:
-        ValueError: if `shape` or `location_error` is not of the size that family and location ask for.
+        `ValueError`: If the family is unknown, or if `shape` or `location_error` does not have the size that family
+        and location require.
 
     Example:
-        >>> import torch
-        >>> from disco_trl import RewardDistribution
-        >>> a = RewardDistribution(torch.tensor([1.7]), torch.tensor([0.4]), "normal")
-        >>> b = RewardDistribution(torch.tensor([1.2]), torch.tensor([0.3]), "normal")
-        >>> a.prob_greater(b)
-        tensor([0.8413])
+
+    ```python
+    >>> import torch
+    >>> from disco_trl import RewardDistribution
+    >>> a = RewardDistribution(torch.tensor([1.7]), torch.tensor([0.4]), "normal")
+    >>> b = RewardDistribution(torch.tensor([1.2]), torch.tensor([0.3]), "normal")
+    >>> a.prob_greater(b)
+    tensor([0.8413])
+
+    ```
     """
 
     location: Tensor
     scale: Tensor
     family: str
-    shape: Tensor | None = None
-    location_error: Tensor | None = None
+    shape: Tensor | None
+    location_error: Tensor | None
+    # Not part of what `dataclasses.replace` passes on: it follows from the family.
+    kind: Family = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        names = get_family(self.family).shape_names
-        size = (*self.location.shape, len(names))
-        if (names or self.shape is not None) and (self.shape is None or self.shape.shape != size):
-            found = "None" if self.shape is None else f"of size {list(self.shape.shape)}"
+    def __init__(
+        self,
+        location: Tensor,
+        scale: Tensor,
+        family: str | Family,
+        shape: Tensor | None = None,
+        location_error: Tensor | None = None,
+    ) -> None:
+        kind = family if isinstance(family, Family) else get_family(family)
+        names, size = kind.shape_names, (*location.shape, len(kind.shape_names))
+        if (names or shape is not None) and (shape is None or shape.shape != size):
+            found = "None" if shape is None else f"of size {list(shape.shape)}"
             raise ValueError(
-                f"the shape of {self.family!r} rewards must be of size {list(size)} ({', '.join(names) or 'none'}), "
+                f"the shape of {kind.name!r} rewards must be of size {list(size)} ({', '.join(names) or 'none'}), "
                 f"but it is {found}"
             )
-        if self.location_error is not None and self.location_error.shape != self.location.shape:
+        if location_error is not None and location_error.shape != location.shape:
             raise ValueError(
-                f"location_error is of size {list(self.location_error.shape)} and location of "
-                f"{list(self.location.shape)}; expand it to one error for each location"
+                f"location_error is of size {list(location_error.shape)} and location of {list(location.shape)}; "
+                "expand it to one error for each location"
             )
+        values = {
+            "location": location,
+            "scale": scale,
+            "family": kind.name,
+            "shape": shape,
+            "location_error": location_error,
+            "kind": kind,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    # Batches
 
     def __len__(self) -> int:
         return len(self.location)
 
     def __getitem__(self, index: Any) -> RewardDistribution:
-        """The rewards at an index, slice or tensor of indices, such as the chosen sides of a batch."""
+        """Selects rewards by an index, a slice or a tensor of indices, such as the chosen sides of a batch."""
         return self.map(lambda tensor: tensor[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RewardDistribution:
-        """These rewards with a function applied to each of their tensors, such as a move to another device.
+        """
+        Applies a function to each tensor, such as a move to another device.
 
-        The function must treat the leading dimensions alike: of `shape` the last one holds the parameters.
+        Args:
+            function (`Callable[[torch.Tensor], torch.Tensor]`):
+                It must treat the leading dimensions of all tensors alike; the last one of `shape` holds the
+                parameters.
+
+        Returns:
+            [`RewardDistribution`]: The rewards made of the results.
         """
         return RewardDistribution(
             function(self.location),
             function(self.scale),
-            self.family,
+            self.kind,
             None if self.shape is None else function(self.shape),
             None if self.location_error is None else function(self.location_error),
         )
 
     @classmethod
     def cat(cls, rewards: Sequence[RewardDistribution]) -> RewardDistribution:
-        """Batches one after another as one batch.
+        """
+        Concatenates batches.
+
+        Args:
+            rewards (`Sequence[RewardDistribution]`):
+                Batches of one family, all with a location error or all without.
+
+        Returns:
+            [`RewardDistribution`]: One batch, in the order of the arguments.
 
         Raises:
-            ValueError: if there are none, their families differ, or only some have a location error.
+            `ValueError`: If there are none, if their families differ, or if only some have a location error.
         """
         families = {reward.family for reward in rewards}
         shapes = [reward.shape for reward in rewards if reward.shape is not None]
@@ -122,61 +163,165 @@ class RewardDistribution:
         return cls(
             torch.cat([reward.location for reward in rewards]),
             torch.cat([reward.scale for reward in rewards]),
-            families.pop(),
+            rewards[0].kind,
             torch.cat(shapes) if shapes else None,
             torch.cat(errors) if errors else None,
         )
 
-    def log_prob_greater(self, other: RewardDistribution) -> Tensor:
-        """log P(this > other), ``[B]`` (or broadcast), in nats, averaged over the errors of both locations.
+    # Two rewards
+
+    def __sub__(self, other: RewardDistribution) -> Difference:
+        """
+        Subtracts independent rewards, given their locations.
+
+        Args:
+            other ([`RewardDistribution`]):
+                Rewards of the same family, whose shape broadcasts with this one's.
+
+        Returns:
+            [`Difference`]: R − R_other of the broadcast shape, in float64. The location errors are left out: whoever
+            asks a single question averages over them ([`RewardDistribution.log_prob_greater`]), and whoever asks
+            several about one pair of answers does so for all together ([`log_likelihood`]).
 
         Raises:
-            ValueError: if the two are of different families.
+            `ValueError`: If the families differ.
         """
         if other.family != self.family:
             raise ValueError(f"a {self.family!r} reward cannot be compared with a {other.family!r} one")
-        return get_family(self.family).log_prob_greater(
-            self.location,
-            self.scale,
-            other.location,
-            other.scale,
-            self.shape,
-            other.shape,
-            self.location_error,
-            other.location_error,
-        )
+        a, b = self.map(to_float64), other.map(to_float64)
+        return Difference(self.kind, a.location - b.location, a.scale, b.scale, a.shape, b.shape)
+
+    def log_prob_greater(self, other: RewardDistribution) -> Tensor:
+        """
+        Evaluates log P(this > other), averaged over the errors of both locations.
+
+        Args:
+            other ([`RewardDistribution`]):
+                Rewards of the same family, whose shape broadcasts with this one's.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, or of the broadcast shape: In nats, at most 0. Its accuracy is that of
+            [`Family.log_prob_greater`], and with errors that of [`Family.log_mean_prob_positive`].
+
+        Raises:
+            `ValueError`: If the families differ.
+        """
+        variances = [
+            to_float64(reward.location_error).square() for reward in (self, other) if reward.location_error is not None
+        ]
+        # Above 0, where a square root has no gradient.
+        error = sum(variances[1:], variances[0]).clamp_min(1e-300).sqrt() if variances else None
+        log_prob = (self - other).log_prob_exceeds(error=error)
+        return to_dtype_of(log_prob, self.location, self.scale, other.location, other.scale)
 
     def prob_greater(self, other: RewardDistribution) -> Tensor:
-        """P(this > other), ``[B]`` (or broadcast)."""
+        """Evaluates P(this > other), in [0, 1]; see [`RewardDistribution.log_prob_greater`]."""
         return self.log_prob_greater(other).exp()
+
+    # One reward
 
     def total(self) -> RewardDistribution:
         """
-        The same rewards with the errors of their locations counted into their scales, for what looks at scales alone.
+        Moves the errors of the locations into the scales, for what looks at scales alone.
 
-        The scale becomes √(σ² + (c e)²), where c turns the error, a normal's standard deviation, into this family's
-        unit. That is the exact distribution of a normal reward whose location is that uncertain; of other families it
-        is one of about the same width.
+        The scale becomes √(σ² + (c e)²), where c converts the error e, the standard deviation of a normal, into the
+        family's unit. For normal rewards that is the exact distribution of a reward whose location is that uncertain;
+        for others it is one of about the same width.
+
+        Returns:
+            [`RewardDistribution`]: Rewards without a location error; these, if they have none already.
         """
         if self.location_error is None:
             return self
-        ratio = get_family(self.family).unit_scale / FAMILIES["normal"].unit_scale
+        ratio = self.kind.unit_scale / Normal.unit_scale
         scale = torch.hypot(self.scale, ratio * self.location_error)
-        return RewardDistribution(self.location, scale, self.family, self.shape)
-
-    def _as_tensor(self, value: float | Tensor) -> Tensor:
-        # Not in the location's dtype: bfloat16 rounds a level of 0.999 to 1.
-        dtype = torch.promote_types(torch.float32, self.location.dtype)
-        return torch.as_tensor(value, dtype=dtype, device=self.location.device)
+        return RewardDistribution(self.location, scale, self.kind, self.shape)
 
     def cdf(self, x: float | Tensor) -> Tensor:
-        """P(reward ≤ x) of a person drawn at random, ``[B]`` (or broadcast)."""
-        return get_family(self.family).cdf(self._as_tensor(x), self.location, self.scale, self.shape)
+        """
+        Evaluates P(reward ≤ x) for a person drawn at random.
+
+        Args:
+            x (`float` or `torch.Tensor`):
+                In reward units, of a shape that broadcasts with `(B,)`.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, or of the broadcast shape: Probabilities in [0, 1].
+        """
+        wide = self.map(to_float64)
+        z = (self._argument(x) - wide.location) / wide.scale
+        return self._in_own_dtype(self.kind.log_cdf(z, wide.shape).exp())
 
     def quantile(self, q: float | Tensor) -> Tensor:
-        """The reward that a share q of people stay below, ``[B]`` (or broadcast), for 0 < q < 1."""
-        return get_family(self.family).quantile(self._as_tensor(q), self.location, self.scale, self.shape)
+        """
+        Evaluates the reward that a share q of people stay below.
+
+        Args:
+            q (`float` or `torch.Tensor`):
+                Levels of a shape that broadcasts with `(B,)`.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, or of the broadcast shape: In reward units.
+
+        Raises:
+            `ValueError`: If a level does not lie strictly between 0 and 1.
+        """
+        wide, levels = self.map(to_float64), self._argument(q)
+        if not bool(((levels > 0) & (levels < 1)).all()):
+            raise ValueError(f"a quantile level must lie strictly between 0 and 1, got {levels.tolist()}")
+        return self._in_own_dtype(wide.location + wide.scale * self.kind.quantile(levels, wide.shape))
+
+    def certainty_equivalent(self, beta: float) -> Tensor:
+        """
+        Evaluates −β log E[e^(−R/β)], the sure reward that someone with risk tolerance β accepts in place of R.
+
+        It is at most the mean and tends to it as β grows. For the normal it is μ − σ²/2β. Source: exponential utility
+        and its certainty equivalent, J. W. Pratt, 1964; as a reward, arXiv 2606.09073.
+
+        Args:
+            beta (`float`):
+                Risk tolerance above 0, in reward units.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: In reward units.
+
+        Raises:
+            `ValueError`: If it is −∞, with the reason: for Cauchy always, for logistic and Laplace where σ ≥ β.
+        """
+        wide = self.map(to_float64)
+        cumulant = self.kind.cumulant(-wide.scale / beta, wide.shape)
+        if not bool(cumulant.isfinite().all()):
+            raise ValueError(
+                f"the certainty equivalent of a {self.family!r} reward is -∞: "
+                f"{self.kind.infinite_cumulant.format(beta=beta)} (the largest scale is "
+                f"{wide.scale.max().item():.4g}); use 'lower_bound' or 'quantile', which always are finite"
+            )
+        return self._in_own_dtype(wide.location - beta * cumulant)
 
     def sample(self, shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
-        """Independent draws of people's rewards, ``shape + [B]``."""
-        return get_family(self.family).sample(self.location, self.scale, shape, generator, self.shape)
+        """
+        Draws the rewards of people, independently.
+
+        Args:
+            shape (`Sequence[int]`, *optional*, defaults to `()`):
+                Leading dimensions of the result, one draw for each entry.
+            generator (`torch.Generator`, *optional*):
+                Source of randomness. If `None`, torch's global one.
+
+        Returns:
+            `torch.Tensor` of shape `(*shape, B)`: In reward units.
+        """
+        wide = self.map(to_float64)
+        size = torch.Size(shape) + torch.broadcast_shapes(wide.location.shape, wide.scale.shape)
+        uniform = torch.rand(size, dtype=torch.float64, device=wide.location.device, generator=generator)
+        # `rand` can return 0, whose quantile is infinite; its next value is 2⁻⁵³.
+        uniform = uniform.clamp_min(2**-53)
+        return self._in_own_dtype(wide.location + wide.scale * self.kind.draw(uniform, wide.shape))
+
+    def _argument(self, value: float | Tensor) -> Tensor:
+        # Not in the location's type: bfloat16 rounds a level of 0.999 to 1.
+        dtype = torch.promote_types(torch.float32, self.location.dtype)
+        return to_float64(torch.as_tensor(value, dtype=dtype, device=self.location.device))
+
+    def _in_own_dtype(self, result: Tensor) -> Tensor:
+        return to_dtype_of(result, self.location, self.scale)

@@ -1,22 +1,22 @@
 """From the distribution of a reward to the one number that an optimizer of policies takes.
 
 =========================  ==============================================  ============================================
-transform                  reward                                          what it is for
+transform                  reward                                          purpose
 =========================  ==============================================  ============================================
 ``mean``                   μ, the location                                 what any scalar reward model gives
-``lower_bound``            μ - k σ                                         pays only for what is good for nearly all
-``quantile``               F⁻¹(q)                                          the same, said as a share of people
-``certainty_equivalent``   -β log E[e^(-R/β)]                              the same, from a utility; exact for risk β
-``win_rate``               mean over siblings of P(this ≻ sibling)         bounded, free of the unit of reward
-``sample``                 a draw of R                                     people's disagreement, kept as noise
+``lower_bound``            μ − k σ                                         pays only for what is good for nearly all
+``quantile``               F⁻¹(q)                                          the same, stated as a share of people
+``certainty_equivalent``   −β log E[e^(−R/β)]                              the same, from a utility; exact for risk β
+``win_rate``               mean over siblings of P(this ≻ sibling)         bounded, independent of the unit of reward
+``sample``                 a draw of R                                     keeps people's disagreement as noise
 =========================  ==============================================  ============================================
 
-`sample` draws from people's disagreement and not from the model's ignorance: averaged over draws it is `mean`.
+`sample` draws from people's disagreement and not from the model's ignorance; averaged over draws it is `mean`.
 `win_rate` compares the answers to one prompt, its siblings, and so needs to know which answers those are. Its values
-are probabilities already: in GRPO and RLOO use it with ``scale_rewards="none"``, or dividing by the group's standard
-deviation blows the differences up again.
+are probabilities already. In GRPO and RLOO, use it with `scale_rewards="none"`: dividing by the group's standard
+deviation would undo the bound.
 
-Everything here takes and returns tensors; it is the same code in every place that a reward leaves the model.
+Every place where a reward leaves the model uses this code.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .reward_distribution import RewardDistribution, get_family
+from .families import get_family
+from .reward_distribution import RewardDistribution
 
 
 @dataclass(frozen=True)
 class Transform(ABC):
-    """A rule that turns distributions into numbers. Options are fields, checked when the transform is made.
+    """
+    A rule that turns distributions into numbers. Its options are fields, which are checked when it is made.
 
-    Attributes:
-        total: whether the scale counts the error of the location too (`RewardDistribution.total`): not only what
+    Args:
+        total (`bool`, *optional*, defaults to `False`):
+            Whether the scale also counts the error of the location ([`RewardDistribution.total`]): not only what
             people disagree about, but also what the model does not know.
     """
 
@@ -50,23 +53,36 @@ class Transform(ABC):
     total: bool = field(default=False, kw_only=True)
 
     def __call__(self, reward: RewardDistribution, group: Tensor | None = None) -> Tensor:
-        """One number for each reward.
+        """
+        Transforms rewards.
 
         Args:
-            reward: location and scale of shape ``S``; ``[B]`` where groups are needed.
-            group: LongTensor ``[B]``; rows with equal numbers answer the same prompt.
+            reward ([`RewardDistribution`] of shape `(...)`):
+                The rewards; of shape `(B,)` if the transform needs groups.
+            group (`torch.LongTensor` of shape `(B,)`, *optional*):
+                Rows with equal numbers are answers to the same prompt.
 
         Returns:
-            Tensor ``S``, in reward units (`win_rate`: a probability).
+            `torch.Tensor` of shape `(...)`: One number for each reward, in reward units, or for `win_rate` a
+            probability.
         """
         return self._of(reward.total() if self.total else reward, group)
 
     @abstractmethod
     def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
-        """What :meth:`__call__` returns, whatever `total` says."""
+        """What `__call__` returns, whatever `total` says."""
 
     def check_family(self, family: str) -> None:  # noqa: B027 (most exist for all)
-        """Raise a `ValueError` with the reason if this transform does not exist for that family."""
+        """
+        Checks that the transform exists for a family, before there are any rewards.
+
+        Args:
+            family (`str`):
+                The name of the family.
+
+        Raises:
+            `ValueError`: If it does not exist, with the reason.
+        """
 
     def _check(self, option: str, is_valid: Callable[[Any], bool], domain: str, kind: type = Real) -> None:
         value = getattr(self, option)
@@ -87,7 +103,13 @@ class Mean(Transform):
 
 @dataclass(frozen=True)
 class LowerBound(Transform):
-    """μ - k σ, for k ≥ 0."""
+    """
+    μ − k σ.
+
+    Args:
+        k (`float`, *optional*, defaults to `1.0`):
+            How many scales below the location, at least 0.
+    """
 
     name = "lower_bound"
     k: float = 1.0
@@ -101,7 +123,13 @@ class LowerBound(Transform):
 
 @dataclass(frozen=True)
 class Quantile(Transform):
-    """F⁻¹(q), for 0 < q < 1: a share q of people give the answer less."""
+    """
+    F⁻¹(q).
+
+    Args:
+        q (`float`, *optional*, defaults to `0.1`):
+            The share of people who give the answer less, strictly between 0 and 1.
+    """
 
     name = "quantile"
     q: float = 0.1
@@ -115,7 +143,13 @@ class Quantile(Transform):
 
 @dataclass(frozen=True)
 class CertaintyEquivalent(Transform):
-    """-β log E[e^(-R/β)], for β > 0: see `Family.certainty_equivalent`, also for where it is infinite."""
+    """
+    −β log E[e^(−R/β)]: see [`RewardDistribution.certainty_equivalent`], also for where it is infinite.
+
+    Args:
+        beta (`float`, *optional*, defaults to `1.0`):
+            Risk tolerance above 0, in reward units.
+    """
 
     name = "certainty_equivalent"
     beta: float = 1.0
@@ -124,15 +158,14 @@ class CertaintyEquivalent(Transform):
         self._check("beta", lambda beta: 0 < beta < math.inf, "a finite number above 0")
 
     def check_family(self, family: str) -> None:
-        # No scale is small enough where even this one is too large.
+        # A family that is infinite even for a scale as small as this one is infinite for all.
         tiny = torch.tensor(self.beta * 1e-9, dtype=torch.float64)
         kind = get_family(family)
         start = kind.shape_from_raw(torch.zeros(len(kind.shape_names), dtype=torch.float64))
-        kind.certainty_equivalent(torch.zeros_like(tiny), tiny, self.beta, start)
+        self._of(RewardDistribution(torch.zeros_like(tiny), tiny, kind, start), None)
 
     def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
-        family = get_family(reward.family)
-        return family.certainty_equivalent(reward.location, reward.scale, self.beta, reward.shape)
+        return reward.certainty_equivalent(self.beta)
 
 
 @dataclass(frozen=True)
@@ -148,7 +181,9 @@ class WinRate(Transform):
                 "transform 'win_rate' compares the answers to one prompt, and nothing here says which those are; use "
                 "it where groups of answers are scored (DiscoReward in GRPO or RLOO, best_of_n), or another transform"
             )
-        result = torch.full_like(reward.location, 0.5)
+        # A probability has at least float32, whatever the type of the location.
+        dtype = torch.promote_types(reward.location.dtype, torch.float32)
+        result = torch.full_like(reward.location, 0.5, dtype=dtype)
         for members in group_members(group):
             if len(members) > 1:
                 rewards = reward[members]
@@ -159,7 +194,13 @@ class WinRate(Transform):
 
 @dataclass(frozen=True)
 class Sample(Transform):
-    """A draw of R, from a generator that is seeded once."""
+    """
+    A draw of R.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds a generator once, so that calls continue one stream of random numbers.
+    """
 
     name = "sample"
     seed: int = 0
@@ -169,6 +210,7 @@ class Sample(Transform):
         object.__setattr__(self, "_generators", {})
 
     def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
+        # A generator belongs to a device, and which one that is only a reward says.
         generators: dict[torch.device, torch.Generator] = getattr(self, "_generators")  # noqa: B009 (frozen)
         device = reward.location.device
         if device not in generators:
@@ -179,13 +221,24 @@ class Sample(Transform):
 TRANSFORMS: dict[str, type[Transform]] = {
     kind.name: kind for kind in (Mean, LowerBound, Quantile, CertaintyEquivalent, WinRate, Sample)
 }
+"""All transforms by their names."""
 
 
 def get_transform(name: str, **options: Any) -> Transform:
-    """The transform of that name with its options: `k`, `q`, `beta` or `seed`, and `total`.
+    """
+    Makes a transform.
+
+    Args:
+        name (`str`):
+            A name in `TRANSFORMS`.
+        **options:
+            Those of the transform: `k`, `q`, `beta` or `seed`, and `total`.
+
+    Returns:
+        [`Transform`]: The transform.
 
     Raises:
-        ValueError: if there is no such transform or option, or the option's value is out of its domain.
+        `ValueError`: If there is no such transform or option, or if the value of an option is out of its domain.
     """
     if name not in TRANSFORMS:
         raise ValueError(f"transform={name!r} is unknown; choose one of {', '.join(map(repr, TRANSFORMS))}")
@@ -202,7 +255,16 @@ def get_transform(name: str, **options: Any) -> Transform:
 
 
 def group_members(group: Tensor) -> list[Tensor]:
-    """The positions (LongTensors) of each group's rows, in the order of the groups' numbers; `group` is `[B]`."""
+    """
+    Finds the rows of each group.
+
+    Args:
+        group (`torch.LongTensor` of shape `(B,)`):
+            The number of each row's group.
+
+    Returns:
+        `list[torch.LongTensor]`: The positions of each group's rows, ascending, in the order of the groups' numbers.
+    """
     order = torch.argsort(group, stable=True)
     _, counts = torch.unique_consecutive(group[order], return_counts=True)
     return list(order.split(counts.tolist()))

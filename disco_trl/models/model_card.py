@@ -56,7 +56,7 @@ def make_model_card(
         base_model=base_model,
         hub_model_id=hub_model_id,
         dataset_name=dataset_name,
-        family=reward_model.config.disco["reward_family"],
+        family=reward_model.family,
         fixed_scale=reward_model.config.disco["fixed_scale"],
         is_adapter=is_adapter,
         metrics=metrics,

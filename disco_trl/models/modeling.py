@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
 from ..distributions.likelihood import Responses
-from ..distributions.reward_distribution import RewardDistribution, get_family
+from ..distributions.reward_distribution import Family, RewardDistribution, get_family
 from .heads import THREAD, DiscoHead, EpistemicHead, LikelihoodHead, ScaleHead, ShapeHead
 from .loading import load_reward_model
 from .outputs import HANDED_ON, OWN_OUTPUTS, RewardModelOutput
@@ -73,6 +73,8 @@ class DiscoRewardModel(_Stock):
         >>> reward.location, reward.scale, reward.quantile(0.05)
     """
 
+    family: Family
+    """The family of its rewards."""
     head_name: str
     unquantized_modules: tuple[str, ...]
     """What quantization has to leave alone: all that follows the backbone, and an encoder's pooler. In a base model
@@ -100,7 +102,8 @@ class DiscoRewardModel(_Stock):
             pretrained_model_name_or_path: a Hub id or directory of a disco checkpoint; of a scalar reward model (its
                 head becomes the location row); of a base language model (the head starts fresh); or of a PEFT adapter
                 (its base is found from its config).
-            reward_family: `"normal"`, `"cauchy"` or `"logistic"`; by default the checkpoint's, or `"normal"`.
+            reward_family: `"normal"`, `"cauchy"`, `"logistic"`, `"laplace"`, `"mixture"`, or any other registered
+                family; by default the checkpoint's, or `"normal"`.
             fixed_scale: give every reward this scale instead of learning one; by default the checkpoint's setting.
             **kwargs: as for `AutoModelForSequenceClassification.from_pretrained` (dtype, device_map,
                 quantization_config, revision, ...). For an adapter, `is_trainable=True` goes on training it.
@@ -128,7 +131,7 @@ class DiscoRewardModel(_Stock):
 
     def split_columns(self, columns: Tensor) -> dict[str, Any]:
         """What a :class:`DiscoHead` gives `with_scale`, `[..., 2 + S + J]`, as fields of the output."""
-        shape_size = len(get_family(self.config.disco["reward_family"]).shape_names)
+        shape_size = len(self.family.shape_names)
         sizes = [1, 1, shape_size, columns.shape[-1] - 2 - shape_size]
         names = ("logits", "scale", "raw_shape", "likelihood")
         parts = zip(names, columns.split(sizes, dim=-1), sizes, strict=True)
@@ -136,7 +139,6 @@ class DiscoRewardModel(_Stock):
 
     def rewards_of(self, output: RewardModelOutput) -> RewardDistribution:
         """The distributions `[B]` that a `forward` of this model has come to."""
-        family = get_family(self.config.disco["reward_family"])
         shape = output.raw_shape
         errors = [error.squeeze(-1) for name, error in self._learned(output).items() if name == "location_error"]
         if self._epistemic is not None:
@@ -144,8 +146,8 @@ class DiscoRewardModel(_Stock):
         return RewardDistribution(
             cast(Tensor, output.logits).squeeze(-1),
             cast(Tensor, output.scale).squeeze(-1),
-            family.name,
-            shape=None if shape is None else family.shape_from_raw(shape),
+            self.family,
+            shape=None if shape is None else self.family.shape_from_raw(shape),
             location_error=functools.reduce(torch.hypot, errors) if errors else None,
         )
 
@@ -215,13 +217,13 @@ class DiscoRewardModel(_Stock):
 
         What a checkpoint has learned already is left as it is.
         """
-        family = get_family(self.config.disco["reward_family"])
+        family = self.family
         shape = family.shape_from_raw(torch.zeros(len(family.shape_names), dtype=torch.float64))
         for _, head in self.named_reward_heads():
             likelihood = cast(LikelihoodHead, head.likelihood)
             if not likelihood.get_parameter("thresholds").any():
                 counts = [ratings.get(value, 0) for value in likelihood.settings["rating_values"]]
-                likelihood.start_thresholds(counts, lambda levels: family.standard_quantile(levels, shape))
+                likelihood.start_thresholds(counts, lambda levels: family.quantile(levels, shape))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ScaleHead | ShapeHead | LikelihoodHead | EpistemicHead):
@@ -230,7 +232,7 @@ class DiscoRewardModel(_Stock):
             super()._init_weights(module)
 
     def _convert_heads(self, settings: dict[str, Any]) -> None:
-        family = get_family(settings["reward_family"])
+        self.family = family = get_family(settings["reward_family"])
         for _, layer in self.named_reward_heads():
             head = DiscoHead.convert(layer, family.unit_scale, settings["fixed_scale"], len(family.shape_names))
             if "likelihood" in settings:

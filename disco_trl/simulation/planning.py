@@ -167,7 +167,7 @@ def _log_probs(
         margin=zeros,
         weight=zeros + 1,
     )
-    return log_likelihood(get_family(family), first, second, judgements, Responses(tie_width=tie_width))
+    return log_likelihood(first, second, judgements, Responses(tie_width=tie_width))
 
 
 # What can be expected of a fit

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ..distributions.reward_distribution import get_family
+from ..distributions.reward_distribution import RewardDistribution
 
 
 NOISE_FAMILIES = ("normal", "laplace", "cauchy")
@@ -139,8 +139,8 @@ class Population:
         """Rewards of texts by people of the given groups, both indices, of the shape that they broadcast to."""
         location, scale = np.broadcast_arrays(self.opinions[groups, texts], self.noise[texts])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        family = get_family(self.noise_family)
-        return family.sample(torch.tensor(location), torch.tensor(scale), generator=generator).numpy()
+        rewards = RewardDistribution(torch.tensor(location), torch.tensor(scale), self.noise_family)
+        return rewards.sample(generator=generator).numpy()
 
     def prob_greater(self, pairs: np.ndarray, same_annotator: bool = False) -> np.ndarray:
         """
@@ -151,17 +151,22 @@ class Population:
             same_annotator: one person judges both sides, rather than a person each. Reward models take rewards to be
                 independent across answers; people who read both sides bring one taste to both.
         """
-        family, pairs = get_family(self.noise_family), np.asarray(pairs)
+        pairs = np.asarray(pairs)
         groups = np.arange(len(self.share))
         ours, theirs = (groups, groups) if same_annotator else (array.ravel() for array in np.meshgrid(groups, groups))
         weight = self.share if same_annotator else self.share[ours] * self.share[theirs]
         probs = np.empty(len(pairs))
         # Persons meet persons: 100 of them are 10,000 terms for a pair, and memory holds some pairs at a time.
         for part in np.array_split(np.arange(len(pairs)), max(1, len(pairs) * len(weight) // 2**20)):
-            first, second = pairs[part].T
-            a, b = self.opinions[ours[:, None], first], self.opinions[theirs[:, None], second]
-            noise_a, noise_b = self.noise[first], self.noise[second]
-            probs[part] = weight @ family.prob_greater(*map(torch.tensor, (a, noise_a, b, noise_b))).numpy()
+            first, second = (
+                RewardDistribution(
+                    torch.tensor(self.opinions[group[:, None], texts]),
+                    torch.tensor(self.noise[texts]),
+                    self.noise_family,
+                )
+                for group, texts in zip((ours, theirs), pairs[part].T, strict=True)
+            )
+            probs[part] = weight @ first.prob_greater(second).numpy()
         return probs
 
 

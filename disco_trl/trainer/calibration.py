@@ -155,13 +155,13 @@ class _Problem:
             RewardDistribution(
                 location[:, side],
                 scale[:, side],
-                self.family.name,
+                self.family,
                 None if self.shape is None else self.shape[:, side],
                 None if self.location_error is None else self.location_error[:, side],
             )
             for side in (0, 1)
         )
-        log_probs = log_likelihood(self.family, chosen, rejected, self.judgements, self.responses)
+        log_probs = log_likelihood(chosen, rejected, self.judgements, self.responses)
         return -(self.judgements.weight * log_probs).sum()
 
     def weight(self, strength: float) -> Tensor:

@@ -64,10 +64,10 @@ def curvature(
     """
     location = location.detach().clone().requires_grad_()
     chosen, rejected = (
-        RewardDistribution(location[:, side], scale[:, side], family.name, None if shape is None else shape[:, side])
+        RewardDistribution(location[:, side], scale[:, side], family, None if shape is None else shape[:, side])
         for side in (0, 1)
     )
-    log_probs = log_likelihood(family, chosen, rejected, judgements, responses)
+    log_probs = log_likelihood(chosen, rejected, judgements, responses)
     total = -(judgements.weight * log_probs).sum()
     (slope,) = torch.autograd.grad(total, location, create_graph=True)
     rows = [torch.autograd.grad(slope[:, side].sum(), location, retain_graph=True)[0] for side in (0, 1)]

@@ -8,6 +8,7 @@ from typing import Any
 from trl import RewardConfig
 
 from ..data.judgements import MOST_RATING_VALUES, Survey
+from ..distributions.reward_distribution import FAMILIES, get_family
 
 
 @dataclass
@@ -22,7 +23,8 @@ class DiscoRewardConfig(RewardConfig):
         > Parameters that control the model
 
         reward_family (`str`, *optional*):
-            Distribution of a reward: `"normal"`, `"cauchy"` or `"logistic"`. If `None`, a disco checkpoint keeps its
+            Distribution of a reward: `"normal"`, `"cauchy"`, `"logistic"`, `"laplace"`, `"mixture"`, or any other
+            family that is registered (`disco_trl.distributions.families`). If `None`, a disco checkpoint keeps its
             own, and any other model gets `"normal"`. A checkpoint of another family is refused.
         fixed_scale (`float`, *optional*):
             If set, every reward has this scale and none is learned. `reward_family="logistic"` with
@@ -84,8 +86,10 @@ class DiscoRewardConfig(RewardConfig):
     reward_family: str | None = field(
         default=None,
         metadata={
-            "help": "Distribution of a reward: 'normal', 'cauchy' or 'logistic'. If `None`, a disco checkpoint keeps "
-            "its own, and any other model gets 'normal'. A checkpoint of another family is refused."
+            "help": "Distribution of a reward: "
+            + ", ".join(f"'{name}' ({family.summary})" for name, family in FAMILIES.items())
+            + ". If `None`, a disco checkpoint keeps its own, and any other model gets 'normal'. A checkpoint of "
+            "another family is refused."
         },
     )
     fixed_scale: float | None = field(
@@ -167,8 +171,6 @@ class DiscoRewardConfig(RewardConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.reward_family is not None:
-            from ..distributions.reward_distribution import get_family
-
             get_family(self.reward_family)
         if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
             raise ValueError(f"fixed_scale={self.fixed_scale!r} must be a positive, finite number")

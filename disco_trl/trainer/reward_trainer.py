@@ -37,7 +37,6 @@ from ..data.samplers import group_stream
 from ..data.validation import check_preferences
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
-from ..distributions.reward_distribution import get_family
 from ..models.adapters import keep_to_one_family
 from ..models.distributed import check_parallelism, keep_head_apart
 from ..models.inference import vocabulary_size
@@ -176,7 +175,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             )
         self._adoption.restore_heads()
         self._reward_model = self._adoption.model
-        self._family = get_family(self._reward_model.config.disco["reward_family"])
+        self._family = self._reward_model.family
         if is_peft_model(self.model):
             keep_to_one_family(self.model)
 
@@ -334,7 +333,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
 
         responses = self._reward_model.responses_of(outputs)
-        log_likelihoods = log_likelihood(self._family, chosen, rejected, judgements, responses)
+        log_likelihoods = log_likelihood(chosen, rejected, judgements, responses)
         # accelerate repeats rows to even out the last batches. In training they count, as in every other trainer.
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
         loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)

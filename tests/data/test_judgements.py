@@ -14,7 +14,7 @@ from disco_trl.data.tokenization import tokenize
 from disco_trl.data.values import is_missing
 from disco_trl.distributions.judgements import Judgements
 from disco_trl.distributions.likelihood import log_likelihood
-from disco_trl.distributions.reward_distribution import RewardDistribution, get_family
+from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.models.inference import score
 
 
@@ -228,12 +228,12 @@ def test_the_loss_is_the_likelihood_of_every_kind_of_row(tiny_llama_dir, tmp_pat
             for better, worse, win in pairs:
                 said = [torch.tensor([x]) for x in (win, 0.0, 1 - win, 1.0, 0.0, 1.0)]
                 pair = (answers[better], answers[worse])
-                expected += log_likelihood(get_family(family), *pair, Judgements(*said), responses).item() / 3
+                expected += log_likelihood(*pair, Judgements(*said), responses).item() / 3
             continue
         table = to_tensors([row], "pair", [0.0, 1.0, 2.0, 3.0])
         judgements = Judgements.of_batch(table)
         sides = [reward(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
-        one = log_likelihood(get_family(family), *sides, judgements, responses)
+        one = log_likelihood(*sides, judgements, responses)
         expected += (judgements.weight * one).item()
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(-expected / 8, rel=1e-5)

@@ -5,6 +5,7 @@ differences with many more digits than fifty. It takes a row: location and scale
 mixture weight and polarization of either.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disco_trl.distributions.reward_distribution import FAMILIES, get_family
+from disco_trl import RewardDistribution
+from disco_trl.distributions.families import FAMILIES, Difference, get_family
 
 
 mpmath.mp.dps = 50
@@ -177,13 +179,14 @@ def test_worked_numbers():
     # Laplace: 1 - (0.16 e^(-0.5/0.4) - 0.09 e^(-0.5/0.3)) / (2 (0.16 - 0.09))
     #          = 1 - (0.16 · 0.286505 - 0.09 · 0.188876) / 0.14 = 0.79399
     for name, prob in (("normal", 0.84134), ("logistic", 0.73106), ("cauchy", 0.69743), ("laplace", 0.79399)):
-        torch.testing.assert_close(get_family(name).prob_greater(*a, *b), torch.tensor(prob), rtol=1e-4, atol=0)
+        found = get_family(name).log_prob_greater(*a, *b).exp()
+        torch.testing.assert_close(found, torch.tensor(prob), rtol=1e-4, atol=0)
     # Mixture of equal camps (w = ½) with ρ = 0.6, 0.8: centers ±0.6 · 0.4 = ±0.24 and ±0.8 · 0.3 = ±0.24; inner
     # deviations 0.8 · 0.4 = 0.32 and 0.6 · 0.3 = 0.18, so s = √(0.1024 + 0.0324) = 0.367151. The centers differ by 0
     # (twice), 0.48 and -0.48:  ½ Φ(0.5 / s) + ¼ Φ(0.98 / s) + ¼ Φ(0.02 / s)
     #   = ½ · 0.913369 + ¼ · 0.996202 + ¼ · 0.521722 = 0.836165
     shapes = torch.tensor([0.5, 0.6]), torch.tensor([0.5, 0.8])
-    prob = get_family("mixture").prob_greater(*a, *b, *shapes)
+    prob = get_family("mixture").log_prob_greater(*a, *b, *shapes).exp()
     torch.testing.assert_close(prob, torch.tensor(0.836165), rtol=1e-5, atol=0)
 
 
@@ -198,7 +201,8 @@ def test_the_laplace_formula_is_the_convolution(scale_b):
             lambda y: mpmath.exp(-abs(y) / scale_b) / (2 * scale_b) * standard(-(y + t) / scale_a),
             [-mpmath.inf, -t, 0, mpmath.inf],
         )
-    got = get_family("laplace").log_prob_exceeds(*(torch.tensor(float(x)).double() for x in (-t, scale_a, scale_b)))
+    numbers = (torch.tensor(float(x)).double() for x in (0, scale_a, scale_b))
+    got = Difference(get_family("laplace"), *numbers).log_prob_exceeds(float(t))
     assert got.exp().item() == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -226,17 +230,18 @@ def swapped(loc_a, scale_a, loc_b, scale_b, *shapes):
 def test_the_two_orders_are_complements(name):
     family = get_family(name)
     rows = arguments(name, float32_rows(name, [-8.0, -1.0, 0.0, 1e-3, 2.0, 8.0], SCALES))
-    torch.testing.assert_close(
-        family.prob_greater(*rows) + family.log_prob_less(*rows).exp(), torch.ones(len(rows[0]), dtype=torch.float64)
-    )
-    torch.testing.assert_close(family.log_prob_less(*rows), family.log_prob_greater(*swapped(*rows)), rtol=0, atol=0)
+    greater, less = family.log_prob_greater(*rows), family.log_prob_greater(*swapped(*rows))
+    torch.testing.assert_close(greater.exp() + less.exp(), torch.ones(len(rows[0]), dtype=torch.float64))
+    difference = Difference(family, rows[0] - rows[2], rows[1], rows[3], *rows[4:])
+    torch.testing.assert_close(difference.log_prob_exceeds(), greater, rtol=0, atol=0)
+    torch.testing.assert_close((-difference).log_prob_exceeds(), less, rtol=0, atol=0)
 
 
 def test_the_complement_does_not_cancel():
     # 1 - P(a > b) is 0 in float32 from z = 6 on; log P(a < b) goes on to tell -1e4 from -1e3.
     one, zero = torch.ones(()), torch.zeros(())
     for z in (1e3, 1e4):
-        log_prob = get_family("normal").log_prob_less(torch.tensor(z * math.sqrt(2)), one, zero, one)
+        log_prob = get_family("normal").log_prob_greater(zero, one, torch.tensor(z * math.sqrt(2)), one)
         expected = mpmath.log(mpmath.ncdf(-z))
         assert abs(log_prob.item() / float(expected) - 1) < 1e-6
 
@@ -254,7 +259,14 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(family.log_prob_greater, inputs)
     # And with the errors of both locations.
     errors = [tensor.requires_grad_() for tensor in torch.rand(2, 12, dtype=torch.float64) + 0.1]
-    assert torch.autograd.gradcheck(family.log_prob_greater, [*inputs, *errors], atol=1e-4)
+
+    def log_prob(loc_a, scale_a, loc_b, scale_b, *rest):
+        *shapes, error_a, error_b = rest
+        shape_a, shape_b = shapes or (None, None)
+        a = RewardDistribution(loc_a, scale_a, family, shape_a, error_a)
+        return a.log_prob_greater(RewardDistribution(loc_b, scale_b, family, shape_b, error_b))
+
+    assert torch.autograd.gradcheck(log_prob, [*inputs, *errors], atol=1e-4)
 
 
 @all_families
@@ -263,7 +275,8 @@ def test_unit_scale_gives_the_slope_of_bradley_terry(name):
     scale = torch.tensor(family.unit_scale, dtype=torch.float64)
     loc = torch.zeros((), dtype=torch.float64, requires_grad=True)
     start = family.shape_from_raw(torch.zeros(len(family.shape_names), dtype=torch.float64))
-    (slope,) = torch.autograd.grad(family.prob_greater(loc, scale, torch.zeros_like(loc), scale, start, start), loc)
+    log_prob = family.log_prob_greater(loc, scale, torch.zeros_like(loc), scale, start, start)
+    (slope,) = torch.autograd.grad(log_prob.exp(), loc)
     assert slope.item() == pytest.approx(0.25, rel=1e-12)
 
 
@@ -312,6 +325,11 @@ def test_properties(name, loc_a, loc_b, more, scale_a, scale_b, shape_a, shape_b
 # One reward
 
 
+def one_reward(name: str, loc: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor) -> RewardDistribution:
+    """With a shape if the family has shape parameters."""
+    return RewardDistribution(loc, scale, name, shape if get_family(name).shape_names else None)
+
+
 def standard_cdf(name: str, z: mpmath.mpf, shape: tuple[float, float]) -> mpmath.mpf:
     if name != "mixture":
         return STANDARD[name].cdf(z)
@@ -354,7 +372,7 @@ LEVELS = [1e-12, 1e-6, 0.025, 0.3, 0.5, 0.75, 0.999, 1 - 1e-6, 1 - 2**-40]
 @plain_families
 def test_quantile_against_mpmath_and_scipy(name):
     loc, scale = torch.tensor(0.25, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
-    quantile = get_family(name).quantile(torch.tensor(LEVELS, dtype=torch.float64), loc, scale)
+    quantile = RewardDistribution(loc, scale, name).quantile(torch.tensor(LEVELS, dtype=torch.float64))
     for level, value in zip(LEVELS, quantile.tolist(), strict=True):
         expected = float(0.25 + 2 * STANDARD[name].quantile(mpmath.mpf(level)))
         assert value == pytest.approx(expected, rel=1e-10, abs=1e-14), level
@@ -365,26 +383,25 @@ def test_quantile_against_mpmath_and_scipy(name):
 def test_cdf_against_scipy(name):
     loc, scale = torch.tensor(-1.0, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
     x = torch.tensor([-30.0, -4.0, -1.0, 0.0, 3.5], dtype=torch.float64)
-    cdf = get_family(name).cdf(x, loc, scale)
+    cdf = RewardDistribution(loc, scale, name).cdf(x)
     torch.testing.assert_close(cdf, torch.from_numpy(STANDARD[name].scipy.cdf(x, -1.0, 0.7)))
 
 
 @all_families
 def test_cdf_of_a_quantile_is_its_level(name):
-    family = get_family(name)
     loc, scale = torch.tensor(-1.0, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
     levels = torch.tensor(LEVELS, dtype=torch.float64)
     for shape in torch.tensor(SHAPES, dtype=torch.float64):
-        quantile = family.quantile(levels, loc, scale, shape)
-        torch.testing.assert_close(family.cdf(quantile, loc, scale, shape), levels, rtol=1e-9, atol=0)
+        reward = one_reward(name, loc, scale, shape)
+        torch.testing.assert_close(reward.cdf(reward.quantile(levels)), levels, rtol=1e-9, atol=0)
 
 
 @all_families
 @pytest.mark.parametrize("level", [0.0, 1.0, -0.1, float("nan")])
 def test_quantile_level_outside_the_open_interval(name, level):
-    one = torch.ones(())
+    reward = one_reward(name, torch.ones(()), torch.ones(()), torch.tensor(SHAPES[0]))
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
-        get_family(name).quantile(torch.tensor([0.5, level]), one, one)
+        reward.quantile(torch.tensor([0.5, level]))
 
 
 DRAWS = 400_000
@@ -394,35 +411,31 @@ DRAWS = 400_000
 def test_samples_compare_as_the_formula_says(name):
     # These families are exact, so the share of draws in which a wins is binomial with P(a > b): its standard error is
     # √(P (1 - P) / N), at most 0.0008, and the seed is fixed. A wrong way to add scales is off by 0.02 and more.
-    family = get_family(name)
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.tensor(0.8), torch.tensor(1.5)), (torch.tensor(0.1), torch.tensor(0.4))
-    shape_a, shape_b = torch.tensor([0.25, 0.9]), torch.tensor([0.6, 0.4])
-    wins = family.sample(*a, (DRAWS,), generator, shape_a) > family.sample(*b, (DRAWS,), generator, shape_b)
-    prob = family.prob_greater(*a, *b, shape_a, shape_b).item()
+    a = one_reward(name, torch.tensor(0.8), torch.tensor(1.5), torch.tensor([0.25, 0.9]))
+    b = one_reward(name, torch.tensor(0.1), torch.tensor(0.4), torch.tensor([0.6, 0.4]))
+    wins = a.sample((DRAWS,), generator) > b.sample((DRAWS,), generator)
+    prob = a.prob_greater(b).item()
     assert abs(wins.double().mean().item() - prob) < 4 * math.sqrt(prob * (1 - prob) / DRAWS)
 
 
 @all_families
 def test_samples_follow_the_cdf(name):
-    family = get_family(name)
     loc, scale = torch.tensor(-2.0, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
-    shape = torch.tensor([0.25, 0.9], dtype=torch.float64)
-    draws = family.sample(loc, scale, (DRAWS,), torch.Generator().manual_seed(1), shape)
+    reward = one_reward(name, loc, scale, torch.tensor([0.25, 0.9], dtype=torch.float64))
+    draws = reward.sample((DRAWS,), torch.Generator().manual_seed(1))
     # Kolmogorov–Smirnov: the largest gap exceeds 1.95 / √N once in a thousand seeds.
     empirical = torch.arange(1, DRAWS + 1, dtype=torch.float64) / DRAWS
-    gap = (family.cdf(draws.sort().values, loc, scale, shape) - empirical).abs().max()
+    gap = (reward.cdf(draws.sort().values) - empirical).abs().max()
     assert gap < 1.95 / math.sqrt(DRAWS)
 
 
 def test_the_logistic_marginal_matches_the_variance_of_its_link():
     # sigmoid(Δ / s) is the law of a logistic difference of variance π² s² / 3 = π² σ_a² / 3 + π² σ_b² / 3. The draws'
     # variance has a relative standard error of √((4.2 - 1) / N), with 4.2 the logistic's kurtosis.
-    family = get_family("logistic")
     generator = torch.Generator().manual_seed(2)
-    scale_a, scale_b = torch.tensor(0.5), torch.tensor(1.2)
-    zero = torch.zeros(())
-    difference = family.sample(zero, scale_a, (DRAWS,), generator) - family.sample(zero, scale_b, (DRAWS,), generator)
+    a, b = (RewardDistribution(torch.zeros(()), torch.tensor(scale), "logistic") for scale in (0.5, 1.2))
+    difference = a.sample((DRAWS,), generator) - b.sample((DRAWS,), generator)
     expected = math.pi**2 / 3 * (0.5**2 + 1.2**2)
     assert difference.var().item() == pytest.approx(expected, rel=4 * math.sqrt(3.2 / DRAWS))
 
@@ -432,8 +445,8 @@ def test_the_logistic_marginal_matches_the_variance_of_its_link():
 def test_extreme_random_numbers_are_finite_draws(name, value, monkeypatch):
     # `torch.rand` gives multiples of 2⁻⁵³ from 0 on; 0.25 is where a mixture with that weight changes camps.
     monkeypatch.setattr(torch, "rand", lambda size, **kwargs: torch.full(size, value, dtype=torch.float64))
-    draw = get_family(name).sample(torch.zeros(1), torch.full((1,), 1e3), shape=torch.tensor([[0.25, 0.5]]))
-    assert torch.isfinite(draw).all()
+    reward = one_reward(name, torch.zeros(1), torch.full((1,), 1e3), torch.tensor([[0.25, 0.5]]))
+    assert torch.isfinite(reward.sample()).all()
 
 
 # Tensors
@@ -447,10 +460,11 @@ def test_dtypes(name, dtype):
     shape = torch.tensor(SHAPES[:2], dtype=dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert family.log_prob_greater(loc, scale, loc.flip(0), scale, shape, shape).dtype == expected
-    assert family.log_prob_greater(loc, scale, loc.flip(0), scale, shape, shape, scale, None).dtype == expected
-    assert family.quantile(torch.tensor(0.1), loc, scale, shape).dtype == expected
-    assert family.cdf(torch.tensor(0.1), loc, scale, shape).dtype == expected
-    assert family.sample(loc, scale, (3,), shape=shape).dtype == expected
+    reward = one_reward(name, loc, scale, shape)
+    assert dataclasses.replace(reward, location_error=scale).log_prob_greater(reward[[1, 0]]).dtype == expected
+    assert reward.quantile(torch.tensor(0.1)).dtype == expected
+    assert reward.cdf(torch.tensor(0.1)).dtype == expected
+    assert reward.sample((3,)).dtype == expected
     # Nothing is worked out in half precision: what is lost is lost in the arguments.
     arguments = (loc, scale, loc.flip(0), scale, shape, shape)
     wide = family.log_prob_greater(*(argument.double() for argument in arguments))
@@ -461,12 +475,14 @@ def test_dtypes(name, dtype):
 def test_shapes_broadcast(name):
     family = get_family(name)
     shape_a, shape_b = torch.tensor([[SHAPES[0]], [SHAPES[1]], [SHAPES[2]]]), torch.tensor(SHAPES[0])
-    log_prob = family.log_prob_greater(
-        torch.zeros(3, 1), torch.ones(3, 1), torch.zeros(4), torch.ones(()), shape_a, shape_b, torch.ones(3, 1)
-    )
-    assert log_prob.shape == (3, 4)
-    assert family.sample(torch.zeros(3, 1), torch.ones(4), (2, 5), shape=shape_a).shape == (2, 5, 3, 4)
-    assert family.quantile(torch.tensor([[0.1], [0.9]]), torch.zeros(4), torch.ones(4), shape_b).shape == (2, 4)
+    numbers = torch.zeros(3, 1), torch.ones(3, 1), torch.zeros(4), torch.ones(())
+    assert family.log_prob_greater(*numbers, shape_a, shape_b).shape == (3, 4)
+    b = one_reward(name, torch.zeros(4), torch.ones(()), shape_b.expand(4, 2))
+    for error in (None, torch.ones(3, 1)):
+        a = one_reward(name, torch.zeros(3, 1), torch.ones(3, 1), shape_a)
+        assert dataclasses.replace(a, location_error=error).log_prob_greater(b).shape == (3, 4)
+    assert one_reward(name, torch.zeros(3, 1), torch.ones(4), shape_a).sample((2, 5)).shape == (2, 5, 3, 4)
+    assert b.quantile(torch.tensor([[0.1], [0.9]])).shape == (2, 4)
 
 
 def test_an_unknown_family_lists_those_there_are():

@@ -11,9 +11,11 @@ import mpmath
 import pytest
 import torch
 
+from disco_trl.distributions.families import FAMILIES
 from disco_trl.distributions.judgements import Judgements
-from disco_trl.distributions.likelihood import Responses, log_difference, log_likelihood, log_marginal
-from disco_trl.distributions.reward_distribution import FAMILIES, RewardDistribution, get_family
+from disco_trl.distributions.likelihood import Responses, log_likelihood, log_marginal
+from disco_trl.distributions.numerics import log_difference
+from disco_trl.distributions.reward_distribution import RewardDistribution
 
 
 mpmath.mp.dps = 30
@@ -44,7 +46,7 @@ def number(value: float) -> torch.Tensor:
 def test_a_forced_choice_is_the_disco_loss(name):
     a, b = reward(name, 0.7, 0.4), reward(name, -0.2, 1.3)
     one = Judgements.forced_choices(1, torch.device("cpu"))
-    torch.testing.assert_close(log_likelihood(get_family(name), a, b, one), a.log_prob_greater(b), rtol=1e-12, atol=0)
+    torch.testing.assert_close(log_likelihood(a, b, one), a.log_prob_greater(b), rtol=1e-12, atol=0)
 
 
 @all_families
@@ -52,15 +54,13 @@ def test_a_forced_choice_is_the_disco_loss(name):
 def test_votes_and_soft_labels_are_binomial(name, wins, losses):
     a, b = reward(name, 0.7, 0.4), reward(name, -0.2, 1.3)
     expected = wins * a.log_prob_greater(b) + losses * b.log_prob_greater(a)
-    found = log_likelihood(get_family(name), a, b, said(wins, losses))
+    found = log_likelihood(a, b, said(wins, losses))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
 def test_a_margin_moves_the_difference():
     # 0.9 - 0.4 over √(0.3² + 0.4²) = ½: z = 1
-    found = log_likelihood(
-        get_family("normal"), reward("normal", 0.9, 0.3), reward("normal", 0, 0.4), said(1, margin=0.4)
-    )
+    found = log_likelihood(reward("normal", 0.9, 0.3), reward("normal", 0, 0.4), said(1, margin=0.4))
     assert found.item() == pytest.approx(float(mpmath.log(mpmath.ncdf(1))), rel=1e-6)
 
 
@@ -70,12 +70,12 @@ def test_a_margin_moves_the_difference():
 def test_the_tie_band_of_the_normal(delta, width):
     a, b = reward("normal", delta, 0.6), reward("normal", 0.0, 0.8)  # s = 1
     responses = Responses(tie_width=number(width))
-    tie = log_likelihood(get_family("normal"), a, b, said(ties=1, tie_allowed=1), responses)
+    tie = log_likelihood(a, b, said(ties=1, tie_allowed=1), responses)
     # The smaller tail, as Φ cancels in the larger
     d = -abs(mpmath.mpf(delta))
     exact = mpmath.log(mpmath.ncdf(d + mpmath.mpf(width)) - mpmath.ncdf(d - mpmath.mpf(width)))
     assert tie.item() == pytest.approx(float(exact), rel=1e-9)
-    win = log_likelihood(get_family("normal"), a, b, said(1, tie_allowed=1), responses)
+    win = log_likelihood(a, b, said(1, tie_allowed=1), responses)
     assert win.item() == pytest.approx(float(mpmath.log(mpmath.ncdf(mpmath.mpf(delta) - mpmath.mpf(width)))), rel=1e-9)
 
 
@@ -85,20 +85,20 @@ def test_win_loss_and_tie_are_all_there_is(name):
     for noise in (None, number(0.1)):
         responses = Responses(tie_width=number(0.6), label_noise=noise)
         outcomes = (said(1, tie_allowed=1), said(losses=1, tie_allowed=1), said(ties=1, tie_allowed=1))
-        total = sum(log_likelihood(get_family(name), a, b, one, responses).exp().item() for one in outcomes)
+        total = sum(log_likelihood(a, b, one, responses).exp().item() for one in outcomes)
         assert total == pytest.approx(1, rel=1e-9)
 
 
 def test_label_noise_mixes_the_two_outcomes():
     a, b = reward("normal", 1.0, 0.6), reward("normal", 0.0, 0.8)
     p = float(mpmath.ncdf(1))
-    found = log_likelihood(get_family("normal"), a, b, said(1), Responses(label_noise=number(0.2)))
+    found = log_likelihood(a, b, said(1), Responses(label_noise=number(0.2)))
     assert found.exp().item() == pytest.approx(0.8 * p + 0.2 * (1 - p), rel=1e-9)
 
 
 def test_a_forced_choice_beside_ties_has_no_band():
     a, b = reward("normal", 1.0, 0.6), reward("normal", 0.0, 0.8)
-    found = log_likelihood(get_family("normal"), a, b, said(1), Responses(tie_width=number(0.5)))
+    found = log_likelihood(a, b, said(1), Responses(tie_width=number(0.5)))
     assert found.item() == pytest.approx(float(mpmath.log(mpmath.ncdf(1))), rel=1e-9)
 
 
@@ -106,16 +106,16 @@ def test_a_forced_choice_beside_ties_has_no_band():
 def test_each_rating_has_the_probability_between_its_thresholds(name):
     a, b = reward(name, 0.7, 0.4), reward(name, 40.0, 1.3)
     thresholds = torch.tensor([-1.0, 0.5, 0.6, 3.0], dtype=torch.float64)
-    family, cumulative = get_family(name), []
+    cumulative = []
     for threshold in thresholds:
         cumulative.append([side.cdf(threshold).item() for side in (a, b)])
     limits = [[0.0, 0.0], *cumulative, [1.0, 1.0]]
     for level in range(5):
         one_hot = [[float(index == level) for index in range(5)], [0.0] * 5]
-        found = log_likelihood(family, a, b, said(ratings=one_hot), Responses(thresholds=thresholds)).exp().item()
+        found = log_likelihood(a, b, said(ratings=one_hot), Responses(thresholds=thresholds)).exp().item()
         assert found == pytest.approx(limits[level + 1][0] - limits[level][0], rel=1e-9)
     # Of the other side, whose location lies far above them all
-    low = log_likelihood(family, a, b, said(ratings=[[0.0] * 5, [0, 0, 1.0, 0, 0]]), Responses(thresholds=thresholds))
+    low = log_likelihood(a, b, said(ratings=[[0.0] * 5, [0, 0, 1.0, 0, 0]]), Responses(thresholds=thresholds))
     assert torch.isfinite(low).all()
     if name == "normal":
         tail = [mpmath.ncdf((mpmath.mpf(t) - 40) / mpmath.mpf(1.3)) for t in (0.5, 0.6)]
@@ -125,9 +125,9 @@ def test_each_rating_has_the_probability_between_its_thresholds(name):
 def test_what_cannot_be_read_is_refused():
     a, b = reward("normal", 0.7, 0.4), reward("normal", -0.2, 1.3)
     with pytest.raises(ValueError, match="no tie width"):
-        log_likelihood(get_family("normal"), a, b, said(ties=1, tie_allowed=1))
+        log_likelihood(a, b, said(ties=1, tie_allowed=1))
     with pytest.raises(ValueError, match="no thresholds"):
-        log_likelihood(get_family("normal"), a, b, said(ratings=[[1.0, 0], [0, 1.0]]))
+        log_likelihood(a, b, said(ratings=[[1.0, 0], [0, 1.0]]))
 
 
 def test_the_difference_of_two_probabilities_in_logs():
@@ -182,7 +182,7 @@ def reference(name: str, delta: float, spread: float, wins: int, losses: int) ->
 )
 def test_the_shared_error_is_integrated_out(name, delta, error, wins, losses):
     a, b = reward(name, delta, 0.6, error), reward(name, 0.0, 0.8, 2 * error)
-    found = log_likelihood(get_family(name), a, b, said(wins, losses)).item()
+    found = log_likelihood(a, b, said(wins, losses)).item()
     exact = reference(name, delta, error * mpmath.sqrt(5), wins, losses)
     # Where all votes go one way and the error is several times the scales, the integrand is a half-normal's like, and
     # a rule made for normal ones sees that less well; so it does Cauchy's tails.
@@ -195,7 +195,7 @@ def test_one_vote_of_the_normal_has_a_closed_form():
     ones = torch.ones_like(deltas)
     a = RewardDistribution(deltas, 0.6 * ones, "normal", location_error=1.2 * ones)
     b = RewardDistribution(0 * ones, 0.8 * ones, "normal", location_error=0.5 * ones)
-    found = log_likelihood(get_family("normal"), a, b, Judgements.forced_choices(25, torch.device("cpu")))
+    found = log_likelihood(a, b, Judgements.forced_choices(25, torch.device("cpu")))
     # Φ(Δ / √(σ_a² + σ_b² + τ_a² + τ_b²))
     exact = torch.special.log_ndtr(deltas / (0.6**2 + 0.8**2 + 1.2**2 + 0.5**2) ** 0.5)
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
@@ -205,14 +205,14 @@ def test_no_error_is_the_limit_of_a_small_one():
     for judgement in (said(7, 3), said(ties=1, tie_allowed=1)):
         responses = Responses(tie_width=number(0.4))
         sides = [[reward("normal", 0.5, 0.6, error), reward("normal", 0, 0.8, error)] for error in (None, 1e-5)]
-        exact, limit = (log_likelihood(get_family("normal"), *pair, judgement, responses) for pair in sides)
+        exact, limit = (log_likelihood(*pair, judgement, responses) for pair in sides)
         assert limit.item() == pytest.approx(exact.item(), rel=1e-7)
 
 
 def test_votes_of_a_pair_agree_with_each_other_through_the_error():
     # Ten votes all one way are likelier than ten times one vote, because the first says where the others will go.
     a, b = reward("normal", 0.0, 0.6, 2.0), reward("normal", 0.0, 0.8, 2.0)
-    ten, one = (log_likelihood(get_family("normal"), a, b, said(n)).item() for n in (10, 1))
+    ten, one = (log_likelihood(a, b, said(n)).item() for n in (10, 1))
     assert ten > 10 * one + 3
 
 
@@ -220,9 +220,7 @@ def test_a_rated_answers_error_is_integrated_out():
     thresholds = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     counts = [2.0, 0.0, 1.0, 4.0]
     a, b = reward("normal", 0.3, 0.5, 0.9), reward("normal", 0.0, 0.5, 0.9)
-    found = log_likelihood(
-        get_family("normal"), a, b, said(ratings=[counts, [0.0] * 4]), Responses(thresholds=thresholds)
-    )
+    found = log_likelihood(a, b, said(ratings=[counts, [0.0] * 4]), Responses(thresholds=thresholds))
 
     def integrand(e):
         limits = [mpmath.mpf(0), *(mpmath.ncdf((t - 0.3 - e) / 0.5) for t in (-1, 0, 1)), mpmath.mpf(1)]
@@ -259,7 +257,7 @@ def test_gradients(name, has_error):
             rating_counts=torch.tensor([[1.0, 0, 2], [0, 0, 1], [0, 0, 0], [3, 1, 0]]),
         )
         responses = Responses(width, noise, thresholds)
-        return log_likelihood(get_family(name), rewards[:2], rewards[2:], judgements, responses)
+        return log_likelihood(rewards[:2], rewards[2:], judgements, responses)
 
     arguments = ([0.3, -1.0, 0.5, 0.9], [0.5, 1.2, 0.8, 2.0], [0.7], 0.4, 0.1, [-0.5, 0.8])
     inputs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in arguments]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_families import DRAWS, LEVELS, SCALES, SHAPES, assert_close, float32_rows, standard_cdf
 
-from disco_trl.distributions.reward_distribution import get_family
+from disco_trl import RewardDistribution
+from disco_trl.distributions.families import get_family
 
 
 def test_a_mixture_without_polarization_is_normal():
@@ -18,11 +19,10 @@ def test_a_mixture_without_polarization_is_normal():
         mixture.log_prob_greater(*rows, one_camp, one_camp), normal.log_prob_greater(*rows), rtol=1e-13, atol=0
     )
     levels = torch.tensor(LEVELS, dtype=torch.float64)
+    torch.testing.assert_close(mixture.quantile(levels, one_camp), normal.quantile(levels), rtol=1e-13, atol=0)
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    torch.testing.assert_close(
-        mixture.quantile(levels, zero, one, one_camp), normal.quantile(levels, zero, one), rtol=1e-13, atol=0
-    )
-    assert mixture.certainty_equivalent(zero, one, 2.0, one_camp).item() == pytest.approx(-0.25, rel=1e-12)
+    reward = RewardDistribution(zero, one, mixture, one_camp)
+    assert reward.certainty_equivalent(2.0).item() == pytest.approx(-0.25, rel=1e-12)
 
 
 def test_location_and_scale_of_a_mixture_are_its_mean_and_standard_deviation():
@@ -30,9 +30,8 @@ def test_location_and_scale_of_a_mixture_are_its_mean_and_standard_deviation():
     for weight, polarization in SHAPES:
         shape = torch.tensor([weight, polarization])
         generator = torch.Generator().manual_seed(4)
-        draws = (
-            get_family("mixture").sample(torch.tensor(-1.0), torch.tensor(3.0), (DRAWS,), generator, shape).double()
-        )
+        reward = RewardDistribution(torch.tensor(-1.0), torch.tensor(3.0), "mixture", shape)
+        draws = reward.sample((DRAWS,), generator).double()
         assert draws.mean().item() == pytest.approx(-1, abs=4 * 3 / math.sqrt(DRAWS))
         assert draws.var().item() == pytest.approx(9, abs=4 * 9 * math.sqrt(3 / DRAWS))
 
@@ -51,7 +50,7 @@ def test_a_strongly_polarized_mixture():
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0.01, 0.9949), (0.99, 0.9949), (1e-4, 0.999)])
 def test_quantile_of_a_mixture_against_mpmath(shape):
-    quantile = get_family("mixture").standard_quantile(
+    quantile = get_family("mixture").quantile(
         torch.tensor(LEVELS, dtype=torch.float64), torch.tensor(shape, dtype=torch.float64)
     )
     for level, value in zip(LEVELS, quantile.tolist(), strict=True):

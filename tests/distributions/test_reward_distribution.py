@@ -11,8 +11,9 @@ import pytest
 import torch
 from test_families import reference
 
-from disco_trl.distributions import reward_distribution as distributions
-from disco_trl.distributions.reward_distribution import FAMILIES, RewardDistribution, get_family
+from disco_trl.distributions import reward_distribution
+from disco_trl.distributions.families import FAMILIES, Difference, base, get_family
+from disco_trl.distributions.reward_distribution import RewardDistribution
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -162,8 +163,9 @@ def test_probabilities_averaged_over_the_error_against_quadrature(name):
         [(1.0, 1.0), (0.25, 1.125)], [0.05, 3.0], [-30.0, -0.4, 1.5]
     ):
         s = math.hypot(scale_a, scale_b)
-        arguments = [torch.tensor(x, dtype=torch.float64) for x in (z * s, ratio * s, scale_a, scale_b, shape, shape)]
-        log_prob = get_family(name).log_mean_prob_exceeds(*arguments).item()
+        numbers = (torch.tensor(x, dtype=torch.float64) for x in (z * s, scale_a, scale_b, shape, shape))
+        error = torch.tensor(ratio * s, dtype=torch.float64)
+        log_prob = Difference(get_family(name), *numbers).log_prob_exceeds(error=error).item()
         with mpmath.workdps(15):
             share = mean_over_error(
                 name, log_prob, *map(mpmath.mpf, (z * s, ratio * s, scale_a, scale_b, *shape, *shape))
@@ -174,11 +176,11 @@ def test_probabilities_averaged_over_the_error_against_quadrature(name):
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_an_error_far_beyond_the_scales_is_finite(name):
     # It is then the error alone that decides: Φ(Δ / τ).
-    family = get_family(name)
-    shape = torch.tensor([0.5, 0.8])
+    shape = torch.tensor([0.5, 0.8]).expand(7, 2) if get_family(name).shape_names else None
     delta = torch.tensor([-1e4, -30.0, -1.0, 0.0, 1.0, 30.0, 1e4], requires_grad=True)
     zero, one, error = torch.zeros(7), torch.full((7,), 0.01), torch.full((7,), 10.0, requires_grad=True)
-    log_prob = family.log_prob_greater(delta, one, zero, one, shape, shape, error)
+    unsure = RewardDistribution(delta, one, name, shape, error)
+    log_prob = unsure.log_prob_greater(RewardDistribution(zero, one, name, shape))
     gradients = torch.autograd.grad(log_prob.sum(), [delta, error])
     assert all(torch.isfinite(tensor).all() for tensor in (log_prob, *gradients))
     expected = torch.special.ndtr(delta.detach() / 10)
@@ -186,9 +188,10 @@ def test_an_error_far_beyond_the_scales_is_finite(name):
 
 
 def test_the_examples_in_the_docstrings():
-    result = doctest.testmod(distributions)
-    assert result.attempted > 0
-    assert result.failed == 0
+    for module in (reward_distribution, base):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
 
 
 def test_the_maths_needs_torch_alone():

@@ -6,6 +6,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
+from disco_trl.distributions.families import FAMILIES, get_family
 from disco_trl.models.model_card import TEMPLATE, add_evaluation
 
 
@@ -24,6 +25,7 @@ CARD = {
 
 def render_card(**changes) -> str:
     variables = CARD | changes
+    variables["family"] = get_family(variables["family"])
     card_data = ModelCardData(
         base_model=variables["base_model"], library_name="transformers", tags=["disco-trl", "reward-trainer"]
     )
@@ -60,7 +62,7 @@ def test_names_what_a_family_lacks():
     assert "geometrically" not in text
 
 
-@pytest.mark.parametrize("family", ["normal", "cauchy", "logistic"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_code_parses(family):
     text = render_card(family=family)
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

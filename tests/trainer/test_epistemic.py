@@ -1,6 +1,7 @@
 """`disco_trl.trainer.epistemic`: the posterior against the matrix it stands for, and what it is there for."""
 
 import logging
+import operator
 
 import pytest
 import torch
@@ -53,9 +54,12 @@ def test_curvature_is_the_second_derivative(name):
     found = curvature(family, location, scale, shape, judgements, Responses())
 
     step = 1e-4
-    arguments = [scale[:, 0], scale[:, 1]] + ([] if shape is None else [shape[:, 0], shape[:, 1]])
-    margin = location[:, 0] - location[:, 1]
-    values = [-family.log_prob_exceeds(margin + shift, *arguments) for shift in (-step, 0, step)]
+    sides = (
+        RewardDistribution(location[:, side], scale[:, side], family, None if shape is None else shape[:, side])
+        for side in (0, 1)
+    )
+    difference = operator.sub(*sides)
+    values = [-(difference + shift).log_prob_exceeds() for shift in (-step, 0, step)]
     second = ((values[0] - 2 * values[1] + values[2]) / step**2).clamp_min(0)
     assert found[:, 0, 0] == pytest.approx(second, abs=1e-5)
     assert found[:, 0, 1] == pytest.approx(-second, abs=1e-5)
