@@ -17,8 +17,9 @@ from disco_trl import DiscoRewardModel
 from disco_trl.cli.estimate import GIB
 from disco_trl.cli.main import main
 from disco_trl.models.prefix_sharing import prepare
+from disco_trl.trainer.dataless_model import METHODS, Settings
+from disco_trl.trainer.dataless_step import DatalessTrainer, LiveMemory, bytes_of
 from disco_trl.trainer.estimate import estimate, largest_batch
-from disco_trl.trainer.memory import METHODS, DatalessTrainer, LiveMemory, Settings, bytes_of
 
 
 # Those of which `prepare` knows that they share prefixes
