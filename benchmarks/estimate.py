@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
 from disco_trl.cli.estimate import LABELS
+from disco_trl.trainer.dataless_model import METHODS, Settings
 from disco_trl.trainer.estimate import estimate
-from disco_trl.trainer.memory import METHODS, Settings
 
 from .human_ratings import small_chat_lm
 from .peak_memory import PeakMemory, held_bytes, in_fresh_process

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change goes in, in environments of its own:
+# Run all checks that a change has to pass, in separate environments:
 #
-#   .venvs/trl-newest   the newest TRL: ruff, mypy, all tests; a wheel is built and tried outside the checkout
-#   .venvs/trl-1.12     the oldest TRL supported (and the last with PPOTrainer): the contract tests
+#   .venvs/trl-newest   newest TRL: ruff, mypy, all tests, and a wheel that is built and tested outside the checkout
+#   .venvs/trl-1.12     oldest supported TRL (and the last with PPOTrainer): the contract tests
 #
 #   bash scripts/test.sh [--fresh] [--fast] [arguments for pytest]
 #
-#   --fresh   make the environments anew (otherwise they are kept until setup.cfg, pyproject.toml or TORCH_SPEC change)
-#   --fast    leave out the tests marked `slow`
+#   --fresh   recreate the environments (by default only if setup.cfg, pyproject.toml, PYTHON or TORCH_SPEC change)
+#   --fast    skip the tests marked `slow`
 #
-# PYTHON names the interpreter (default python3). TORCH_SPEC is what pip is asked for as torch, e.g. another version or
+# PYTHON is the interpreter (default: python3). TORCH_SPEC is what pip installs as torch, e.g. another version or
 # "torch --index-url <your mirror of CPU builds>".
 
 set -o pipefail
@@ -28,8 +28,8 @@ for argument in "$@"; do
 done
 
 PYTHON=${PYTHON:-python3}
-# Installed first and by version: asked only for "torch>=2.6", pip passes over a local CPU build (--find-links) as soon
-# as the registry has a newer torch, and that one brings gigabytes of CUDA libraries.
+# torch is installed first and by version. For "torch>=2.6" alone, pip would prefer a newer torch of the registry, with
+# gigabytes of CUDA libraries, to a local CPU build (--find-links).
 TORCH_SPEC=${TORCH_SPEC:-torch==2.13.0}
 
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -41,7 +41,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 passed=()
 failed=()
 
-# step NAME COMMAND...: run it, remember how it went, go on.
+# step NAME COMMAND...: run the command, record whether it passed, and continue.
 step() {
     local name=$1 start=$SECONDS
     shift
@@ -54,7 +54,7 @@ step() {
     fi
 }
 
-# environment DIRECTORY REQUIREMENT...: a virtual environment with the checkout in it, editable.
+# environment DIRECTORY REQUIREMENT...: create a virtual environment and install the requirements into it.
 environment() {
     local directory=$1 torch_spec stamp
     shift
@@ -73,8 +73,8 @@ environment() {
         "$directory/bin/pip" list 2>/dev/null | grep -E '^(accelerate|datasets|peft|torch|transformers|trl) '
 }
 
-# The wheel, built from the source distribution so that it holds only what that does, unpacked on its own and tried
-# from a folder where the checkout cannot be seen.
+# Build a wheel and test it from a directory where Python cannot find the checkout. The wheel is built from the source
+# distribution, so that a file missing there is missing in the test as well.
 try_wheel() {
     local python=$PWD/.venvs/trl-newest/bin/python folder status
     folder=$(mktemp -d) &&
@@ -85,7 +85,7 @@ try_wheel() {
     "$python" -m pip install --quiet --no-deps --target "$folder/site" "$folder"/dist/*.whl &&
         cp tests/conftest.py tests/test_package.py tests/cli/test_main.py "$folder" &&
         (
-            # First on the path, hence before the editable checkout.
+            # PYTHONPATH comes before the editable checkout.
             export PYTHONPATH=$folder/site
             cd "$folder" &&
                 "$python" -c "
@@ -118,7 +118,7 @@ oldest=.venvs/trl-1.12
 if step "environment: TRL 1.12" environment $oldest -e '.[test,ppo]'; then
     step "contract tests: TRL 1.12" \
         $oldest/bin/python -m pytest -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
-    # At the newest TRL there is no PPOTrainer to run it with.
+    # The newest TRL has no PPOTrainer.
     $fast || step "PPO example: TRL 1.12" $oldest/bin/python -m pytest "${pytest_args[@]}" tests/test_examples.py -k ppo
 fi
 

@@ -1,7 +1,7 @@
-"""Shared fixtures: a tokenizer and a Llama small enough to train in a test, both built in code, with no network.
+"""Shared fixtures: a tokenizer and a Llama small enough to train in a test, both built in code without network.
 
-The tokenizer is a byte-level BPE: any text becomes tokens, none of them unknown. Its chat template is ChatML with
-tools. The models are random, with a fixed seed.
+The tokenizer is a byte-level BPE, which has no unknown tokens. Its chat template is ChatML with tools. The models are
+random, with a fixed seed.
 """
 
 import copy
@@ -18,8 +18,8 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Set before any test module imports torch or a Hugging Face library, which read these once. The private HF_HOME keeps
-# the tests from seeing the user's own caches, tokens and `accelerate config`, and from filling them.
+# Set before any test module imports torch or a Hugging Face library, which read these variables only once. The private
+# HF_HOME isolates the tests from the user's caches, tokens and `accelerate config`.
 _hf_home = tempfile.TemporaryDirectory(prefix="disco-trl-tests-")
 os.environ.update(
     HF_HOME=_hf_home.name,
@@ -28,7 +28,7 @@ os.environ.update(
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
 )
-# Tiny matrices lose more to thread hand-over than they gain; subprocesses inherit it.
+# For tiny matrices, distributing work to threads costs more than it saves. Subprocesses inherit the setting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CORPUS = [
@@ -83,18 +83,18 @@ def _session_tokenizer() -> "PreTrainedTokenizerFast":
 
 @pytest.fixture
 def tiny_tokenizer(_session_tokenizer) -> "PreTrainedTokenizerFast":
-    """The tests' tokenizer; each test gets its own copy, because trainers change theirs."""
+    """The tests' tokenizer. Each test gets its own copy, because trainers modify their tokenizer."""
     return copy.deepcopy(_session_tokenizer)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory, _session_tokenizer) -> str:
-    """A directory with a random Llama causal LM (2 layers, width 16) and the tests' tokenizer. Read-only by custom."""
+    """Directory with a random Llama causal LM (2 layers, hidden size 16) and the tests' tokenizer. Read-only."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path: Path = tmp_path_factory.mktemp("tiny-llama")
-    # The seed is local: a fixture that reseeds the process would hide an unseeded test.
+    # The seed is local, because a fixture that reseeds the process would hide tests that set no seed.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(
@@ -118,8 +118,10 @@ def tiny_llama_dir(tmp_path_factory, _session_tokenizer) -> str:
 
 @pytest.fixture(scope="session")
 def widened_llama_dir(tmp_path_factory, tiny_llama_dir) -> Callable[[int], str]:
-    """`widened_llama_dir(64)` is the same with hidden states of 64 and layers of that many in between, as wide as the
-    blocks in which bitsandbytes packs weights for the CPU. Read-only by custom."""
+    """`widened_llama_dir(64)` is the same with hidden size 64 and intermediate size 64. Read-only.
+
+    64 is the size of the blocks in which bitsandbytes packs weights for the CPU.
+    """
 
     @functools.cache
     def make(intermediate_size: int) -> str:
@@ -140,16 +142,16 @@ def widened_llama_dir(tmp_path_factory, tiny_llama_dir) -> Callable[[int], str]:
 
 @pytest.fixture(scope="session")
 def wider_llama_dir(widened_llama_dir) -> str:
-    """The smallest of them."""
+    """The smallest widened Llama."""
     return widened_llama_dir(64)
 
 
-# Checkpoints of `tiny_models`, one for each architecture asked for; read-only by custom.
+# Checkpoints of `tiny_models`, created once for each architecture that a test requests. Tests must not modify them.
 
 
 @pytest.fixture(scope="session")
 def base_model_dir(tmp_path_factory) -> Callable[[str], str]:
-    """`base_model_dir("llama")` is a directory with a tiny random base language model of that architecture."""
+    """`base_model_dir("llama")` is a directory with a tiny random base language model of this architecture."""
 
     @functools.cache
     def make(architecture: str) -> str:
@@ -164,7 +166,7 @@ def base_model_dir(tmp_path_factory) -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def disco_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
-    """`disco_dir("llama")` is a directory with a disco checkpoint whose head is not the fresh one."""
+    """`disco_dir("llama")` is a directory with a disco checkpoint whose head is randomized."""
 
     @functools.cache
     def make(architecture: str, **settings) -> str:
@@ -174,7 +176,7 @@ def disco_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
         from disco_trl import DiscoRewardModel
 
         path = tmp_path_factory.mktemp(f"disco-{architecture}")
-        # Some classifiers have a layer before the last that no language model brings.
+        # Some classifiers have a layer before the head that the base model lacks. It is initialized at random.
         with torch.random.fork_rng():
             torch.manual_seed(4)
             model = DiscoRewardModel.from_pretrained(base_model_dir(architecture), **settings)
@@ -186,7 +188,7 @@ def disco_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def reward_dir(tiny_llama_dir, _session_tokenizer, tmp_path_factory) -> Callable[..., str]:
-    """`reward_dir()` is a directory with a disco checkpoint, whose head is not the fresh one, and its tokenizer."""
+    """`reward_dir()` is a directory with a disco checkpoint, whose head is randomized, and its tokenizer."""
 
     @functools.cache
     def make(**settings) -> str:
@@ -205,7 +207,7 @@ def reward_dir(tiny_llama_dir, _session_tokenizer, tmp_path_factory) -> Callable
 
 @pytest.fixture(scope="session")
 def scalar_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
-    """`scalar_dir("llama")` is a user's Bradley–Terry reward model, saved by the stock class."""
+    """`scalar_dir("llama")` is a directory with a Bradley–Terry reward model, saved by the stock class."""
 
     @functools.cache
     def make(architecture: str) -> str:
@@ -224,7 +226,7 @@ def scalar_dir(base_model_dir, tmp_path_factory) -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def reward_dirs(tiny_llama_dir, _session_tokenizer, tmp_path_factory) -> dict[str, str]:
-    """Reward models with their tokenizer: `full`, `adapter` (LoRA, another model), and `merged` from the latter."""
+    """Reward models with tokenizers: `full`, `adapter` (LoRA, with other weights), and `merged` (from `adapter`)."""
     from tiny_models import load, lora, randomize_heads, save_adapter
 
     root = tmp_path_factory.mktemp("rewards")

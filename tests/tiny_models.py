@@ -1,7 +1,7 @@
-"""A tiny random model of every architecture that the contracts name, and batches for them.
+"""A tiny random model of every supported architecture, and batches for them.
 
-The sizes are small, but keep each architecture's own traits (grouped heads, sliding windows, soft caps). Padding and
-end of text are one token, as in many chat models: pooling then has to find the last token that is *not* that one.
+The sizes are small, but each architecture keeps its features (grouped heads, sliding windows, soft caps). Padding and
+end of text are the same token, as in many chat models, so pooling has to find the last token that is *not* this one.
 """
 
 import json
@@ -20,7 +20,7 @@ from disco_trl import DiscoRewardModel
 from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE
 
 
-# What a learned scale keeps.
+# Names in the state dict of a learned scale
 SCALE_STATE = ("weight", "mean_hidden", "var_hidden", "mean_traits", "var_traits", "rows_seen")
 VOCAB = 64
 PAD = EOS = 2
@@ -39,7 +39,7 @@ _OPT = {**_SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64}
 _GEMMA = {**_GROUPED, "head_dim": 16, "sliding_window": 8}
 _MODERNBERT = {**_SIZES, "cls_token_id": 1, "sep_token_id": EOS, "global_attn_every_n_layers": 2, "local_attention": 8}
 
-# name: (config class, class of a base model, its sizes)
+# Name: (config class, class of the base model, sizes)
 DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _GROUPED),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _GROUPED),
@@ -68,19 +68,19 @@ def tiny_config(architecture: str, **more: Any) -> Any:
 
 
 def base_model(architecture: str) -> Any:
-    """A random base language model, always the same one."""
+    """A random base language model with a fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return getattr(transformers, ARCHITECTURES[architecture][1])(tiny_config(architecture))
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
-    """A disco model, ready to score."""
+    """Load a disco model in evaluation mode."""
     return DiscoRewardModel.from_pretrained(path, **kwargs).eval()
 
 
 def load_stock(path: str | Path, **kwargs: Any) -> Any:
-    """What anyone without disco-trl gets from the same files."""
+    """Load the model that users without disco-trl get from the same files."""
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **kwargs).eval()
 
 
@@ -89,7 +89,7 @@ def head_of(model: Any) -> Any:
 
 
 def randomize_heads(model: Any) -> Any:
-    """Give every copy of a disco head a location and a scale that tell answers apart, as if it had been trained."""
+    """Give every copy of the disco head random weights, so that answers differ as if the model had been trained."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, head in model.named_reward_heads():
@@ -100,7 +100,7 @@ def randomize_heads(model: Any) -> Any:
 
 
 def batch(size: int, padding_side: str = "right") -> dict[str, Tensor]:
-    """`size` texts of different lengths, each with an end-of-text token at its end."""
+    """A batch of up to 4 texts of different lengths, each of which ends with an end-of-text token."""
     generator = torch.Generator().manual_seed(size)
     lengths = [9, 4, 7, 2][:size]
     input_ids = torch.full((size, max(lengths)), PAD)
@@ -121,9 +121,9 @@ def edited_copy(
     drop: tuple[str, ...] = (),
     tensors: dict[str, Tensor] | None = None,
 ) -> str:
-    """A copy of a checkpoint with entries of config.json changed (`None` takes one out), keys dropped, tensors put in.
+    """Copy a checkpoint, update entries of config.json (`None` removes one), drop keys, and add tensors.
 
-    `drop` holds beginnings of keys; a directory with an adapter has its adapter's weights edited.
+    `drop` holds prefixes of keys. In the directory of an adapter, the adapter's weights are edited.
     """
     shutil.copytree(source, target, dirs_exist_ok=True)
     if config is not None:
@@ -139,8 +139,8 @@ def edited_copy(
 
 
 def lora(model: Any) -> Any:
-    """A `PeftModel` around a disco model, with every weight that it trains random instead of fresh."""
-    # The fresh layers of an encoder are trained and saved whole; PEFT itself adds those called score and classifier.
+    """A `PeftModel` around a disco model. All weights that it trains are random, as if they had been trained."""
+    # New layers of an encoder are trained and saved in full. PEFT itself adds those named score and classifier.
     blocks = ("score", "classifier")
     modules_to_save = [name for name in model.newly_initialized if name.split(".")[0] not in blocks]
     config = LoraConfig(
@@ -154,7 +154,7 @@ def lora(model: Any) -> Any:
 
 
 def save_adapter(peft_model: Any, path: Path) -> str:
-    """Save an adapter with its settings beside it, as the trainer does."""
+    """Save an adapter and its settings, as the trainer does."""
     peft_model.save_pretrained(path)
     (path / ADAPTER_SETTINGS_FILE).write_text(json.dumps(peft_model.get_base_model().config.disco))
     return str(path)

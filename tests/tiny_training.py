@@ -10,7 +10,7 @@ from trl import RewardConfig, RewardTrainer
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
 
 
-# float32 on the CPU, every step logged. The seed is not the default one, so that a run that forgets it is found out.
+# float32 on the CPU, and every step is logged. The seed is not the default, so that ignoring it is noticed.
 SMALL_RUN: dict[str, Any] = {
     "max_steps": 4,
     "per_device_train_batch_size": 4,
@@ -25,7 +25,7 @@ SMALL_RUN: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-# What makes `DiscoRewardTrainer` do what TRL's does, to the last bit but the pairwise term's rounding
+# With these options `DiscoRewardTrainer` does what TRL's trainer does, up to the rounding of the pairwise term.
 BRADLEY_TERRY: dict[str, Any] = {"reward_family": "logistic", "fixed_scale": 2**-0.5, "prefix_sharing": False}
 
 WORDS = "the answer film people like a short careful question piano day best help learn not at all".split()
@@ -37,9 +37,9 @@ def preferences(kind: str = "standard", rows: int = 16, *, seed: int = 0, margin
 
     Args:
         kind: `standard`, `standard implicit`, `conversational`, `conversational implicit` or `tools`.
-        rows: number of pairs.
-        seed: of the text.
-        margin: add a `margin` column.
+        rows: Number of pairs.
+        seed: Seed of the random texts.
+        margin: Whether to add a `margin` column.
     """
     rng = random.Random(seed)
 
@@ -67,17 +67,17 @@ def preferences(kind: str = "standard", rows: int = 16, *, seed: int = 0, margin
 
 
 def reward_trainer(output_dir, **options: Any) -> RewardTrainer:
-    """TRL's own trainer; options that `RewardTrainer` does not take are for its config."""
+    """TRL's `RewardTrainer`. Options that it does not take itself are passed to its config."""
     return _build(RewardTrainer, RewardConfig, output_dir, options)
 
 
 def disco_trainer(output_dir, **options: Any) -> DiscoRewardTrainer:
-    """Ours, from the same options and our own."""
+    """`DiscoRewardTrainer`. Takes the same options, and those of `DiscoRewardConfig`."""
     return _build(DiscoRewardTrainer, DiscoRewardConfig, output_dir, options)
 
 
 def bradley_terry_trainer(output_dir, **options: Any) -> DiscoRewardTrainer:
-    """Ours, as the special case that is TRL's."""
+    """`DiscoRewardTrainer` in the special case that equals TRL's trainer."""
     return disco_trainer(output_dir, **BRADLEY_TERRY, **options)
 
 
@@ -91,7 +91,7 @@ def _build(trainer_class, config_class, output_dir, options: dict[str, Any]):
 
 
 def logged(trainer, prefix: str = "") -> list[dict[str, float]]:
-    """The numbers a run has logged, without those that depend on the clock."""
+    """Numbers that a run has logged, without totals and those that depend on the clock."""
     clock = ("runtime", "per_second", "flos", "train_loss", "epoch", "step")
     wanted = [key for key in set().union(*trainer.state.log_history) if key.startswith(prefix)]
     wanted = [key for key in wanted if not any(name in key for name in clock)]
@@ -99,11 +99,11 @@ def logged(trainer, prefix: str = "") -> list[dict[str, float]]:
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of everything a model holds, parameters and buffers."""
+    """Copy of a model's parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference between any two elements of the tensors under the same names."""
+    """Largest absolute difference between elements of tensors with the same name."""
     assert one.keys() == other.keys()
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)

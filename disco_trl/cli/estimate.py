@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from transformers import AutoConfig
 
+from ..trainer.dataless_model import DTYPES, METHODS, OPTIMIZERS, Settings
 from ..trainer.estimate import SHARDINGS, Estimate, estimate
-from ..trainer.memory import DTYPES, METHODS, OPTIMIZERS, Settings
 
 
 LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}

@@ -1,7 +1,9 @@
-"""What will training need? `disco-trl estimate`: parameters and memory of a run, before anyone rents a machine.
+"""
+Parameters and memory of a training run, for `disco-trl estimate`.
 
-The model is built from its config alone, and `disco_trl.trainer.memory` runs a step of it on tensors without data.
-What several devices share by ZeRO or FSDP is arithmetic on top of that.
+The model is built from its configuration alone, and `disco_trl.trainer.dataless_step` measures a step of it on tensors
+without data. For several devices, the share of each under DistributedDataParallel, ZeRO or FSDP is calculated from
+these measurements.
 """
 
 from __future__ import annotations
@@ -12,27 +14,44 @@ from typing import Any
 
 import torch
 
-from .memory import DatalessTrainer, Settings
+from .dataless_model import Settings
+from .dataless_step import DatalessTrainer
 
 
 SHARDINGS = ("none", "zero2", "zero3", "fsdp")
-MOST_PAIRS = 4096  # in a batch; nobody looks for a larger one
+# Upper limit of the search for the largest batch. Batches in use are far smaller.
+MOST_PAIRS = 4096
 
 
 @dataclass(frozen=True)
 class Estimate:
     """
-    What one way of training needs on each device. Memory is in bytes.
+    What a training run needs. Memory is in bytes on each device.
 
-    Attributes:
-        parameters, trained: how many, of the whole model. A weight in 4 bits counts as what it stands for.
-        weights: with buffers, and with scales of weights in 4 bits.
-        gradients: when all are there; with the buckets in which several processes add them up.
-        optimizer: its states, and ZeRO's float32 copy of weights that are kept in bfloat16.
-        activations: the most at one time of what else there is in a forward and backward pass: what is saved for the
-            backward pass, what is computed again, buffers that come and go, and weights gathered from other devices.
-        total: the most at one time. On one device less than the sum, as gradients come while activations go.
-        fits, largest_batch: in the memory given, this batch, and the largest one, in pairs; 0 if none does.
+    Args:
+        parameters (`int`):
+            Number of parameters of the whole model. A packed weight counts as the number of 4-bit weights in it.
+        trained (`int`):
+            Number of parameters that are trained.
+        weights (`int`):
+            Bytes of weights and buffers, including the scales of 4-bit weights.
+        gradients (`int`):
+            Bytes of the gradients of all weights, including the buckets in which DistributedDataParallel reduces them.
+        optimizer (`int`):
+            Bytes of the optimizer's states, including ZeRO's float32 copy of weights that are kept in bfloat16.
+        activations (`int`):
+            Largest number of bytes at one time that a forward and backward pass needs beyond weights and their
+            gradients: tensors saved for the backward pass, recomputed activations, temporary tensors, and weights
+            gathered from other devices.
+        total (`int`):
+            Largest number of bytes at one time. With `sharding="none"` it is less than the sum of the parts, because
+            gradients are created while activations are freed.
+        prefix_sharing_refusal (`str`, *optional*):
+            Why batches are padded. `None` if prefixes are shared.
+        fits (`bool`, *optional*, defaults to `None`):
+            Whether `total` is at most the memory of the device. `None` if that is not known.
+        largest_batch (`int`, *optional*, defaults to `None`):
+            Largest number of pairs that fit, 0 if one pair does not. `None` if the memory of the device is not known.
     """
 
     parameters: int
@@ -58,21 +77,34 @@ def estimate(
     memory: int | None = None,
 ) -> Estimate:
     """
-    What a way of training will need on each device.
+    Estimate what a training run needs on each device.
 
     Args:
-        config: of the language model.
-        path: where it comes from, for messages.
-        method: `"full"`, `"lora"` or `"qlora"`.
-        settings: see there.
-        batch_size: pairs on each device.
-        processes: devices.
-        sharding: what they share: `"none"` (each has everything), `"zero2"` (gradients and optimizer states),
-            `"zero3"` or `"fsdp"` (weights as well).
-        memory: bytes of a device, to say what fits.
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the language model. It is not modified.
+        path (`str`):
+            Where the configuration comes from, for error messages.
+        method (`str`):
+            `"full"`, `"lora"` or `"qlora"`.
+        settings ([`~disco_trl.trainer.dataless_model.Settings`]):
+            Settings of the training run.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of pairs on each device.
+        processes (`int`, *optional*, defaults to `1`):
+            Number of devices.
+        sharding (`str`, *optional*, defaults to `"none"`):
+            What is divided among the devices: nothing (`"none"`), gradients and optimizer states (`"zero2"`), or the
+            weights as well (`"zero3"` and `"fsdp"`).
+        memory (`int`, *optional*, defaults to `None`):
+            Bytes of a device's memory. If given, the estimate says what fits.
+
+    Returns:
+        [`Estimate`]: Parameters and memory.
 
     Raises:
-        ValueError: the model cannot be trained so.
+        `ValueError`: If the architecture cannot be made a reward model, `settings.length` exceeds the model's maximum
+            length, or a step depends on the values of tensors.
+        `ImportError`: If the optimizer is one of bitsandbytes, and bitsandbytes is not installed.
     """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and settings.length > longest:
@@ -88,20 +120,38 @@ def estimate(
 
 
 def _as_sharded(settings: Settings, sharding: str) -> Settings:
-    """ZeRO and FSDP compute with weights in bfloat16 where one device would cast them under autocast."""
+    """
+    Settings of the step that a device runs on sharded weights.
+
+    Without sharding, autocast casts float32 weights to bfloat16 for each product. ZeRO and FSDP in mixed precision
+    compute with bfloat16 weights, which no autocast has to copy.
+    """
     if sharding == "none" or settings.dtype == "float32":
         return settings
     return replace(settings, dtype="bfloat16")
 
 
 class _Device:
-    """One of several devices, and its part of a run."""
+    """
+    Memory of one device of a training run, for batches of different sizes.
+
+    Args:
+        trainer ([`~disco_trl.trainer.dataless_step.DatalessTrainer`]):
+            Runs the steps, with the settings of `_as_sharded`.
+        settings ([`~disco_trl.trainer.dataless_model.Settings`]):
+            Settings of the training run.
+        processes (`int`):
+            Number of devices.
+        sharding (`str`):
+            What is divided among them, one of `SHARDINGS`.
+    """
 
     def __init__(self, trainer: DatalessTrainer, settings: Settings, processes: int, sharding: str):
         self.trainer, self.processes, self.sharding = trainer, processes, sharding
         self.weights = trainer.weight_bytes
-        # DeepSpeed keeps a float32 copy of what it trains in bfloat16, and float32 states; FSDP in mixed precision has
-        # float32 weights and gathers bfloat16 ones.
+        # DeepSpeed keeps a float32 copy of the bfloat16 weights that it trains, and float32 states of them. FSDP in
+        # mixed precision stores float32 weights and casts them to bfloat16 when it gathers them. In both cases the
+        # optimizer updates float32 weights.
         has_copy = settings.dtype != "float32" and sharding in ("zero2", "zero3")
         is_cast = settings.dtype == "mixed" and sharding == "fsdp"
         self.states, self.update = trainer.optimizer_bytes(torch.float32 if has_copy or is_cast else None)
@@ -110,7 +160,18 @@ class _Device:
         self._found: dict[int, Estimate] = {}
 
     def estimate(self, batch_size: int) -> Estimate:
-        """What a batch of so many pairs needs."""
+        """
+        Estimate the memory of a batch.
+
+        Estimates are kept, because the search for the largest batch may ask for a size again.
+
+        Args:
+            batch_size (`int`):
+                Number of pairs on this device.
+
+        Returns:
+            [`Estimate`]: Parameters and memory, without `fits` and `largest_batch`.
+        """
         if batch_size not in self._found:
             self._found[batch_size] = self._estimate(batch_size)
         return self._found[batch_size]
@@ -120,20 +181,25 @@ class _Device:
         step = trainer.step(batch_size)
         weights, gradients, optimizer, activations = self.weights, step.gradients, self.states, step.activations
         if self.sharding == "none":
-            # DistributedDataParallel adds gradients up in buckets that hold all of them once more.
+            # DistributedDataParallel copies gradients into buckets to reduce them. All buckets together are as large
+            # as the gradients.
             buckets = gradients if self.processes > 1 else 0
+            # The peak is either in the backward pass or in the update, when the activations are gone.
             total = weights + optimizer + buckets + max(step.peak, gradients + self.update)
             gradients += buckets
         else:
             root, block = trainer.unit_bytes()
+            # The step was measured with bfloat16 weights, which FSDP gathers. It stores float32 weights and gradients.
             if self.is_cast:
                 weights, gradients = trainer.float32_weight_bytes, 4 * trainer.trained
             optimizer = round((optimizer + self.copies) * share)
             gradients = round(gradients * share)
             if self.sharding != "zero2":
                 weights = round(weights * share)
-                # The block at work and the next one are whole, so are embedding and head, and one block's gradient.
+                # These are whole on each device at one time: embedding and head, the layer at work, the next layer,
+                # which is gathered ahead, and the gradient of a layer before it is reduced (negligible with LoRA).
                 activations += root + 2 * block + (block if trainer.is_full else 0)
+            # How gradients are created while activations are freed is not known here. The sum is an upper bound.
             total = weights + optimizer + gradients + max(activations, round(self.update * share))
         return Estimate(
             trainer.parameters, trainer.trained, weights, gradients, optimizer, activations, total, trainer.refusal
@@ -142,12 +208,24 @@ class _Device:
 
 def largest_batch(total: Callable[[int], int], memory: int) -> int:
     """
-    The largest number of pairs whose `total` is at most `memory`, 0 if that of one pair is not.
+    Find the largest batch that fits, with few evaluations of its memory.
 
-    A step's memory is the largest of sums that grow in proportion to the batch, each at a moment of its own. So it
-    grows and bends upwards, and a chord between one batch that fits and one that does not lies above it: where the
-    chord meets the memory, a batch fits.
+    The memory of a step is the maximum, over the moments of the step, of sums that are linear in the batch size. So it
+    is convex and increasing, and the chord between a batch that fits and one that does not lies above it: where the
+    chord reaches `memory`, a batch still fits.
+
+    Args:
+        total (`Callable[[int], int]`):
+            Bytes that a batch of so many pairs needs, convex and increasing.
+        memory (`int`):
+            Bytes of a device's memory.
+
+    Returns:
+        `int`: Largest number of pairs, up to `MOST_PAIRS`, whose `total` is at most `memory`. 0 if one pair does not
+        fit.
     """
+    # The largest batch known to fit and the smallest known not to fit, with their bytes. `excess` is 0 as long as no
+    # batch is known not to fit.
     fits, needed = 0, 0
     too_many, excess = MOST_PAIRS + 1, 0
     pairs = 1
@@ -163,7 +241,8 @@ def largest_batch(total: Callable[[int], int], memory: int) -> int:
             step = int((memory - needed) / chord) if chord else (too_many - fits) // 2
             pairs = fits + min(max(step, 1), too_many - fits - 1)
         else:
-            # As far as the last slope would take it, which is too far rather than not far enough
+            # Nothing has exceeded the memory yet, so follow the last slope. As the slope only increases, that leads to
+            # or beyond the largest batch, and the chord can take over.
             step = int((memory - needed) / slope) + 1 if slope else fits
             pairs = fits + min(max(step, 1), 8 * fits, MOST_PAIRS - fits)
     return fits

@@ -1,12 +1,12 @@
-"""Several processes train what one does: uneven last batches, uneven evaluations, length grouping, FSDP2.
+"""Training on several processes gives the result of one: uneven last batches and evaluations, length grouping, FSDP2.
 
-What accelerate does where rows do not fill the last step of an epoch is written out by hand: that step begins again
-with the epoch's first rows. They count in its loss, as with TRL's trainer and any other, and not in what is logged
-beside it, nor anywhere in evaluation.
+If the rows of an epoch do not fill its last step, accelerate fills it with the epoch's first rows. The tests write
+this out by hand for the single process. The repeated rows count in the loss, as with every trainer of transformers.
+They do not count in the other logged metrics or in evaluation.
 
-Run by itself under a launcher (`torchrun --nproc_per_node 2 test_processes.py ddp|fsdp2 FOLDER`) this file trains on
-each process, and the first one saves what came of it; the tests do so. A machine without GPUs has accelerate's FSDP2
-run on its CPU by being told that it has several.
+The tests run this file under a launcher (`torchrun --nproc_per_node 2 test_training_processes.py ddp|fsdp2 FOLDER`).
+It then trains on each process, and the first process saves the results. For FSDP2 on a machine without GPUs, it makes
+accelerate believe that there are several.
 """
 
 import os
@@ -27,7 +27,7 @@ from disco_trl.models.heads import DiscoHead
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 Run = dict[str, Any]
-ROWS = 14  # two steps of eight, the last of which lacks two
+ROWS = 14  # two steps of eight pairs, of which the second lacks two
 EVALUATED = 13
 SCENARIOS: dict[str, dict[str, Any]] = {
     "shared": {"train_sampling_strategy": "sequential"},
@@ -115,7 +115,7 @@ def assert_same_weights(one: Run, other: Run, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory) -> dict[str, Run]:
-    # A machine with one GPU cannot run two processes on it; without a GPU this changes nothing.
+    # Two processes cannot share the GPU of a machine with one GPU. Without a GPU the variable changes nothing.
     return launch("ddp", tmp_path_factory.mktemp("ddp"), ACCELERATE_USE_CPU="true")
 
 
@@ -130,12 +130,12 @@ def test_ddp_is_one_process(name, ddp, tmp_path):
         for entry in ("loss", "grad_norm"):
             assert log[entry] == pytest.approx(other[entry], rel=1e-5, abs=1e-5), entry
     assert_same_weights(two, one, 1e-5)
-    # Of 13 pairs in batches of four, two processes even out the last with three, and one process does not.
+    # 13 pairs are evaluated, 8 at a time. Two processes repeat three pairs to fill the last batches, one process none.
     assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5, abs=1e-5)
 
 
 def test_what_is_logged_leaves_repetitions_out(ddp, tmp_path):
-    # The first step is that of one process, and so is what the second step predicts before it changes anything.
+    # The first step equals that of one process, so the second step starts from the same weights and predicts the same.
     one = train(tmp_path, num_train_epochs=1, **SCENARIOS["shared"])
     for step, pairs_of_step in enumerate((8, 6)):
         for entry in ("nll", "accuracy", "prob_chosen", "scale_mean"):
@@ -143,10 +143,11 @@ def test_what_is_logged_leaves_repetitions_out(ddp, tmp_path):
         assert one["logs"][step]["accuracy"] * pairs_of_step == pytest.approx(
             round(one["logs"][step]["accuracy"] * pairs_of_step)
         )
-    assert ddp["shared"]["logs"][1]["loss"] != pytest.approx(one["logs"][1]["loss"], rel=1e-4)  # the two repeated ones
+    # The loss of two processes includes the two repeated pairs.
+    assert ddp["shared"]["logs"][1]["loss"] != pytest.approx(one["logs"][1]["loss"], rel=1e-4)
 
 
-# FSDP2, by accelerate
+# FSDP2
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +178,11 @@ def test_fsdp2_in_bfloat16_leaves_the_head_in_float32(fsdp2):
     assert two["is_fsdp2"]
     ((weight, scale, hidden, rewards),) = two["head"]
     assert (weight, scale, rewards) == ("torch.float32",) * 3
-    assert hidden == "torch.bfloat16"  # and the language model in bfloat16
+    assert hidden == "torch.bfloat16"  # the language model computes in bfloat16
     head = two["end"]["score.weight"]
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float())
-    # A reward that had been cast on its way out would be one that bfloat16 has.
+    # If the rewards had been cast to bfloat16, all of them would be representable in it.
     rewards = torch.tensor([two["evaluation"][name] for name in ("scale_mean", "scale_min")])
     assert not torch.equal(rewards, rewards.bfloat16().float())
 
@@ -194,7 +195,7 @@ if __name__ == "__main__":
         import transformers.training_args
         from accelerate.state import DistributedType, PartialState
 
-        # accelerate knows FSDP on GPUs alone, and the Trainer bfloat16.
+        # accelerate supports FSDP on GPUs only, and the Trainer wants one for bfloat16.
         PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
         common = {"rows": 16, "train_sampling_strategy": "sequential", "use_cpu": False}
@@ -206,6 +207,6 @@ if __name__ == "__main__":
         runs["bfloat16"] = train(folder / "bfloat16", bf16=True, **common)
     if int(os.environ["RANK"]) == 0:
         torch.save(runs, folder / "runs.pt")
-    # Left to the interpreter's end, gloo's threads are now and then still busy, and abort the process.
+    # Otherwise gloo's threads are sometimes still busy when the interpreter exits, and abort the process.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

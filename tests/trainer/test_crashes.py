@@ -1,7 +1,7 @@
-"""Runs that are killed, also in the middle of a file, or find the disk full: what is resumed is what would have been.
+"""Runs that are killed, even while they write a file, or that fill the disk: a resumed run ends with the same weights.
 
-Run by itself (`python test_crashes.py MODEL FOLDER KIND END`) this file trains, and comes to the end that it is told;
-the tests do so.
+The tests run this file as a script (`python test_crashes.py MODEL FOLDER KIND END`). It then trains and ends as `END`
+says.
 """
 
 import os
@@ -40,7 +40,7 @@ def trainer_of(kind: str, model: str, folder: Path):
 
 
 class End(TrainerCallback):
-    """Ends the process, as the command line says, at step 6, where the second checkpoint is due, or soon after."""
+    """Ends the process after a given step, or while it writes the second checkpoint, which is due at step 6."""
 
     def __init__(self, end: str):
         self.end = end
@@ -51,7 +51,7 @@ class End(TrainerCallback):
         if state.global_step == 6 and self.end == "in the state":
             state.save_to_json = self.tear
         if state.global_step == 6 and self.end in ("in the weights", "in the optimizer", "full disk"):
-            # A file that grows beyond the limit ends the process, or, with the signal ignored, cannot be written.
+            # Writing a file beyond the limit kills the process, or raises an error if the signal is ignored.
             is_fatal = self.end != "full disk"
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_fatal else signal.SIG_IGN)
             weights = Path(args.output_dir, "checkpoint-3", "model.safetensors").stat().st_size
@@ -74,7 +74,7 @@ def run(kind: str, model: str, folder: Path, end: str) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def straight(tiny_llama_dir, tmp_path_factory):
-    """The weights of a run of a kind that nothing happens to."""
+    """Weights of an uninterrupted run of each kind."""
 
     @cache
     def of_kind(kind: str) -> dict[str, torch.Tensor]:
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(end, status, straight, tin
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_llama_dir, tmp_path_factory) -> Path:
-    """A folder with three checkpoints."""
+    """A directory with three checkpoints."""
     folder = tmp_path_factory.mktemp("checkpoints")
     trainer_of("full", tiny_llama_dir, folder).train()
     return folder
@@ -160,7 +160,7 @@ def test_nothing_whole_is_left(tiny_llama_dir, tmp_path):
 
 
 if __name__ == "__main__":
-    import conftest  # noqa: F401  (sets the environment of the tests)
+    import conftest  # noqa: F401  (sets the tests' environment variables)
 
     trainer = trainer_of(sys.argv[3], sys.argv[1], Path(sys.argv[2]))
     trainer.add_callback(End(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""`disco-trl estimate` against the objects that it speaks of: their bytes after real steps, and real peaks."""
+"""`disco-trl estimate` is compared with real training: the bytes of real objects after a step, and real peaks."""
 
 import json
 import sys
@@ -17,31 +17,34 @@ from disco_trl import DiscoRewardModel
 from disco_trl.cli.estimate import GIB
 from disco_trl.cli.main import main
 from disco_trl.models.prefix_sharing import prepare
+from disco_trl.trainer.dataless_model import METHODS, Settings
+from disco_trl.trainer.dataless_step import DatalessTrainer, LiveMemory, bytes_of
 from disco_trl.trainer.estimate import estimate, largest_batch
-from disco_trl.trainer.memory import METHODS, DatalessTrainer, LiveMemory, Settings, bytes_of
 
 
-# Those of which `prepare` knows that they share prefixes
+# Architectures that `prepare` knows to support prefix sharing
 KNOWN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "opt")
 FLOAT32 = Settings(length=32, dtype="float32", gradient_checkpointing=False, device="cpu")
 
 
 @pytest.fixture
 def llama_dir(widened_llama_dir) -> str:
-    """The tests' tiny Llama, made wide enough for blocks of 4-bit weights and of 8-bit states."""
+    """The tests' tiny Llama, wide enough for the blocks of 4-bit weights and 8-bit optimizer states."""
     return widened_llama_dir(128)
 
 
 class GradientBytes(TrainerCallback):
-    """Of all gradients, as an optimizer step begins."""
+    """Records the bytes of all gradients before an optimizer step."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.found = bytes_of(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def held(model) -> list[torch.Tensor]:
-    """Parameters and buffers, and what bitsandbytes keeps beside a weight in 4 bits. (A table that all layers share
-    is no layer's.)"""
+    """Parameters, buffers, and what bitsandbytes stores beside each 4-bit weight.
+
+    `state2.code` is left out: it is one table that all layers share.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     for state in (p.quant_state for p in model.parameters() if hasattr(p, "quant_state")):
         tensors += [state.absmax, state.code, state.offset, state.state2.absmax]
@@ -102,7 +105,7 @@ def test_paged_states_are_as_many_as_unpaged_ones(llama_dir):
 
 
 def real_model(architecture: str, tmp_path: Path, length: int):
-    """A tiny model with data, in training mode, and its config."""
+    """A tiny model with data, in training mode and without dropout."""
     base = base_model(architecture)
     base.config.max_position_embeddings = length
     base.save_pretrained(tmp_path)
@@ -114,8 +117,10 @@ def real_model(architecture: str, tmp_path: Path, length: int):
 
 
 def real_batch(batch):
-    """The same with tokens that a tiny model knows, and a token of padding: a batch without any needs no mask, which
-    the estimate has to expect."""
+    """The same batch with token ids in the tiny model's vocabulary and, if it is padded, one padding token.
+
+    transformers creates no mask for a batch without padding, but the estimate has to allow for one.
+    """
     batch = {name: tensor % VOCAB if name == "input_ids" else tensor for name, tensor in batch.items()}
     if "nodes" not in batch:
         batch["attention_mask"][0, -1] = 0
@@ -163,13 +168,13 @@ def test_what_is_saved_for_the_backward_pass_is_counted(tmp_path):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            saved[storage._cdata] = storage  # kept, so that no address is used twice
+            saved[storage._cdata] = storage  # held, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**real_batch(dataless._batch(4)))
     expected = sum(storage.nbytes() for storage in saved.values())
-    # Beside it there is only what one operation makes on its way
+    # Besides the saved tensors, only the temporary tensors of one operation are alive at the peak.
     assert expected < dataless.step(4).activations < 1.15 * expected
 
 
@@ -181,7 +186,7 @@ def test_shared_prefixes_checkpoints_and_adapters_take_less(llama_dir):
         return DatalessTrainer(config, llama_dir, method, settings).step(2).activations
 
     shared = activations()
-    # Of 2 × 512 tokens 640 are computed
+    # 640 of the pair's 2 × 512 tokens are computed: 384 shared ones and twice 128.
     assert 0.5 < shared / activations(prefix_sharing=False) < 0.75
     assert activations(gradient_checkpointing=True) < 0.8 * shared
     assert activations(dtype="float32") > 1.3 * activations(dtype="bfloat16")

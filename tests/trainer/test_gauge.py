@@ -1,14 +1,15 @@
-"""The unit of reward (the gauge): the likelihood leaves it free, and the scale head holds it by construction.
+"""The unit of the reward (the gauge): the likelihood does not determine it, the scale head fixes it by construction.
 
-Multiplying all locations and scales by one number changes no probability. `ScaleHead` takes the training rows' mean
-hidden state, a running mean, away from each hidden state before its weight sees it: the log scales then have mean 0 in
-the family's unit, whatever the weight. The trainer's part is to keep that mean.
+Multiplying all locations and scales by the same number changes no probability. `ScaleHead` subtracts a running mean of
+the training rows' hidden states from each hidden state before it applies its weight. The log scales, in the family's
+unit, then have mean 0 for every weight. The trainer updates the running mean.
 
-The problem here has a known truth. An answer is two tokens, one for its quality and one for how much people disagree
-about it, and a pair is decided by one draw from each normal distribution. A tiny Llama learns it in seconds.
+The tests use a problem with known true values. An answer consists of two tokens, one for its quality and one for how
+much people disagree about it, and a pair is decided by one draw from each answer's normal distribution. A tiny Llama
+learns the problem in seconds.
 
-Run by itself under a launcher (`torchrun --nproc_per_node 2 tests/test_gauge.py OUTPUT ROWS`) this file trains on each
-process, and writes what was logged; one of the tests does so.
+One test runs this file under a launcher (`torchrun --nproc_per_node 2 tests/trainer/test_gauge.py OUTPUT ROWS`). It
+then trains on each process and writes what was logged.
 """
 
 import json
@@ -31,7 +32,7 @@ from disco_trl.models.heads import ScaleHead
 MEANS = np.linspace(-2, 2, 8)
 DEVIATIONS = np.array([0.3, 3.0])
 FIRST_MEAN, FIRST_DEVIATION, END = 10, 30, 2  # token ids
-# All answers there are, [16, 3], with their true locations and scales
+# All possible answers, shape (16, 3), with their true locations and scales
 ANSWERS = torch.tensor([[FIRST_MEAN + i, FIRST_DEVIATION + j, END] for i in range(8) for j in range(2)])
 TRUE_LOCATION, TRUE_SCALE = np.repeat(MEANS, 2), np.tile(DEVIATIONS, 8)
 
@@ -69,7 +70,7 @@ def rewards_of_all_answers(model):
 
 
 def log_scales(model) -> np.ndarray:
-    """Log scales of all answers, in the family's unit."""
+    """Log scales of all answers, relative to the family's unit."""
     return torch.log(rewards_of_all_answers(model).scale / model.scale_head.unit_scale).numpy()
 
 
@@ -79,12 +80,12 @@ def trainer_of(folder, tokenizer, *, seed: int = 0, **options):
     return disco_trainer(folder, processing_class=tokenizer, **settings)
 
 
-# With and without
+# With and without the gauge
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, _session_tokenizer):
-    """Runs with the unit held and let go, from locations that start at a tenth and at four times their usual size."""
+    """Runs with the unit fixed and free, whose initial locations are 0.1 and 4 times their usual size."""
     found = {}
     for held in (True, False):
         for factor in (0.1, 4.0):
@@ -92,7 +93,7 @@ def runs(tmp_path_factory, _session_tokenizer):
             trainer.model.score.weight.data *= factor
             with pytest.MonkeyPatch.context() as patch:
                 if not held:
-                    # The mean hidden state stays at zero, and all scales are free to move together.
+                    # The mean hidden state stays at zero, so that all scales can move together.
                     patch.setattr(ScaleHead, "track", lambda *args, **kwargs: None)
                 trainer.train()
             location = rewards_of_all_answers(trainer.model).location.numpy()
@@ -102,20 +103,21 @@ def runs(tmp_path_factory, _session_tokenizer):
 
 def test_let_go_location_and_scale_drift_together(runs):
     (small_slope, small), (large_slope, large) = runs[False, 0.1], runs[False, 4.0]
-    # One problem, two answers, e^0.3 = 1.35 times apart and more: in the scales and, with them, in the locations.
+    # The same problem has two solutions, whose scales and locations differ by a factor of more than e^0.3 = 1.35.
     assert large.mean() - small.mean() > 0.3
     assert large_slope / small_slope > 1.35
-    # It is their ratio that the votes determine.
+    # Votes determine only the ratio of location to scale.
     ratios = [slope / np.exp(log_scale.mean()) for slope, log_scale in runs.values()]
     assert max(ratios) / min(ratios) < 1.25
 
 
 def test_held_the_geometric_mean_is_the_unit_wherever_the_rewards_start(runs):
-    """To a tenth: the mean hidden state is one over some 500 rows, and the model moves on while it is taken."""
+    """The tolerance is 0.1: the mean is over about 500 rows, and the model changes while it is being computed."""
     for factor in (0.1, 4.0):
         slope, log_scale = runs[True, factor]
         assert abs(log_scale.mean()) < 0.1
-        assert slope == pytest.approx(1.07, abs=0.15)  # u = 1.128 and the true scales' geometric mean is 0.949
+        # The unit is 1.128, and the geometric mean of the true scales 0.949.
+        assert slope == pytest.approx(1.07, abs=0.15)
 
 
 def test_held_the_scales_differ_as_much_as_let_go(runs):
@@ -123,7 +125,7 @@ def test_held_the_scales_differ_as_much_as_let_go(runs):
         (_, held), (_, free) = runs[True, factor], runs[False, factor]
         assert held.std() > 0.85 * free.std()
         assert np.corrcoef(held, np.log(TRUE_SCALE))[0, 1] > 0.9
-        # Most of the true spread, log(3 / 0.3) / 2 = 1.15, is learned
+        # The model learns most of the true standard deviation, log(3 / 0.3) / 2 = 1.15.
         assert held.std() > 0.8
 
 
@@ -140,7 +142,7 @@ def head_after(batch_size: int, rows: torch.Tensor) -> ScaleHead:
 def test_the_weight_of_a_row_decays_with_the_rows_since():
     start, later = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 5.0]])
     for batch_size in (1, 2, 16, 64):
-        # What the first b rows weigh after 256 more, of all that was seen
+        # Share of the first batch in the running mean after 256 more rows
         left = math.exp(-256 / 512) * math.expm1(-batch_size / 512) / math.expm1(-(256 + batch_size) / 512)
         head = head_after(batch_size, torch.cat([start.expand(batch_size, 2), later.expand(256, 2)]))
         expected = [left * 1 + (1 - left) * 3, left * -2 + (1 - left) * 5]
@@ -150,7 +152,8 @@ def test_the_weight_of_a_row_decays_with_the_rows_since():
 def test_a_row_counts_the_same_in_a_batch_of_any_size():
     rows = torch.randn(192, 16, generator=torch.Generator().manual_seed(0))
     means = [head_after(batch_size, rows).mean_hidden for batch_size in (1, 2, 16, 64)]
-    # Within a batch all rows count the same, one by one the last counts a little more: e^(63 / 512) - 1 = 13 %.
+    # Rows of one batch have equal weights. In batches of one, the last of 64 rows weighs e^(63 / 512) - 1 = 13 % more
+    # than the first.
     assert max((mean - means[0]).abs().max().item() for mean in means) < 0.02
 
 
@@ -160,13 +163,14 @@ def test_no_weight_moves_all_scales_together():
     head.weight.data = torch.tensor([[0.1, -0.2, 0.3, 0.1]])
     log_scale = torch.log(head(rows))
     assert log_scale.std() > 0.1
-    assert log_scale.mean().item() == pytest.approx(0, abs=1e-3)  # the tanh that bounds them is not quite linear
+    # Not exactly 0, because the tanh that bounds the log scales is not linear.
+    assert log_scale.mean().item() == pytest.approx(0, abs=1e-3)
     log_scale.mean().backward()
-    assert head.weight.grad.abs().max() < 0.01  # where a row's own is of order 1
+    assert head.weight.grad.abs().max() < 0.01  # the gradient of a single row is of order 1
 
 
 def test_batches_of_one_pair_and_of_eight(tmp_path, tiny_tokenizer):
-    """The same eight pairs a step, in batches of eight or one by one."""
+    """Each step has the same eight pairs, in one batch of eight or in eight batches of one."""
     ends = []
     for batch_size in (8, 1):
         trainer = trainer_of(
@@ -179,19 +183,19 @@ def test_batches_of_one_pair_and_of_eight(tmp_path, tiny_tokenizer):
         trainer.train()
         ends.append((trainer.model.scale_head.mean_hidden, torch.from_numpy(log_scales(trainer.model))))
     (mean_hidden, log_scale), (mean_hidden_1, log_scale_1) = ends
-    # Not equal: in batches of one the mean is already brought up to date within a step.
+    # Not equal: with batches of one, the mean is updated within a step.
     assert torch.allclose(mean_hidden, mean_hidden_1, atol=0.1)
     assert log_scale.std() > 0.05
     assert abs(log_scale.mean() - log_scale_1.mean()) < 0.03
 
 
 def train_and_report(output: Path, batch_size: int, tokenizer) -> dict:
-    """What a run logged, and where it ended, written by the first process."""
+    """Train, return what was logged and the final head, and write it on the first process."""
     trainer = trainer_of(output, tokenizer, per_device_train_batch_size=batch_size, max_steps=12, logging_steps=1)
     trainer.train()
     report = {
         "processes": trainer.accelerator.num_processes,
-        # Without the number of tokens: what is shared, and counted once, is shared within a process.
+        # Without the number of tokens, which depends on the processes: prefixes are shared within a process only.
         "logs": [{name: log[name] for name in log if name != "num_tokens"} for log in logged(trainer)],
         "mean_hidden": trainer.model.scale_head.mean_hidden.tolist(),
         "log_scales": log_scales(trainer.model).tolist(),
@@ -225,7 +229,7 @@ def test_one_process_and_two(tmp_path, tiny_tokenizer):
     assert two["mean_hidden"] == pytest.approx(one["mean_hidden"], abs=1e-5)
 
 
-# Where there is nothing to hold
+# Where no gauge is needed
 
 
 def test_a_fixed_scale_has_no_gauge(tmp_path, tiny_tokenizer):
@@ -233,7 +237,7 @@ def test_a_fixed_scale_has_no_gauge(tmp_path, tiny_tokenizer):
     assert not trainer.model.scale_head.state_dict()
     trainer.train()
     for step in logged(trainer)[:2]:
-        assert step["loss"] == pytest.approx(step["nll"], abs=1e-6)  # and no other term
+        assert step["loss"] == pytest.approx(step["nll"], abs=1e-6)  # there is no other term
         assert step["scale_min"] == step["scale_mean"] == step["scale_max"] == 0.5
     assert np.allclose(rewards_of_all_answers(trainer.model).scale.numpy(), 0.5)
 
@@ -248,6 +252,6 @@ def test_evaluation_leaves_the_mean_alone(tmp_path, tiny_tokenizer):
 
 
 if __name__ == "__main__":
-    from conftest import build_tokenizer  # also sets the environment of the tests
+    from conftest import build_tokenizer  # also sets the tests' environment variables
 
     train_and_report(Path(sys.argv[1]), int(sys.argv[2]), build_tokenizer())

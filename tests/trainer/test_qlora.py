@@ -1,4 +1,4 @@
-"""QLoRA: the backbone in 4 bits, the adapter in bfloat16, and the reward head whole and in float32 all the way."""
+"""QLoRA: a backbone in 4 bits, an adapter in bfloat16, and an unquantized reward head that stays in float32."""
 
 import pytest
 import torch
@@ -34,11 +34,11 @@ def trainer(tmp_path, wider_llama_dir):
 
 
 def test_the_head_keeps_the_float32_values_it_had_before_trl_cast_it(tmp_path, wider_llama_dir, trainer):
-    assert FOUR_BITS.llm_int8_skip_modules is None  # the user's object is left alone
+    assert FOUR_BITS.llm_int8_skip_modules is None  # the user's configuration is not modified
     layers = {type(module) for name, module in trainer.model.named_modules() if name.endswith("q_proj.base_layer")}
     assert layers == {bitsandbytes.nn.Linear4bit}
     dtypes = {name: parameter.dtype for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert {dtype for name, dtype in dtypes.items() if "lora" in name} == {torch.bfloat16}  # TRL's doing
+    assert {dtype for name, dtype in dtypes.items() if "lora" in name} == {torch.bfloat16}  # TRL casts them
     assert {tensor.dtype for tensor in heads(trainer).values()} == {torch.float32}
 
     plain = disco_trainer(tmp_path, model=wider_llama_dir, train_dataset=preferences())
@@ -60,7 +60,7 @@ def test_the_head_is_trained_in_float32_and_saved(tmp_path, trainer):
     assert trained == {f"base_model.model.score.modules_to_save.default.{name}" for name in names}
     for name in trained:
         assert after[name].dtype == torch.float32
-        # and not in bfloat16 on the way (a small count is exact there as well)
+        # The values have not been rounded to bfloat16 on the way. (A small count is exact in bfloat16 as well.)
         assert name.endswith("rows_seen") or not torch.equal(after[name], after[name].bfloat16().float())
 
     trainer.save_model()
@@ -86,7 +86,7 @@ def test_a_quantized_peft_model(tmp_path, wider_llama_dir, tiny_tokenizer):
     assert not torch.equal(base.score.modules_to_save["default"].weight, before["score.modules_to_save.default"])
 
 
-# Other quantization and other adapters, by PEFT as it is
+# Other quantizations and other adapters, which PEFT supports without changes
 
 IN_8, IN_4 = (EIGHT_BITS, bitsandbytes.nn.Linear8bitLt), (FOUR_BITS, bitsandbytes.nn.Linear4bit)
 VARIANTS = {
@@ -130,7 +130,7 @@ def test_variants_train_and_come_back(variant, tmp_path, wider_llama_dir):
     batch = {"input_ids": torch.arange(12).reshape(2, 6) + 5}
     with torch.no_grad():
         outputs = [model.eval()(**batch) for model in (trainer.model, loaded)]
-    # With a quantized base TRL keeps the adapter in bfloat16; it comes back in float32.
+    # TRL keeps the adapter of a quantized base in bfloat16, and it is loaded in float32.
     tolerance = 1e-6 if quantization is None else 1e-2
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=0, atol=tolerance)
     torch.testing.assert_close(outputs[0].scale, outputs[1].scale, rtol=0, atol=tolerance)

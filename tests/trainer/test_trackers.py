@@ -1,4 +1,4 @@
-"""What the trackers of `report_to` are sent is what the trainer logged, read back from their own files."""
+"""The trackers of `report_to` receive what the trainer logged. The tests read it back from the trackers' own files."""
 
 import json
 import math
@@ -16,7 +16,7 @@ METRICS = {f"{mode}/{name}" for mode in ("train", "eval") for name in ("loss", "
 
 @pytest.fixture
 def train(tiny_llama_dir, tiny_tokenizer, tmp_path):
-    """Train and evaluate, reporting to a tracker; what was logged at each step, under the names trackers get."""
+    """Function that trains with a tracker and returns what was logged at each step, under the trackers' names."""
 
     def run(tracker: str, **options) -> dict[int, dict[str, float]]:
         trainer = disco_trainer(
@@ -35,7 +35,7 @@ def train(tiny_llama_dir, tiny_tokenizer, tmp_path):
         for entry in trainer.state.log_history:
             at = logged.setdefault(entry["step"], {})
             for name, value in entry.items():
-                # (What sums up the run is a figure of the run and not of a step.)
+                # Totals of the run belong to no step.
                 if name not in ("step", "total_flos") and not name.startswith("train_"):
                     at["eval/" + name[5:] if name.startswith("eval_") else "train/" + name] = value
         return logged
@@ -44,7 +44,7 @@ def train(tiny_llama_dir, tiny_tokenizer, tmp_path):
 
 
 def assert_received(received: dict[int, dict[str, float]], logged: dict[int, dict[str, float]]) -> None:
-    """Every number at its step, to the float32 that some trackers keep."""
+    """Check that every number was received at its step, up to float32 rounding, which some trackers apply."""
     assert set().union(*received.values()) >= METRICS
     for step, numbers in logged.items():
         for name, value in numbers.items():
@@ -66,7 +66,7 @@ def test_tensorboard(train, tmp_path, monkeypatch):
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of an offline run's file: LevelDB's log format after a header of 7 bytes, in blocks of 32 KiB."""
+    """Records in the file of an offline run: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
     data = path.read_bytes()
     at, parts = 7, b""
     while at < len(data):
@@ -77,7 +77,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
         length, kind = struct.unpack_from("<HB", data, at + 4)
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield parts
             parts = b""
 
