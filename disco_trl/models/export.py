@@ -65,10 +65,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from ..data.tokenization import tokenize
 from ..distributions.reward_distribution import RewardDistribution, get_family
-from .heads import MAX_LOG_SCALE, DiscoHead
+from .heads import DiscoHead
 from .inference import load_trained, run_in_batches
 from .modeling import DiscoRewardModel
 from .outputs import OWN_OUTPUTS
+from .scale_head import MAX_LOG_SCALE
 
 
 TARGETS = ("scalar", "two-logit", "disco")
@@ -254,7 +255,10 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
             "scale, which two logits cannot hold; use --to scalar or --to disco"
         )
     if to != "scalar" and scale.fixed_scale is None and not bool(scale.weight.any()):
-        raise ValueError(f"{path}: no scale was learned, all answers would get the same one; use --to scalar")
+        raise ValueError(
+            f"{path}: its scale is the same for all answers, because its weight is zero, as before training; use --to "
+            "scalar"
+        )
 
     tokenizer = _load_tokenizer(path, inner)
     rows = len(inner.get_input_embeddings().weight)

@@ -35,7 +35,6 @@ from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
-from ..models.outputs import RewardModelOutput
 
 
 logger = get_logger(__name__)
@@ -312,19 +311,12 @@ def _minimize(objective: Callable[[], Tensor], parameters: list[Tensor]) -> None
 
 def why_not_fitted(trainer: Any) -> str | None:
     """Why nothing can be fitted to the last layer of a `DiscoRewardTrainer`'s model when training ends, or None."""
-    weight = trainer._reward_model._head.weight
+    weight = trainer._reward_model.reward_head.weight
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         return "load_best_model_at_end has put back other weights than those that training ended with"
     if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
         return "the head is sharded, and is needed whole"
     return None
-
-
-@torch.no_grad()
-def how_people_answer(model: Any, predictions: Predictions) -> Responses:
-    """What the finished model has learned of that, on the CPU, as the predictions are."""
-    columns = model._head(predictions.hidden_states[:1, 0].to(model._head.weight), with_scale=True).cpu()
-    return model.responses_of(RewardModelOutput(**model.split_columns(columns)))
 
 
 class Calibration(TrainerCallback):
@@ -341,13 +333,11 @@ class Calibration(TrainerCallback):
         if refusal is not None:
             logger.warning(f"the rewards are not calibrated: {refusal}")
             return
-        model = trainer._reward_model
-        head = model._head
+        head = trainer._reward_model.reward_head
         predictions = None if trainer._memory is None else trainer._memory.predictions()
         factor = torch.zeros((), device=head.weight.device)  # 0 says that it was left out
         if predictions is not None and len(predictions) >= LEAST_PAIRS:
-            responses = how_people_answer(model, predictions)
-            factor.fill_(calibrate(head, trainer._family, predictions, responses))
+            factor.fill_(calibrate(head, trainer._family, predictions, head.responses()))
             trainer._memory.rescale(factor.item())
         if broadcast(factor) == 0:
             return

@@ -29,7 +29,8 @@ from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
-from .calibration import Predictions, how_people_answer, recalibrate_unit, why_not_fitted
+from ..models.outputs import overall
+from .calibration import Predictions, recalibrate_unit, why_not_fitted
 
 
 logger = get_logger(__name__)
@@ -92,7 +93,7 @@ def fit_posterior(
     Fit the head's :class:`~disco_trl.models.heads.EpistemicHead`, in place.
 
     Args:
-        head: with room for it (`know_epistemic`).
+        head: with room for it (`add_epistemic`).
         family: of the rewards.
         predictions: training pairs; of them the hidden states and what was said.
         responses: how people answer.
@@ -106,11 +107,11 @@ def fit_posterior(
     unit = states.flatten(0, 1).std(dim=0).clamp_min(1e-12)
     features = (states - mean) / unit
     with torch.no_grad():
-        columns = head(states.to(head.weight.device).float(), with_scale=True).cpu().double()
-    count = len(family.shape_names)
-    shape = family.shape_from_raw(columns[..., 2 : 2 + count]) if count else None
+        output = head(states.to(head.weight.device).float(), full_output=True)
+    location, scale = (overall(values).cpu().double() for values in (output.location, output.scale))
+    shape = None if output.raw_shape is None else family.shape_from_raw(output.raw_shape.cpu().double())
     said = Judgements.of_table(predictions.said)
-    bends = curvature(family, columns[..., 0], columns[..., 1], shape, said, responses)
+    bends = curvature(family, location, scale, shape, said, responses)
     values, vectors = torch.linalg.eigh(bends)
     # Rows whose outer products sum to what the data say
     rows = (values.clamp_min(0).sqrt()[..., None] * (vectors.mT @ features)).flatten(0, 1)
@@ -138,15 +139,15 @@ class Posterior(TrainerCallback):
         if refusal is not None:
             logger.warning(f"what the model does not know is not fitted: {refusal}")
             return
-        model = trainer._reward_model
+        head = trainer._reward_model.reward_head
         if trainer._memory is not None and (predictions := trainer._memory.predictions()) is not None:
             # A pair that was seen in several epochs says what it says once.
             pairs = trainer._memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
-            responses = how_people_answer(model, predictions)
-            fit_posterior(model._head, trainer._family, predictions.in_hindsight(), responses, pairs)
+            responses = head.responses()
+            fit_posterior(head, trainer._family, predictions.in_hindsight(), responses, pairs)
             if trainer._memory.factor is not None:
-                trainer._memory.rescale(recalibrate_unit(model._head, trainer._family, predictions, responses))
+                trainer._memory.rescale(recalibrate_unit(head, trainer._family, predictions, responses))
                 trainer.log({"calibration_factor_with_errors": trainer._memory.factor})
-        for tensor in (model._head.weight.data, model._head.bias, *model._head.epistemic.buffers()):
+        for tensor in (head.weight.data, head.bias, *head.epistemic.buffers()):
             if tensor is not None:
                 broadcast(tensor)

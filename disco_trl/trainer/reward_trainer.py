@@ -45,8 +45,9 @@ from ..models.adapters import keep_to_one_family, save_reward_head
 from ..models.distributed import check_parallelism, keep_head_apart
 from ..models.inference import vocabulary_size
 from ..models.model_card import make_model_card
-from ..models.modeling import DiscoRewardModel, upgrade
+from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
+from ..models.upgrade import upgrade
 from .calibration import MEMORY_FILE, Calibration, HeadMemory
 from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
 from .checkpoints import last_whole_checkpoint, why_torn
@@ -173,9 +174,9 @@ class DiscoRewardTrainer(RewardTrainer):
         def adopt(model: Any) -> None:
             reward_model = upgrade(model, args.reward_family, args.fixed_scale, likelihood)
             if args.epistemic:
-                reward_model.know_epistemic(MOST_DIRECTIONS)
+                reward_model.add_epistemic(MOST_DIRECTIONS)
             if "rating_values" in likelihood:
-                reward_model.start_thresholds(surveyed.ratings)
+                reward_model.init_thresholds(surveyed.ratings)
             if isinstance(peft_config, PeftConfig):  # TRL refuses any other type
                 save_reward_head(peft_config, reward_model.head_name, reward_model.newly_initialized)
             for name, head in reward_model.named_reward_heads():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from disco_trl import DiscoRewardModel
-from disco_trl.models.heads import MAX_LOG_SCALE, DiscoHead, ScaleHead
+from disco_trl.models.heads import DiscoHead
+from disco_trl.models.scale_head import MAX_LOG_SCALE, ScaleHead
 from disco_trl.models.settings import resolve_settings
 
 
