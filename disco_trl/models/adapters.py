@@ -70,9 +70,9 @@ def keep_to_one_family(model: Any) -> None:
     """
     Make a `PeftModel` save the reward settings with each adapter and refuse adapters with others, in place.
 
-    PEFT neither writes nor reads [`ADAPTER_SETTINGS_FILE`]. It would load the head of a Cauchy adapter beside that of a
-    normal one, and the scales of both would be read as those of the first. Checking `load_adapter` is enough, because
-    `set_adapter` and `add_weighted_adapter` know only adapters that it has loaded.
+    PEFT neither writes nor reads [`ADAPTER_SETTINGS_FILE`]. It would load the head of a Cauchy adapter beside that of
+    a normal one, and the scales of both would be read as those of the first. Checking `load_adapter` is enough,
+    because `set_adapter` and `add_weighted_adapter` know only adapters that it has loaded.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -144,9 +144,9 @@ def find_file(path: str, name: str, hub_kwargs: dict[str, Any]) -> str | None:
     Raises:
         `OSError`: If the repository does not exist or cannot be read.
     """
-    # transformers (5.18 to 5.24) has no public argument for this: by default `cached_file` raises an `OSError` for a
-    # file that is missing as it does for a repository that is, and `has_file` knows no subfolder and answers every
-    # question with a request to the Hub, even where the cache is complete.
+    # transformers (5.18 to 5.24) has no public way to ask this. By default `cached_file` raises the same error for a
+    # missing file as for a missing repository, and `has_file` takes an error of the server for a missing file, after
+    # which an adapter would be read without its settings.
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
