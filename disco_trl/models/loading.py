@@ -52,7 +52,7 @@ class CheckpointKind(enum.Enum):
     """
 
     BASE = "base"
-    """A language model. Its reward head is newly initialized, and so are its rewards random."""
+    """A language model. Its reward head is newly initialized, so its rewards are random."""
     SCALAR = "scalar"
     """A reward model with a location and without a scale."""
     DISCO = "disco"
