@@ -10,10 +10,10 @@ import re
 
 import pytest
 import torch
-from forests import prefixes_by_place
+from forests import padded, prefixes_by_place, random_model
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tiny_models import EOS, PAD, VOCAB, load, lora, randomize_heads, tiny_config
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from tiny_models import EOS, PAD, VOCAB, load, lora, tiny_config
+from transformers import AutoModelForSequenceClassification
 
 from disco_trl import RewardDistribution
 from disco_trl.data.forest import grow_forest, pack
@@ -25,20 +25,6 @@ from disco_trl.models.upgrade import upgrade
 
 # Architectures
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-    "bos_token_id": 1,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "num_labels": 1,
-}
 # Shorter than the prompts, and than most answers
 WINDOW = {"sliding_window": 4}
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -72,24 +58,6 @@ CASES = [
 every_architecture = pytest.mark.parametrize(("name", "implementation"), CASES)
 
 
-def random_model(model_type: str, implementation: str = "sdpa", seed: int = 0, **more):
-    """A disco model with weights so large that each token makes a visible difference to those after it."""
-    config = AutoConfig.for_model(model_type, **{**SIZES, **more})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
-        upgrade(model)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-            else:  # biases, which start at zero, and norms, near one
-                parameter.data += 0.2 * torch.randn_like(parameter)
-    randomize_heads(model)
-    for parameter in model.score.parameters() if hasattr(model, "score") else ():
-        parameter.data *= 0.3  # rewards and log-probabilities of order 1
-    return model
-
-
 def model_of(name: str, implementation: str):
     model_type, more = ARCHITECTURES[name]
     return random_model(model_type, implementation, **more)
@@ -113,12 +81,6 @@ def _sequences() -> list[list[int]]:
 # Four and two answers to a prompt; a conversation at four turns, each the beginning of the next; a repetition; one
 # that shares nothing; and one whose reward is read before its end.
 SEQUENCES = _sequences()
-
-
-def padded(sequences: list[list[int]]) -> dict[str, torch.Tensor]:
-    rows = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=PAD)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return {"input_ids": rows, "attention_mask": (torch.arange(rows.shape[1]) < lengths[:, None]).long()}
 
 
 def learn(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_prefix_sharing import PAD, random_model
-from test_prefix_sharing_training import pairs
+from forests import pairs, random_model
+from tiny_models import PAD
 from tiny_training import disco_trainer, furthest, logged, weights
 
 from disco_trl.models.heads import DiscoHead
