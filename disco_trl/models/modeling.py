@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
 from ..distributions.likelihood import Responses
-from ..distributions.reward_distribution import RewardDistribution, get_family
+from ..distributions.reward_distribution import Family, RewardDistribution, get_family
 from .heads import DiscoHead, EpistemicHead, LikelihoodHead, ShapeHead, heads_bypassed, to_responses
 from .loading import load_reward_model
 from .outputs import OWN_OUTPUTS, STOCK_OUTPUTS, RewardModelOutput, overall
@@ -58,6 +58,8 @@ class DiscoRewardModel(_Stock):
     latter.
 
     Attributes:
+        family (`Family`):
+            Family of the rewards.
         head_name (`str`):
             Name of the head, such as `"score"`.
         unquantized_modules (`tuple[str, ...]`):
@@ -81,6 +83,7 @@ class DiscoRewardModel(_Stock):
     ```
     """
 
+    family: Family
     head_name: str
     unquantized_modules: tuple[str, ...]
     newly_initialized: tuple[str, ...] = ()
@@ -155,7 +158,6 @@ class DiscoRewardModel(_Stock):
         Returns:
             [`~disco_trl.RewardDistribution`]: Location and scale of shape `(B,)`.
         """
-        family = get_family(self.config.disco["reward_family"])
         errors = []
         if output.likelihood is not None and "location_error" in output.likelihood:
             errors.append(overall(output.likelihood["location_error"]))
@@ -164,8 +166,8 @@ class DiscoRewardModel(_Stock):
         return RewardDistribution(
             overall(cast(Tensor, output.logits)),
             overall(cast(Tensor, output.scale)),
-            family.name,
-            shape=None if output.raw_shape is None else family.shape_from_raw(output.raw_shape),
+            self.family.name,
+            shape=None if output.raw_shape is None else self.family.shape_from_raw(output.raw_shape),
             # The two errors are independent, so their variances add.
             location_error=functools.reduce(torch.hypot, errors) if errors else None,
         )
@@ -242,7 +244,7 @@ class DiscoRewardModel(_Stock):
             settings (`dict`):
                 What [`~disco_trl.models.settings.resolve_settings`] returns; it becomes `config.disco`.
         """
-        family = get_family(settings["reward_family"])
+        self.family = family = get_family(settings["reward_family"])
         for _, layer in self.named_reward_heads():
             head = DiscoHead.convert(layer, family.unit_scale, settings["fixed_scale"], len(family.shape_names))
             if "likelihood" in settings:
@@ -277,7 +279,7 @@ class DiscoRewardModel(_Stock):
             ratings (`Mapping[float, int]`):
                 How often each rating value occurs.
         """
-        family = get_family(self.config.disco["reward_family"])
+        family = self.family
         shape = family.shape_from_raw(torch.zeros(len(family.shape_names), dtype=torch.float64))
         for _, head in self.named_reward_heads():
             likelihood = cast(LikelihoodHead, head.likelihood)
