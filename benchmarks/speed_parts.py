@@ -24,6 +24,7 @@ from disco_trl.data.tokenization import tokenize
 from disco_trl.distributions.judgements import Judgements
 from disco_trl.distributions.likelihood import Responses
 from disco_trl.models.heads import DiscoHead
+from disco_trl.models.outputs import overall
 from disco_trl.rewards.reward_function import Content
 from disco_trl.trainer.epistemic import MOST_DIRECTIONS, fit_posterior
 from disco_trl.trainer.predictions import PredictionMemory
@@ -281,19 +282,19 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
     plain_head = torch.nn.Linear(width, 1, bias=False, device=hidden.device, dtype=hidden.dtype)
     family = get_family("normal")
     head = DiscoHead.convert(torch.nn.Linear(width, 1, bias=False, device=hidden.device), family.unit_scale, None)
-    head.know_epistemic(min(MOST_DIRECTIONS, width))
+    head.add_epistemic(min(MOST_DIRECTIONS, width))
 
     def plain() -> None:
         chosen, rejected = plain_head(hidden).squeeze(-1).chunk(2)
         (-F.logsigmoid(chosen - rejected).mean()).backward()
 
     def disco() -> None:
-        location, scale = head(hidden, with_scale=True).split(1, dim=-1)
+        output = head(hidden, full_output=True)
         (location_chosen, location_rejected), (scale_chosen, scale_rejected) = (
-            part.squeeze(-1).chunk(2) for part in (location, scale)
+            overall(values).chunk(2) for values in (output.location, output.scale)
         )
         (-family.log_prob_greater(location_chosen, scale_chosen, location_rejected, scale_rejected).mean()).backward()
-        head.scale.track(hidden.detach(), location.detach())
+        head.scale.track(hidden.detach(), output.location.detach())
 
     def seconds(step: Callable[[], Any], repeats: int) -> float:
         start = now()

@@ -1,6 +1,6 @@
-"""A PEFT adapter: what its folder holds beside PEFT's own files, and how its reward head comes to be saved with it.
+"""PEFT adapters of a reward model: how the head is saved with one, and the settings file beside it.
 
-Reading one, and the base model under it, is `disco_trl.models.loading`.
+`disco_trl.models.loading` loads an adapter and its base model.
 """
 
 from __future__ import annotations
@@ -17,24 +17,34 @@ from transformers.utils import cached_file
 from .settings import resolve_settings
 
 
+# The file that holds the reward settings of an adapter. It is not called config.json, because with that file
+# `AutoModelForSequenceClassification.from_pretrained(adapter_dir)` would expect a full model in the directory.
 ADAPTER_SETTINGS_FILE = "disco_config.json"
-"""Holds an adapter's `reward_family` and `fixed_scale`. (Not `config.json`: with that beside the adapter,
-`AutoModelForSequenceClassification.from_pretrained(adapter_dir)` would look for a full model there.)"""
 
-
+# Arguments of `from_pretrained` that say where files come from.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def save_reward_head(peft_config: Any, head_name: str, newly_initialized: Sequence[str]) -> None:
-    """Have PEFT train and save the reward head, and whatever else the checkpoint of the base did not bring."""
-    # With any other task type PEFT expects a model that generates, and all-linear takes the head for a target.
+    """
+    Change a PEFT config so that PEFT trains and saves the reward head, and all else that the base model lacks.
+
+    Args:
+        peft_config ([`~peft.PeftConfig`]):
+            Config to change, in place.
+        head_name (`str`):
+            Name of the head in the model.
+        newly_initialized (`Sequence[str]`):
+            Names of the modules that the checkpoint of the base model did not contain.
+    """
+    # With any other task type PEFT expects a model that generates, and `all-linear` includes the head.
     peft_config.task_type = "SEQ_CLS"
-    if not hasattr(peft_config, "modules_to_save"):  # prompt learning: the task type alone saves the head
+    if not hasattr(peft_config, "modules_to_save"):  # prompt learning, where the task type alone saves the head
         return
     modules = list(peft_config.modules_to_save or [])
     for name in (head_name, *newly_initialized):
-        # A head inside a block (RoBERTa's classifier.out_proj) is saved with the whole block. PEFT itself adds the
-        # modules called score and classifier.
+        # A head inside a block (classifier.out_proj in RoBERTa) is saved with the whole block. PEFT adds modules that
+        # are called score or classifier by itself.
         module = name.split(".")[0] if name.startswith(head_name.split(".")[0]) else name
         if module not in ("score", "classifier", *modules):
             modules.append(module)
@@ -42,10 +52,7 @@ def save_reward_head(peft_config: Any, head_name: str, newly_initialized: Sequen
 
 
 class _OneFamily:
-    """A `PeftModel` whose adapters all are of one family and fixed scale, which are saved with each of them.
-
-    A mixin before PEFT's own class.
-    """
+    """Mixin for a `PeftModel` whose adapters have the same settings, which are saved with each of them."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
         saved = cast(Any, super()).save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
@@ -60,31 +67,45 @@ class _OneFamily:
 
 
 def keep_to_one_family(model: Any) -> None:
-    """Make a `PeftModel` around a disco model save family and fixed scale, and refuse adapters of others, in place.
+    """
+    Make a `PeftModel` save the reward settings with each adapter and refuse adapters with others, in place.
 
-    PEFT neither writes nor reads :data:`ADAPTER_SETTINGS_FILE`: it would put a Cauchy adapter's head beside a normal
-    one's, and the scale of either would be read as the first one's. `set_adapter` and `add_weighted_adapter` take only
-    what `load_adapter` has let in.
+    PEFT neither writes nor reads [`ADAPTER_SETTINGS_FILE`]. It would load the head of a Cauchy adapter beside that of
+    a normal one, and the scales of both would be read as those of the first. Checking `load_adapter` is enough,
+    because `set_adapter` and `add_weighted_adapter` know only adapters that it has loaded.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Adapter around a disco model. Its class is replaced by a subclass.
     """
     if not isinstance(model, _OneFamily):
         kind = type(model)
-        # It keeps PEFT's name, which is what a user sees and PEFT's model card says.
+        # The subclass keeps the name that PEFT gave it, which users and PEFT's model card see.
         model.__class__ = type(
             kind.__name__, (_OneFamily, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__}
         )
 
 
 def save_adapter_settings(model: Any, directory: Path) -> None:
-    """Write :data:`ADAPTER_SETTINGS_FILE` beside each adapter of a `PeftModel` around a disco model."""
+    """
+    Write [`ADAPTER_SETTINGS_FILE`] beside each adapter of a `PeftModel` around a disco model.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+        directory (`Path`):
+            Where PEFT has saved the adapters.
+    """
     settings = json.dumps(model.get_base_model().config.disco, indent=2) + "\n"
     for name in model.peft_config:
-        # PEFT gives every adapter but the one called "default" a folder of its own.
+        # PEFT saves every adapter in a subfolder, except the one called "default".
         folder = directory / ("" if name == "default" else name)
-        if folder.is_dir():  # else this adapter was not among those to save
+        if folder.is_dir():  # `selected_adapters` may leave some out
             (folder / ADAPTER_SETTINGS_FILE).write_text(settings, encoding="utf-8")
 
 
 def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if an adapter has other settings than the model that is to load it."""
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
     own = base.config.disco
     settings_file = find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
@@ -106,12 +127,40 @@ def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
 
 
 def find_file(path: str, name: str, hub_kwargs: dict[str, Any]) -> str | None:
-    """A file of a directory or of the Hub; None if there is none of that name."""
+    """
+    Find a file of a checkpoint, downloading it if needed.
+
+    Args:
+        path (`str`):
+            Directory or Hub id.
+        name (`str`):
+            Name of the file.
+        hub_kwargs (`dict`):
+            Values of [`HUB_KEYWORDS`].
+
+    Returns:
+        `str`, *optional*: Path of the file, or `None` if the checkpoint has no file of that name.
+
+    Raises:
+        `OSError`: If the repository does not exist or cannot be read.
+    """
+    # transformers (5.18 to 5.24) has no public way to ask this. By default `cached_file` raises the same error for a
+    # missing file as for a missing repository, and `has_file` takes an error of the server for a missing file, after
+    # which an adapter would be read without its settings.
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
 def read_settings(path: str) -> Any:
-    """What a file of the name :data:`ADAPTER_SETTINGS_FILE` says."""
+    """
+    Read the settings of an adapter, which are not validated.
+
+    Args:
+        path (`str`):
+            Path of an [`ADAPTER_SETTINGS_FILE`].
+
+    Raises:
+        `ValueError`: If the file is not JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -119,9 +168,21 @@ def read_settings(path: str) -> Any:
 
 
 def adapter_shapes(weights_file: str) -> dict[str, list[int]]:
-    """Names of an adapter's tensors, as they are in the model, and their shapes."""
+    """
+    Read the names and shapes of the tensors of an adapter, without loading them.
+
+    Args:
+        weights_file (`str`):
+            Path of an `adapter_model.safetensors`.
+
+    Returns:
+        `dict` from `str` to `list[int]`: Shapes by the names that the tensors have in the base model.
+
+    Raises:
+        `safetensors.SafetensorError`: If the file is damaged or cut short.
+    """
     with safe_open(weights_file, framework="pt") as file:
-        # PEFT's own prefix, which prompt learning writes without "model."
+        # The prefix of PEFT, which prompt learning writes without "model."
         return {
             key.removeprefix("base_model.").removeprefix("model."): file.get_slice(key).get_shape()
             for key in file.keys()

@@ -1,8 +1,8 @@
-"""A model in pieces on several devices: what is done so that its rewards stay right, and what is refused.
+"""Sharded models: keeping the reward head in float32, and refusing layouts in which rewards would be wrong.
 
-Replicas (DDP) need nothing. FSDP2 and DeepSpeed, asked for bfloat16, would give it to the reward head as well, and
-with a row of tokens split up (context or sequence parallelism) or a batch cut between the two sides of a pair there is
-no reward to be had. `docs/distributed.md` says what is supported.
+Replicas (DDP) need nothing special. FSDP2 and DeepSpeed would run the head in bfloat16 too if the model is trained in
+bfloat16. No reward can be computed where a row of tokens is split among devices (context or sequence parallelism), or
+a batch between the two sides of a pair. `docs/distributed.md` lists what is supported.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ def check_parallelism(
     dispatches: bool | None = None,
 ) -> None:
     """
-    Refuse what would give wrong rewards, or a head that is not in float32.
+    Refuse layouts that would give wrong rewards, or a head that is not in float32.
 
     Args:
-        processes (`int`): that train together.
-        parallelism (`accelerate.ParallelismConfig`, *optional*): what they divide among each other.
-        deepspeed (`dict`, *optional*): DeepSpeed's config.
-        dispatches (`bool`, *optional*): accelerate's `dispatch_batches`.
+        processes (`int`, *optional*, defaults to `1`):
+            Number of processes that train together.
+        parallelism (`accelerate.ParallelismConfig`, *optional*):
+            What the processes divide among each other.
+        deepspeed (`dict`, *optional*):
+            Config of DeepSpeed.
+        dispatches (`bool`, *optional*):
+            `dispatch_batches` of accelerate.
 
     Raises:
-        ValueError: context, sequence or tensor parallelism; `dispatch_batches` on several processes; or DeepSpeed with
-            weights in half precision.
+        `ValueError`: If context, sequence or tensor parallelism is on, if `dispatch_batches` is on with several
+            processes, or if DeepSpeed keeps the weights in half precision.
     """
     deepspeed = deepspeed or {}
     splits = "it splits each row of tokens among devices, and a reward is read at the row's last token"
@@ -69,7 +73,13 @@ def check_parallelism(
 
 
 def keep_head_apart(accelerator: Any) -> None:
-    """With FSDP2, have `accelerator.prepare` make each reward head a unit of its own; else leave it as it is."""
+    """
+    Make each reward head a unit of its own when `accelerator.prepare` applies FSDP2.
+
+    Args:
+        accelerator (`accelerate.Accelerator`):
+            Accelerator whose method `prepare` is replaced. Without FSDP2 it is left unchanged.
+    """
     if not getattr(accelerator, "is_fsdp2", False):
         return
     prepare = accelerator.prepare
@@ -85,12 +95,17 @@ def keep_head_apart(accelerator: Any) -> None:
 @contextlib.contextmanager
 def head_as_its_own_unit() -> Iterator[None]:
     """
-    While it lasts, FSDP2 makes each reward head a unit of its own, in float32 from its weights to its rewards.
+    Make FSDP2 shard each reward head as a unit of its own within the context, in float32 from weights to rewards.
 
-    accelerate (1.10 to 1.15) has one policy for all units. With `mixed_precision: bf16` each unit's weights, and what
-    the unit returns, are cast to bfloat16: the head's too, and the rewards. And where the head falls into a unit with
-    the language model's weights, those must not differ from it in dtype. There is no setting for a single module, so
-    the function that accelerate calls for each unit is replaced by one that knows the head.
+    accelerate (1.10 to 1.15) has one precision policy for all units. With `mixed_precision: bf16` it casts the weights
+    and the outputs of each unit to bfloat16, those of the head included. In a unit with weights of the language model
+    the head would also have to have their dtype. There is no setting for a single module, so the function that
+    accelerate calls for each unit, `torch.distributed.fsdp.fully_shard`, is replaced by one that treats heads
+    separately.
+
+    The replacement holds for the whole process: any other code that looks the function up in that module within the
+    context gets it too. It treats modules without a reward head exactly as the original does, and the original is put
+    back at the end, also after an error.
     """
     fully_shard = torch.distributed.fsdp.fully_shard
 
@@ -104,7 +119,7 @@ def head_as_its_own_unit() -> Iterator[None]:
             for head in heads:
                 if head is not module and not isinstance(head, torch.distributed.fsdp.FSDPModule):
                     fully_shard(head, **{**options, "mp_policy": whole})
-            # What is around the head hands its float32 on.
+            # The units around the head return its float32 rewards without a cast.
             options["mp_policy"] = whole if module in heads else dataclasses.replace(policy, output_dtype=None)
         return fully_shard(module, **options)
 
@@ -116,7 +131,18 @@ def head_as_its_own_unit() -> Iterator[None]:
 
 
 def process_state(use_cpu: bool = False, **kwargs: Any) -> PartialState:
-    """Which of several processes this is, on accelerators and on CPUs; `kwargs` are for the process group."""
-    # Unless told to use the CPU, accelerate takes each of several processes without an accelerator for the only one.
+    """
+    Get the state of this process among all, on accelerators and on CPUs.
+
+    Args:
+        use_cpu (`bool`, *optional*, defaults to `False`):
+            Whether to use the CPU where there is an accelerator.
+        **kwargs:
+            Arguments for the process group, such as `timeout`.
+
+    Returns:
+        `accelerate.PartialState`: The state.
+    """
+    # Without an accelerator, and unless it is told to use the CPU, accelerate takes each process for the only one.
     use_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=use_cpu, **kwargs)

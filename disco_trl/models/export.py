@@ -1,49 +1,49 @@
-"""`disco-trl export`: from a reward model of any kind to files that other tools take as they are.
+"""Export: a reward model of any kind as files that other tools load as they are.
 
-=============  ===========================================  =======================================================
-``--to``       what is written                              who takes it
-=============  ===========================================  =======================================================
-``scalar``     the stock class, one label: the location     whatever loads a scalar reward model, strictly too
-``two-logit``  the stock class, two labels: the location    engines (vLLM, SGLang, ONNX Runtime), whose clients get the
-               and the raw scale                            scale back by :func:`from_two_logits`
-``disco``      a disco checkpoint                           disco-trl; everybody else, as a scalar model
-=============  ===========================================  =======================================================
+- `to="scalar"` writes the stock class with one label, the location. Any tool that loads a scalar reward model loads
+it,
+  strict ones too.
+- `to="two-logit"` writes the stock class with two labels, the location and the raw scale, for engines (vLLM, SGLang,
+  ONNX Runtime) whose clients compute the scale with [`from_two_logits`].
+- `to="disco"` writes a disco checkpoint, which other tools load as a scalar reward model.
 
-An adapter is merged into its base, in float32 and before anything is rounded. That is also the fix where an adapter's
-own directory does not do: `AutoModelForSequenceClassification.from_pretrained(adapter_dir)` neither resizes the base
-model for tokens that training has added (with TRL's `chat_template_path`: it stops at an index out of bounds) nor sets
-the padding token that training has set, by which the last token is found.
+An adapter is merged into its base model, in float32 and before any rounding. This also helps where the directory of an
+adapter cannot be loaded: `AutoModelForSequenceClassification.from_pretrained(adapter_dir)` neither resizes the base
+model for tokens that training has added (with TRL's `chat_template_path` it fails with an index out of bounds) nor
+sets the padding token of training, by which the last token is found.
 
 An adapter that was trained with QLoRA is merged into the base model as it was before quantization. Training saw the
-base with its rounding errors, so a merged model's rewards differ from those of the 4-bit base with the adapter on it
-(`DiscoRewardModel.from_pretrained(adapter, quantization_config=...)`). No check here can call that difference right or
-wrong; what is checked is that the merged model gives what the unquantized base with the adapter gives. For its size:
-the quickstart's model (SmolLM2-135M, trained on the unquantized base) on 60 held-out tweets, whose locations have a
-standard deviation of 2.4 and whose log scales one of 0.16, changes with a base in nf4 by 0.37 and 0.05 on average and
-by 1.3 and 0.23 at most. Rounding it to bfloat16 changes it by 0.05 and 0.003 on average. Where that matters, use a
-QLoRA adapter on the base that it was trained on.
+base with its rounding errors, so the rewards of the merged model differ from those of the 4-bit base with the adapter
+(`DiscoRewardModel.from_pretrained(adapter, quantization_config=...)`). No check can say which of the two is right;
+what is checked is that the merged model agrees with the unquantized base with the adapter. As to the size of the
+difference: the model of the quickstart (SmolLM2-135M, trained on the unquantized base) on 60 held-out tweets, whose
+locations have a standard deviation of 2.4 and whose log scales have one of 0.16, changes with a base in nf4 by 0.37
+and 0.05 on average and by 1.3 and 0.23 at most. Rounding it to bfloat16 changes it by 0.05 and 0.003 on average. Where
+this matters, use a QLoRA adapter with the base that it was trained on.
 
-**Two logits.** The raw scale is linear in the hidden state but for a constant, weight · mean_hidden. The heads of
-decoders have no bias to put it in, so it stands in `config.json` for every architecture, with all else that is needed,
-under `reward_distribution`. Without disco-trl, and for a location and scale in the units of training::
+**Two logits.** The raw scale is linear in the hidden state, up to the constant weight · mean_hidden. The heads of
+decoders have no bias that could hold it, so for every architecture it is in `config.json`, with the other constants,
+under `reward_distribution`. Without disco-trl, location and scale in the units of training are
 
-    constants = config["reward_distribution"]
-    raw = (logits[1] - constants["raw_scale_offset"]) / constants["max_log_scale"]
-    location, scale = logits[0], constants["unit_scale"] * exp(constants["max_log_scale"] * tanh(raw))
+```python
+constants = config["reward_distribution"]
+raw = (logits[1] - constants["raw_scale_offset"]) / constants["max_log_scale"]
+location, scale = logits[0], constants["unit_scale"] * exp(constants["max_log_scale"] * tanh(raw))
+```
 
-A learned location error (`score.likelihood`) is not among them: probabilities from a two-logit model are those of σ
-alone, and by that too sure.
+A learned location error (`score.likelihood`) is not included. Probabilities from a two-logit model use σ alone, and
+are overconfident by that much.
 
-The logits must come as they are. `problem_type` is `"regression"`, which tells Transformers' pipelines and vLLM's
-`classify` to apply neither softmax nor sigmoid (to any other endpoint of vLLM pass `use_activation=False`); of SGLang
-use `/classify`, because `/v1/classify` applies a softmax. Texts must be tokenized as in training, end-of-text token
-included. Tested are Transformers' classes and pipelines; what is said of vLLM and SGLang follows their documentation,
-and neither was run.
+The logits are needed without an activation. `problem_type` is `"regression"`, so that the pipelines of Transformers
+and `classify` in vLLM apply neither softmax nor sigmoid (for any other endpoint of vLLM pass `use_activation=False`);
+with SGLang use `/classify`, because `/v1/classify` applies a softmax. Texts have to be tokenized as in training, with
+the end-of-text token. The classes and pipelines of Transformers are tested. What is said of vLLM and SGLang follows
+their documentation, and neither was run.
 
-**Proof.** What was written is loaded again in the plain way and compared with the source on sample texts, one by one
-and in a padded batch, before it gets its name. In float32 arithmetic, on the weights as rounded to `--dtype`, all
-outputs have to agree within :data:`TOLERANCE`. What bfloat16 or float16 then costs in use is a matter of the language
-model and not of the export: it is measured, against the source in float32, and reported.
+**Verification.** The written files are loaded again in the usual way and compared with the source on sample texts, one
+by one and in a padded batch, before they get their name. In float32 arithmetic, with the weights as rounded to
+`dtype`, all outputs have to agree within [`TOLERANCE`]. What bfloat16 or float16 costs in use depends on the
+language model and not on the export: it is measured against the source in float32 and reported.
 """
 
 from __future__ import annotations
@@ -65,20 +65,21 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from ..data.tokenization import tokenize
 from ..distributions.reward_distribution import RewardDistribution, get_family
-from .heads import MAX_LOG_SCALE, DiscoHead
+from .heads import DiscoHead
 from .inference import load_trained, run_in_batches
 from .modeling import DiscoRewardModel
 from .outputs import OWN_OUTPUTS
+from .scale_head import MAX_LOG_SCALE
 
 
 TARGETS = ("scalar", "two-logit", "disco")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The entry of config.json that holds the constants of a two-logit model.
 TWO_LOGIT_ENTRY = "reward_distribution"
-"""The entry in a two-logit model's config.json that holds the constants."""
 
+# Largest difference that verification accepts: of locations relative to max(1, |μ|), and of log σ. The order of
+# additions in float32 accounts for about 1e-6, and merging an adapter for about 1e-5.
 TOLERANCE = 1e-4
-"""The largest difference that a proof lets pass: of locations relative to max(1, |μ|), and of log σ. The order of
-additions in float32 accounts for about 1e-6, and merging an adapter for about 1e-5."""
 
 SAMPLE_TEXTS = (
     "Yes.",
@@ -91,14 +92,17 @@ SAMPLE_TEXTS = (
 
 
 def from_two_logits(logits: Tensor, constants: Mapping[str, Any]) -> RewardDistribution:
-    """The distribution of the reward, from the logits of a two-logit export.
+    """
+    Convert the logits of a two-logit model to reward distributions.
 
     Args:
-        logits: Tensor `[..., 2]`, with no activation applied.
-        constants: the entry `reward_distribution` of its config.json.
+        logits (`torch.Tensor` of shape `(..., 2)`):
+            Logits of the model, without an activation.
+        constants (`Mapping`):
+            Entry `reward_distribution` of its config.json.
 
     Returns:
-        `RewardDistribution` with location and scale of shape `[...]`, float32.
+        [`~disco_trl.RewardDistribution`]: Location and scale of shape `(...)`, in float32.
     """
     location, raw_with_offset = logits.double().unbind(-1)
     bound = constants["max_log_scale"]
@@ -108,21 +112,28 @@ def from_two_logits(logits: Tensor, constants: Mapping[str, Any]) -> RewardDistr
 
 
 class ProofError(RuntimeError):
-    """What was written does not give the rewards of its source."""
+    """Error for written files that do not give the rewards of their source."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how close its rewards are to those of its source on the sample texts.
+    """
+    What was written, and how far its rewards are from those of its source on the sample texts.
 
     Attributes:
-        architecture: the class that loads it.
-        dtype: of its weights.
-        location_difference: largest |Δμ| / max(1, |μ|) in float32 arithmetic, of merging or of writing and loading; at
-            most :data:`TOLERANCE`.
-        log_scale_difference: largest |Δ log σ|, the same; `None` for a scalar model.
-        location_rounding: largest |Δμ| between the export run in `dtype` and the source in float32.
-        log_scale_rounding: largest |Δ log σ|, the same; `None` for a scalar model.
+        architecture (`str`):
+            Class that loads the files.
+        dtype (`str`):
+            Dtype of the weights.
+        location_difference (`float`):
+            Largest |Δμ| / max(1, |μ|) in float32 arithmetic, caused by merging or by writing and loading. At most
+            [`TOLERANCE`].
+        log_scale_difference (`float`, *optional*):
+            Largest |Δ log σ| of the same kind. `None` for a scalar model.
+        location_rounding (`float`):
+            Largest |Δμ| between the exported model, run in `dtype`, and the source in float32.
+        log_scale_rounding (`float`, *optional*):
+            Largest |Δ log σ| of the same kind. `None` for a scalar model.
     """
 
     architecture: str
@@ -157,19 +168,28 @@ def export(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write a reward model, its tokenizer and chat template in a form that other tools take; see the module's text.
+    """
+    Write a reward model, its tokenizer and its chat template as files that other tools load.
 
     Args:
-        model: path or Hub id of a disco checkpoint, a scalar reward model or a PEFT adapter.
-        output: directory to write. It appears when the proof has succeeded, and not before.
-        to: `"scalar"`, `"two-logit"` or `"disco"`.
-        dtype: of the weights that are written: `"float32"`, `"bfloat16"` or `"float16"`. (The head of a disco
-            checkpoint stays float32.)
-        overwrite: replace a model that is in `output`.
+        model (`str` or `os.PathLike`):
+            Directory or Hub id of a disco checkpoint, a scalar reward model or a PEFT adapter.
+        output (`str` or `os.PathLike`):
+            Directory to write. It appears only after verification has succeeded.
+        to (`str`):
+            `"scalar"`, `"two-logit"` or `"disco"`; see the documentation of this module.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`. The head of a disco checkpoint stays in
+            float32.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a model in `output`.
+
+    Returns:
+        [`ExportReport`]: What was written, and how close it is to its source.
 
     Raises:
-        ValueError: if the model cannot be exported to that, with the reason, or `output` is in use.
-        ProofError: if the reloaded model does not give the source's rewards; nothing is left in `output`.
+        `ValueError`: If the model cannot be exported to that form, with the reason, or if `output` is in use.
+        [`ProofError`]: If the loaded files do not give the rewards of the source. Nothing is left in `output`.
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r} is unknown; choose one of {', '.join(map(repr, TARGETS))}")
@@ -226,7 +246,7 @@ def _check_output(model: str, output: Path, overwrite: bool) -> None:
 
 
 def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The model in float32 and evaluation mode, fit to be exported, and its tokenizer."""
+    """Load tokenizer and model, in float32 and evaluation mode. Raise a `ValueError` if it cannot be exported."""
     source = load_trained(path, dtype=torch.float32)
     inner = source.get_base_model() if is_peft_model(source) else source
     if getattr(inner, "is_quantized", False):
@@ -253,8 +273,13 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
             f"{path}: a {inner.config.disco['reward_family']!r} reward has shape parameters beside location and "
             "scale, which two logits cannot hold; use --to scalar or --to disco"
         )
+    # A learned scale whose weight is zero is a fact about the weights and says nothing about the kind of checkpoint: a
+    # disco checkpoint has one before training moves it. A file that promises a scale for each answer would mislead.
     if to != "scalar" and scale.fixed_scale is None and not bool(scale.weight.any()):
-        raise ValueError(f"{path}: no scale was learned, all answers would get the same one; use --to scalar")
+        raise ValueError(
+            f"{path}: its scale is the same for all answers, because its weight is zero, as before training; use --to "
+            "scalar"
+        )
 
     tokenizer = _load_tokenizer(path, inner)
     rows = len(inner.get_input_embeddings().weight)
@@ -262,7 +287,7 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
         raise ValueError(f"{path}: its tokenizer has {len(tokenizer)} tokens, but the model only {rows}")
     text_config = inner.config.get_text_config()
     if text_config.pad_token_id is None:
-        # As TRL does; the stock code finds the last token by it.
+        # TRL does the same. The stock code finds the last token by it.
         text_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token else tokenizer.eos_token_id
     return tokenizer, source
 
@@ -279,12 +304,13 @@ def _load_tokenizer(path: str, inner: Any) -> PreTrainedTokenizerBase:
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, source: Any) -> list[list[int]]:
-    """Token ids of the sample texts, the last of them as a conversation if the tokenizer knows how."""
+    """Tokenize the sample texts, the last two as a conversation if the tokenizer has a chat template."""
     contents: list[Any] = list(SAMPLE_TEXTS)
     if tokenizer.chat_template is not None:
         roles = ("user", "assistant")
         contents[-1] = [{"role": role, "content": text} for role, text in zip(roles, SAMPLE_TEXTS[-2:], strict=True)]
-    # Where a text is cut does not matter to a comparison. (RoBERTa counts positions from its padding token's id.)
+    # Where a text is cut does not matter for a comparison. The 8 are for RoBERTa, which counts positions from the id
+    # of its padding token.
     limit = getattr(source.config, "max_position_embeddings", None) or 4096
     return [tokenize(tokenizer, content)[: max(limit - 8, 1)] for content in contents]
 
@@ -294,14 +320,14 @@ def _samples(tokenizer: PreTrainedTokenizerBase, source: Any) -> list[list[int]]
 
 @torch.no_grad()
 def _round_weights(source: Any, dtype: torch.dtype, with_head: bool) -> None:
-    """Give weights the values that they will have in the files, without leaving float32."""
+    """Round weights to the values that they will have in the files, and keep them in float32."""
     for name, parameter in source.named_parameters():
         if with_head or not name.startswith(f"{source.head_name}."):
             parameter.copy_(parameter.to(dtype))
 
 
 def _write(source: Any, folder: Path, to: str, dtype: torch.dtype) -> None:
-    """Save the model as an instance of the class that is to load it, which takes its weights strictly."""
+    """Save the model as an instance of the class that will load it. Loading the weights into it is strict."""
     config, state = copy.deepcopy(source.config), source.state_dict()
     head: DiscoHead = source.get_submodule(source.head_name)
     target_class: type[PreTrainedModel] = type(source)
@@ -343,7 +369,7 @@ def _write(source: Any, folder: Path, to: str, dtype: torch.dtype) -> None:
 
 
 def _make_plain(config: Any) -> None:
-    """Take our own entries out of a config, and say that logits are numbers and not scores of classes."""
+    """Remove our own entries from a config, and mark its logits as numbers, and not as scores of classes."""
     del config.disco
     ignored = [key for key in config.keys_to_ignore_at_inference if key not in OWN_OUTPUTS]
     del config.keys_to_ignore_at_inference
@@ -354,7 +380,7 @@ def _make_plain(config: Any) -> None:
 
 @contextmanager
 def _written_at_once(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that takes its name, and its place, if all goes well, and vanishes if not."""
+    """Make a folder beside `output` that replaces it if no error is raised, and is removed otherwise."""
     output = output.resolve()
     folder, replaced = (output.with_name(f".{output.name}.{what}-{os.getpid()}") for what in ("new", "old"))
     folder.mkdir(parents=True)
@@ -368,7 +394,7 @@ def _written_at_once(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# The proof
+# Verification
 
 
 def _reload(folder: Path, to: str, dtype: torch.dtype) -> Any:
@@ -380,17 +406,17 @@ def _reload(folder: Path, to: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+# Locations and log scales, of shape `(2N,)` each, of N texts that were scored alone and then in one batch
 _Scores = tuple[Tensor, Tensor | None]
-"""Locations and log scales, `[2N]` each, of texts that went through a model alone and then in one batch."""
+# The largest difference of locations, and of log scales where both sides have them
 _Differences = tuple[float, float | None]
-"""The largest of locations, and of log scales where both sides have them."""
 
 
 def _score(model: Any, sequences: list[list[int]]) -> _Scores:
     places, locations, log_scales = [], [], []
     for start, tokens_per_batch in ((0, 1), (len(sequences), sum(map(len, sequences)) * len(sequences))):
         for indices, output in run_in_batches(model, sequences, tokens_per_batch):
-            # Batches come in an order of their own, another one where the model shares prefixes.
+            # The order of the batches depends on whether the model shares prefixes.
             places += [start + index for index in indices]
             location, scale = output.logits[:, 0], getattr(output, "scale", None)
             if output.logits.shape[-1] == 2:
@@ -415,7 +441,7 @@ def _differences(scores: _Scores, expected: _Scores, relative: bool = True) -> _
 
 def _compare(what: str, scores: _Scores, expected: _Scores) -> _Differences:
     location, log_scale = _differences(scores, expected)
-    # Written so that nan, which is not smaller than anything, fails as well.
+    # `not ... <=` also fails for nan.
     for name, difference in (("locations", location), ("log scales", log_scale)):
         if difference is not None and not difference <= TOLERANCE:
             raise ProofError(

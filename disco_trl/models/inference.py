@@ -1,6 +1,6 @@
-"""From tokens to rewards: through the model in batches of a bounded number of tokens.
+"""Inference: from token ids to rewards, in batches with a bounded number of tokens.
 
-Everything that scores (reward functions, files, servers, evaluation) comes through here.
+Whatever scores (reward functions, data sets, servers, evaluation) uses this module.
 """
 
 from __future__ import annotations
@@ -15,26 +15,37 @@ from transformers.utils import logging
 
 from ..data.forest import batches_by_unique_tokens, pack
 from ..distributions.reward_distribution import RewardDistribution
-from .modeling import DiscoRewardModel
+from .loading import CheckpointKind, load_reward_model
+from .modeling import disco_class
+from .outputs import overall
 from .prefix_sharing import prepare
 
 
 logger = logging.get_logger(__name__)
 
+# Default number of tokens in a batch, counted as they are computed. A longer text is a batch of its own.
 TOKENS_PER_BATCH = 8192
-"""Tokens in a batch, as many as are computed, if nobody says otherwise; a longer text is a batch of its own."""
-
+# With this many tokens a device is about as busy as with more. Beyond it a text joins a batch only if it has at least
+# this share of the length of the longest: on two CPU cores, texts of mixed length are scored 1.8 times as fast as in
+# batches that fill the budget.
 BUSY_TOKENS = 1024
-"""Tokens that keep a device about as busy as more do. From there on a text joins a batch only if it is nearly as long
-as the longest: on two CPU cores that scores texts of mixed length 1.8 times as fast as filling the budget."""
 NEARLY_AS_LONG = 0.8
 
 
 def batches_by_tokens(sequences: Sequence[list[int]], tokens_per_batch: int) -> Iterator[list[int]]:
     """
-    Indices of sequences in batches of similar length, whose size padded to the longest stays within a budget.
+    Divide sequences into batches of similar length whose padded size stays within a budget.
 
-    The longest come first: memory runs out at once or not at all. A sequence above the budget is alone.
+    The longest sequences come first, so that memory runs out in the first batch or not at all.
+
+    Args:
+        sequences (`Sequence[list[int]]`):
+            Token ids.
+        tokens_per_batch (`int`):
+            Largest number of tokens in a batch, padding included. A longer sequence is a batch of its own.
+
+    Yields:
+        `list[int]`: Indices of the sequences of a batch.
     """
     lengths = list(map(len, sequences))
     batch: list[int] = []
@@ -63,9 +74,20 @@ def _pad(sequences: list[list[int]], pad_token_id: int) -> dict[str, torch.Tenso
 
 def check_sequences(model: Any, sequences: Sequence[list[int]]) -> None:
     """
-    Raise a `ValueError` if a model cannot read a sequence. It would end in an index that is out of range (on an
-    accelerator in an assertion, which takes the process with it), in memory that is not there, or in a reward for
-    positions that the model was never trained on.
+    Check that a model can read all sequences.
+
+    Without the check an unknown token ends in an index error (on an accelerator in an assertion that ends the
+    process), and a text that is too long in a lack of memory, or in a reward for positions that the model was never
+    trained on.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        sequences (`Sequence[list[int]]`):
+            Token ids.
+
+    Raises:
+        `ValueError`: If a sequence is longer than the model has positions for, or holds an unknown token id.
     """
     known = vocabulary_size(model)
     positions = most_positions(model)
@@ -84,15 +106,15 @@ def check_sequences(model: Any, sequences: Sequence[list[int]]) -> None:
 
 
 def vocabulary_size(model: Any) -> int:
-    """How many token ids a model knows; 0 if that cannot be told."""
+    """Number of token ids that a model knows, or 0 if it cannot be found out."""
     embeddings = model.get_input_embeddings()
-    # Not the weight's shape, where there is another way: FSDP and DeepSpeed leave a process a part of it.
+    # The shape of the weight is the last resort, because FSDP and DeepSpeed leave each process a part of it.
     size = getattr(embeddings, "num_embeddings", None)
     return int(size or getattr(getattr(embeddings, "weight", None), "shape", [0])[0])
 
 
 def most_positions(model: Any) -> int | None:
-    """The longest text that a model can read, in tokens; None if its config does not say."""
+    """Number of positions of a model, which is its longest text in tokens, or `None` if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
 
 
@@ -104,21 +126,26 @@ def run_in_batches(
     description: str | None = None,
 ) -> Iterator[tuple[list[int], Any]]:
     """
-    Run a model over token sequences, in evaluation mode and without gradients.
+    Run a model on token sequences, in evaluation mode and without gradients.
 
     Args:
-        model: a disco model, or any sequence classifier with one label; with or without a PEFT adapter.
-        sequences: lists of token ids, none of them empty.
-        tokens_per_batch: tokens in a batch: different ones where the model can share prefixes (see
-            `disco_trl.models.prefix_sharing`), else with padding.
-        description: what a progress bar says; there is none without.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A disco model, or any sequence classifier with one label.
+        sequences (`Sequence[list[int]]`):
+            Token ids. No sequence may be empty.
+        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+            Number of tokens in a batch. A model that can share prefixes (see `disco_trl.models.prefix_sharing`) is
+            given that many different tokens, any other model that many with padding.
+        description (`str`, *optional*):
+            Text of a progress bar. By default none is shown.
 
     Yields:
-        Indices of the batch's sequences, and the model's output for them in that order.
+        `tuple` of `list[int]` and [`~transformers.utils.ModelOutput`]: Indices of the sequences of a batch, and the
+        output of the model for them in that order.
 
     Raises:
-        ValueError: if `model.config.pad_token_id` is not set, without which no classifier finds the last token, or if
-            a sequence is empty, longer than the model has positions for, or holds a token that the model has not.
+        `ValueError`: If `model.config.pad_token_id` is not set, without which no classifier finds the last token; or
+            if a sequence is empty, longer than the model has positions for, or holds an unknown token id.
     """
     pad_token_id = model.config.get_text_config().pad_token_id
     if pad_token_id is None:
@@ -131,7 +158,7 @@ def run_in_batches(
     try:
         refusal = prepare(model)
         shares_prefixes = refusal is None
-        if not shares_prefixes and hasattr(model.config, "disco"):  # no news of a plain classifier
+        if not shares_prefixes and hasattr(model.config, "disco"):  # of a plain classifier nobody expects it
             logger.warning_once(f"{model.config.name_or_path}: prefixes are not shared in scoring: {refusal}")
         divide = batches_by_unique_tokens if shares_prefixes else batches_by_tokens
         collate: Any = pack if shares_prefixes else _pad
@@ -152,18 +179,32 @@ def score(
     description: str | None = None,
 ) -> RewardDistribution:
     """
-    Rewards of token sequences; arguments and errors are those of `run_in_batches`.
+    Compute the rewards of token sequences.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`run_in_batches`].
+        sequences (`Sequence[list[int]]`):
+            As in [`run_in_batches`].
+        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+            As in [`run_in_batches`].
+        description (`str`, *optional*):
+            As in [`run_in_batches`].
 
     Returns:
-        `RewardDistribution` with location and scale of shape `[N]`, float32 on the CPU, in the order of `sequences`.
-        Of a model without a scale: the logistic family with every scale at 1/√2, which is Bradley–Terry.
+        [`~disco_trl.RewardDistribution`]: Location and scale of shape `(N,)`, in float32 on the CPU, in the order of
+        `sequences`. A model without a scale gives the logistic family with every scale at 1/√2, which is
+        Bradley–Terry.
+
+    Raises:
+        `ValueError`: As in [`run_in_batches`].
     """
     inner = model.get_base_model() if is_peft_model(model) else model
     order: list[int] = []
     parts = [] if sequences else [RewardDistribution(torch.empty(0), torch.empty(0), "logistic")]
     for indices, output in run_in_batches(model, sequences, tokens_per_batch, description):
         if getattr(output, "scale", None) is None:
-            location = output.logits.squeeze(-1)
+            location = overall(output.logits)
             rewards = RewardDistribution(location, torch.full_like(location, 1 / math.sqrt(2)), "logistic")
         else:
             rewards = inner.rewards_of(output)
@@ -173,28 +214,33 @@ def score(
 
 
 def load_trained(path: str, **kwargs: Any) -> Any:
-    """A reward model to score with and not to train, in evaluation mode.
+    """
+    Load a reward model for scoring, in evaluation mode.
 
-    A scalar reward model, which has no scale, is read as Bradley–Terry, with a warning: the logistic family with every
-    scale at 1/√2.
+    A scalar reward model, which has no scale, is read as Bradley–Terry (the logistic family with every scale at 1/√2),
+    and a warning is logged.
 
     Args:
-        path, **kwargs: as for `DiscoRewardModel.from_pretrained`.
+        path (`str`):
+            Hub id or directory of a reward model or a PEFT adapter.
+        **kwargs:
+            Arguments of [`~disco_trl.DiscoRewardModel.from_pretrained`].
+
+    Returns:
+        [`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]: The model.
 
     Raises:
-        ValueError: as `DiscoRewardModel.from_pretrained` does, and if it is a language model without a reward head.
+        `ValueError`: As in [`~disco_trl.DiscoRewardModel.from_pretrained`], and if `path` is a language model, which
+            has no reward head.
     """
-    model = DiscoRewardModel.from_pretrained(path, **kwargs).eval()
-    inner = model.get_base_model() if is_peft_model(model) else model
-    # (An adapter brings the head that its base has not, or does not load.)
-    if inner is model and inner.head_name in inner.newly_initialized:
+    model, kind = load_reward_model(path, disco_class, **kwargs)
+    if kind is CheckpointKind.BASE:
         raise ValueError(
             f"{path} is a language model without a reward head: its rewards would be random. Train one with "
             "`disco-trl train`, or name a trained reward model"
         )
-    scale = inner.scale_head
-    # An adapter may have brought the scale that its base has not.
-    if f"{inner.head_name}.scale" in inner.newly_initialized and scale.fixed_scale is None and not scale.weight.any():
+    inner = model.get_base_model() if is_peft_model(model) else model
+    if kind is CheckpointKind.SCALAR and inner.scale_head.fixed_scale is None:
         logger.warning(f"{path} has no scale and is read as Bradley–Terry: every scale is 1/√2.")
-        inner._convert_heads({"reward_family": "logistic", "fixed_scale": 2**-0.5})
-    return model
+        inner.convert_heads({"reward_family": "logistic", "fixed_scale": 2**-0.5})
+    return model.eval()

@@ -1,15 +1,17 @@
-"""From files to a model: a base language model, a scalar reward model, a disco checkpoint or a PEFT adapter.
+"""The loading of a model from files: a base language model, a scalar reward model, a disco checkpoint or an adapter.
 
-The rule of this room is that no reward is ever random without saying so. What a checkpoint is follows from its config;
-what it must then hold is checked against what was in fact loaded, and a reward head or scale that is missing is an
-error, not a warning that training scrolls away.
+No reward may be random without an error. The config of a checkpoint says what it is, and what it then has to contain
+is compared with what was loaded. A reward head or scale that is missing is an error, because a warning would scroll
+away during training.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -36,23 +38,61 @@ from .settings import merge_likelihood, resolve_settings
 logger = logging.get_logger(__name__)
 
 LANGUAGE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
-
-
+# `disco_trl.models.modeling.disco_class`, which makes the class of a disco model from a stock classifier and its
+# config. It is an argument because that class itself imports this module.
 ClassFactory = Callable[[type[PreTrainedModel], PreTrainedConfig], Any]
-"""Makes the class with a disco head from a stock classifier and its config:
-`disco_trl.models.modeling.disco_class`."""
+
+
+class CheckpointKind(enum.Enum):
+    """
+    What the files of a checkpoint hold. For an adapter: what it and its base model hold together.
+
+    A scale counts because it is there and not for its values: a disco checkpoint that was saved before the first step
+    of training, whose scale is still constant, is a disco checkpoint of its family.
+    """
+
+    BASE = "base"
+    """A language model. Its reward head is newly initialized, so its rewards are random."""
+    SCALAR = "scalar"
+    """A reward model with a location and without a scale."""
+    DISCO = "disco"
+    """A reward model with a location and a scale of a known family."""
 
 
 def load_reward_model(
-    path: str,
+    path: str | os.PathLike[str],
     disco_class: ClassFactory,
     *,
-    reward_family: str | None,
-    fixed_scale: float | None,
+    reward_family: str | None = None,
+    fixed_scale: float | None = None,
     is_trainable: bool = False,
     **kwargs: Any,
-) -> Any:
-    """What `DiscoRewardModel.from_pretrained` does; see there."""
+) -> tuple[Any, CheckpointKind]:
+    """
+    Load a disco model and say what it was loaded from.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Hub id or directory of a full checkpoint or a PEFT adapter.
+        disco_class (`Callable`):
+            [`~disco_trl.models.modeling.disco_class`].
+        reward_family (`str`, *optional*):
+            As in [`~disco_trl.DiscoRewardModel.from_pretrained`].
+        fixed_scale (`float`, *optional*):
+            As in [`~disco_trl.DiscoRewardModel.from_pretrained`].
+        is_trainable (`bool`, *optional*, defaults to `False`):
+            Whether to continue the training of an adapter.
+        **kwargs:
+            Arguments of `AutoModelForSequenceClassification.from_pretrained`.
+
+    Returns:
+        `tuple` of ([`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]) and [`CheckpointKind`]: The model and its
+        kind.
+
+    Raises:
+        `ValueError`: As in [`~disco_trl.DiscoRewardModel.from_pretrained`].
+    """
+    path = os.fspath(path)
     hub_kwargs = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
     probe_kwargs = {name: value for name, value in hub_kwargs.items() if name != "force_download"}
     if find_adapter_config_file(path, **probe_kwargs) is not None:
@@ -68,15 +108,15 @@ def _load_full(
     fixed_scale: float | None,
     kwargs: dict[str, Any],
     stored_with_adapter: dict[str, Any] | None = None,
-) -> Any:
-    # Config: what is this checkpoint, and can it be a reward model at all?
-    # These say how to load and not what: the config must not absorb them.
+) -> tuple[Any, CheckpointKind]:
+    # 1. Config: what the checkpoint is, and whether it can be a reward model. These arguments say how to load and not
+    # what, so they must not become entries of the config.
     names = ("dtype", "torch_dtype", "quantization_config", "device_map")
     loading = {name: kwargs.pop(name) for name in names if name in kwargs}
     trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
-    kwargs.pop("num_labels", None)  # 1, whatever is asked for
-    kwargs.pop("ignore_mismatched_sizes", None)  # a head of another shape is a missing head
-    config = copy.deepcopy(kwargs.pop("config", None))  # the caller's own is not ours to change
+    kwargs.pop("num_labels", None)  # always 1
+    kwargs.pop("ignore_mismatched_sizes", None)  # a head of another shape counts as missing
+    config = copy.deepcopy(kwargs.pop("config", None))  # it is changed below, and belongs to the caller
     if config is None:
         with _naming_bad_files(path, TypeError):  # a list, say, where an object should be
             config, kwargs = AutoConfig.from_pretrained(
@@ -95,19 +135,20 @@ def _load_full(
     config.disco = settings
     disco = disco_class(stock, config)
 
-    # Quantization: the head is left out of it, with all that a base model lacks
+    # 2. Quantization: it skips the head, and every module that a base model lacks.
     if hasattr(loading.get("quantization_config"), "llm_int8_skip_modules"):
         loading["quantization_config"] = copy.deepcopy(loading["quantization_config"])
         skipped = loading["quantization_config"].llm_int8_skip_modules or []
         loading["quantization_config"].llm_int8_skip_modules = [*skipped, *disco.unquantized_modules]
 
-    # Weights. Transformers reports a fresh head as if it were a fault; here the check below knows which is one.
+    # 3. Weights. The load report of transformers is silenced: it calls the new head of a base model a fault, too. The
+    # checks below tell the two apart.
     with _quiet_transformers(), _naming_bad_files(path):
         model, info = disco.from_pretrained(
             path,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the check below says what is wrong, and where
+            ignore_mismatched_sizes=True,  # reported below, with the name of the key
             trust_remote_code=trust_remote_code,
             **hub_kwargs,
             **loading,
@@ -120,10 +161,16 @@ def _load_full(
             "two belong to different models: save the model again with its own config"
         )
     missing = set(info["missing_keys"])
-    _check_complete(model, missing, path, is_reward_model, stored is not None, reward_family)
+    has_scale = _check_complete(model, missing, path, is_reward_model, stored is not None, reward_family)
     _check_finite(model, path)
     model.newly_initialized = tuple(sorted({key.rpartition(".")[0] for key in missing}))
-    return model
+
+    # 4. Kind
+    if f"{model.head_name}.weight" in missing:
+        kind = CheckpointKind.BASE
+    else:
+        kind = CheckpointKind.DISCO if has_scale else CheckpointKind.SCALAR
+    return model, kind
 
 
 def _load_adapter(
@@ -134,10 +181,10 @@ def _load_adapter(
     reward_family: str | None,
     fixed_scale: float | None,
     kwargs: dict[str, Any],
-) -> Any:
+) -> tuple[Any, CheckpointKind]:
     from peft import PeftConfig, PeftModel
 
-    # Settings
+    # 1. Settings
     with _naming_bad_files(path, TypeError):
         peft_config = PeftConfig.from_pretrained(path, **hub_kwargs)
     settings_file = find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
@@ -152,15 +199,15 @@ def _load_adapter(
     with _naming_bad_files(path):
         shapes = adapter_shapes(weights_file)
 
-    # Base model
+    # 2. Base model. Revision and subfolder are those of the adapter, so the base model does not get them.
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if peft_config.revision is not None:
         base_kwargs["revision"] = peft_config.revision
-    base = _load_full(
+    base, base_kind = _load_full(
         peft_config.base_model_name_or_path, disco_class, base_kwargs, reward_family, fixed_scale, kwargs, stored
     )
 
-    # The adapter has to bring whatever its base has not, and the whole head if it was trained with it
+    # 3. Kind, and what the adapter has to contain: whatever its base lacks, and the whole head if that was trained
     head, scale = base.head_name, f"{base.head_name}.scale"
     brings_scale = any(key.startswith(f"{scale}.") for key in shapes)
     if stored is None and brings_scale and reward_family is None:
@@ -168,6 +215,8 @@ def _load_adapter(
             f"{path}: the adapter holds a scale, but {ADAPTER_SETTINGS_FILE}, which names its family, is missing; "
             "pass reward_family= if you know it"
         )
+    is_disco = stored is not None or brings_scale or base_kind is CheckpointKind.DISCO
+    kind = CheckpointKind.DISCO if is_disco else CheckpointKind.SCALAR
     modules_to_save = getattr(peft_config, "modules_to_save", None) or ()
     trained_whole = [head] if any(f".{module}." in f".{head}." for module in modules_to_save) else []
     needed = {
@@ -175,8 +224,7 @@ def _load_adapter(
         for name in (*base.newly_initialized, *trained_whole)
         for key in base.get_submodule(name).state_dict()
     }
-    is_scalar = stored is None and not brings_scale and scale in base.newly_initialized
-    if is_scalar:
+    if kind is CheckpointKind.SCALAR:
         needed = {key for key in needed if not key.startswith(f"{scale}.")}
     if lost := sorted(needed - shapes.keys()):
         raise ValueError(
@@ -185,28 +233,28 @@ def _load_adapter(
             "task_type='SEQ_CLS' or modules_to_save)"
         )
 
-    # What training changed in the base model, and an adapter has no config.json to say: vocabulary and padding token
+    # 4. What training changed in the base model and no config.json of an adapter records: vocabulary and padding token
     _resize_vocabulary(base, shapes, peft_config, path)
     if find_file(path, "tokenizer_config.json", hub_kwargs) is not None:
         pad_token_id = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_kwargs).pad_token_id
         if pad_token_id is not None:
             base.config.get_text_config().pad_token_id = pad_token_id
 
-    # Adapter
-    if is_scalar:
-        # PEFT refuses an adapter that does not bring every tensor of the head, so the fresh scale joins it afterwards.
+    # 5. Adapter. PEFT refuses one that does not contain every tensor of the head, so the scale that a scalar adapter
+    # lacks is taken away while PEFT loads, and added again.
+    if kind is CheckpointKind.SCALAR:
         del base.get_submodule(head).scale
     model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
-    if is_scalar:
-        base._convert_heads(base.config.disco)
+    if kind is CheckpointKind.SCALAR:
+        base.convert_heads(base.config.disco)
     _check_finite(base, path)
     keep_to_one_family(model)
-    return model
+    return model, kind
 
 
 @contextlib.contextmanager
 def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator[None]:
-    """Say of which checkpoint it is that a file cannot be read, where a reader only says what it met in it."""
+    """Add the path of the checkpoint to errors of readers, which name only what they found in a file."""
     fix = "download or save the checkpoint again"
     configuration: tuple[type[Exception], ...] = (RecursionError, json.JSONDecodeError, *of_configuration)
     try:
@@ -223,15 +271,16 @@ def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator
 
 
 def _resize_vocabulary(base: Any, shapes: dict[str, list[int]], peft_config: Any, path: str) -> None:
-    """Give the base model as many embeddings as it had when the adapter was saved.
+    """
+    Resize the embeddings of the base model to the number of tokens it had when the adapter was saved.
 
-    TRL adds tokens when it clones a chat template. PEFT then saves the embeddings with the adapter (if it can read the
-    base's config, which it cannot offline), but does not resize the base model when it loads them.
+    TRL adds tokens when it clones a chat template. PEFT then saves the embeddings with the adapter (unless it cannot
+    read the config of the base model, as offline), but does not resize the base model when it loads them.
     """
     embeddings = base.get_input_embeddings()
     (name,) = (name for name, module in base.named_modules() if module is embeddings)
     rows = len(embeddings.weight)
-    # Saved whole, under an adapter of the layer, or under one of some of its tokens
+    # Names of the embeddings: saved whole, wrapped by an adapter of the layer, or by one of some of its tokens
     keys = (f"{name}.{layer}weight" for layer in ("", "base_layer.", "token_adapter.base_layer."))
     saved_rows = next((shapes[key][0] for key in keys if key in shapes), None)
     if saved_rows is None:
@@ -249,7 +298,7 @@ def _resize_vocabulary(base: Any, shapes: dict[str, list[int]], peft_config: Any
 
 
 def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
-    """Whether the files should hold a trained head (True), or only a language model to start from (False)."""
+    """Whether the config promises a trained head (True) or only a language model to start from (False)."""
     architecture = (config.architectures or ["Model"])[0]
     if architecture.endswith("ForSequenceClassification"):
         if config.num_labels != 1:
@@ -258,7 +307,8 @@ def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
                 "which has num_labels=1; start from the language model it was made of"
             )
         return True
-    # LlamaModel, BertModel: a backbone. (LlamaForRewardModel, GPTRewardModel: a head that no stock class would keep.)
+    # LlamaModel and BertModel are backbones. LlamaForRewardModel and GPTRewardModel have a head that no stock class
+    # would keep.
     is_backbone = architecture.endswith("Model") and not re.search("For|Reward", architecture)
     is_known = (
         architecture == "Model" or hasattr(transformers, architecture) or getattr(config, "auto_map", None) is not None
@@ -274,7 +324,25 @@ def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
 def stock_class(
     config: PreTrainedConfig, path: str, trust_remote_code: bool, hub_kwargs: dict[str, Any]
 ) -> type[PreTrainedModel]:
-    """The sequence classifier of a config's architecture; a `ValueError` if that cannot be a reward model."""
+    """
+    Find the sequence classifier of an architecture.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Config of the checkpoint.
+        path (`str`):
+            Where the config comes from, for error messages.
+        trust_remote_code (`bool`):
+            Whether to take the class from code in the checkpoint, if it has any.
+        hub_kwargs (`dict`):
+            Arguments of the Hub, such as `revision`.
+
+    Returns:
+        `type[PreTrainedModel]`: The stock class.
+
+    Raises:
+        `ValueError`: If the architecture cannot be a reward model.
+    """
     auto_map = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForSequenceClassification" in auto_map:
         return get_class_from_dynamic_module(auto_map["AutoModelForSequenceClassification"], path, **hub_kwargs)
@@ -294,17 +362,17 @@ def stock_class(
 
 def _check_complete(
     model: Any, missing: set[str], path: str, is_reward_model: bool, is_disco: bool, reward_family: str | None
-) -> None:
-    """Compare what the checkpoint did not bring with what it, being what it is, should have brought."""
+) -> bool:
+    """Raise a `ValueError` if a checkpoint of this kind must not lack these keys. Return whether it has a scale."""
     head = model.get_submodule(model.head_name)
     if not isinstance(head, DiscoHead) or head.weight.dtype != torch.float32:
         raise ValueError(
             f"{path}: the reward head {model.head_name!r} came out as {type(head).__name__} in {head.weight.dtype}; "
             "leave it out of quantization"
         )
-    # All that the head has beside the location row
+    # Everything that the head has beside the location row
     scale_keys = {f"{model.head_name}.{name}" for name in head.state_dict() if "." in name}
-    # Of a language model's own weights only an encoder's pooler may be fresh.
+    # Of the weights of a language model itself, only the pooler of an encoder may be new.
     backbone = f"{model.base_model_prefix}."
     if lost := sorted(key for key in missing if key.startswith(backbone) and ".pooler." not in key):
         raise ValueError(
@@ -327,10 +395,12 @@ def _check_complete(
             f"{path}: its files hold a scale, but config.json does not name the family ('disco' is missing there); "
             "pass reward_family= if you know it"
         )
+    # A fixed scale has no keys, and is in the config.
+    return is_disco or bool(scale_keys - missing)
 
 
 def _check_finite(model: Any, path: str) -> None:
-    """Raise a `ValueError` if a reward head holds what is no number, before it makes every reward one."""
+    """Raise a `ValueError` if a reward head holds values that are not finite, which would make every reward nan."""
     for name, head in model.named_reward_heads():
         for key, tensor in head.state_dict().items():
             if not tensor.is_meta and not bool(tensor.isfinite().all()):

@@ -1,4 +1,4 @@
-"""The card of a trained reward model: what its rewards are and how to load them, and how good they are."""
+"""The model card of a trained reward model: what its rewards mean, how to load it, and how good it is."""
 
 import re
 import shutil
@@ -28,20 +28,29 @@ def make_model_card(
     metrics: dict[str, float],
 ) -> ModelCard:
     """
-    The card of a model.
+    Make the card of a model.
 
     Args:
-        model (`DiscoRewardModel` or `PeftModel` around one): what was trained.
-        model_name: its title.
-        hub_model_id: where it was pushed to; None if it was not.
-        dataset_name: of the preferences.
-        tags: for the card's metadata.
-        metrics: of the last evaluation, by name.
+        model ([`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]):
+            The trained model.
+        model_name (`str`, *optional*):
+            Title of the card.
+        hub_model_id (`str`, *optional*):
+            Repository that the model was pushed to.
+        dataset_name (`str`, *optional*):
+            Name of the training data.
+        tags (`set[str]`):
+            Tags in the metadata of the card.
+        metrics (`dict[str, float]`):
+            Metrics of the last evaluation.
+
+    Returns:
+        `huggingface_hub.ModelCard`: The card.
     """
     is_adapter = is_peft_model(model)
     reward_model: DiscoRewardModel = model.get_base_model() if is_adapter else model
     model_id = get_config_model_id(model.config)
-    base_model = None if Path(model_id).is_dir() else model_id  # a local path says nothing to others
+    base_model = None if Path(model_id).is_dir() else model_id  # a local path means nothing to others
     card_data = ModelCardData(
         base_model=base_model,
         datasets=dataset_name,
@@ -66,15 +75,18 @@ def make_model_card(
 
 def add_evaluation(folder: Path, text: str, pictures: list[Path]) -> None:
     """
-    Put what an evaluation has found into the card of a model, in the place of what was found before.
+    Write the results of an evaluation into the card of a model. Those of an earlier evaluation are replaced.
 
     Args:
-        folder: the model's.
-        text: Markdown.
-        pictures: files to copy beside the card and show after the text.
+        folder (`Path`):
+            Folder of the model.
+        text (`str`):
+            Results, in Markdown.
+        pictures (`list[Path]`):
+            Pictures, which are copied beside the card and shown after the text.
 
     Raises:
-        FileNotFoundError: the folder has no card.
+        `FileNotFoundError`: If the folder has no card.
     """
     card = folder / "README.md"
     if not card.is_file():

@@ -1,34 +1,106 @@
-"""What a disco model's `forward` returns."""
+"""The tensors that a reward head and a reward model return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 
-# Fields of the output that are the stock model's own. transformers 5.24 calls `cache` what was `past_key_values`.
-HANDED_ON = tuple({field.name for field in fields(SequenceClassifierOutputWithPast)} - {"loss", "logits"})
-# Fields that a stock classifier does not have; `compute_metrics` gets the others.
+# The fields of a stock output that are passed on unchanged. They are read from the class because transformers renames
+# them: 5.24 calls `cache` what was `past_key_values`.
+STOCK_OUTPUTS = tuple({field.name for field in fields(SequenceClassifierOutputWithPast)} - {"loss", "logits"})
+# The fields that a stock classifier does not have. The model lists them in `keys_to_ignore_at_inference`, so that
+# `compute_metrics` still receives a single array.
 OWN_OUTPUTS = ("scale", "raw_shape", "likelihood", "pooled_hidden_state")
+
+
+# A named tuple and not a dataclass: a sharded head is found by what its forward returns. FSDP2 registers its hooks for
+# the backward pass on the tensors in that output (torch before 2.13 by `tree_flatten`), DeepSpeed wraps them, and
+# DataParallel gathers them. All of them look into tuples and dicts, and none of the three into every dataclass.
+class HeadOutput(NamedTuple):
+    """
+    Output of a [`~disco_trl.models.heads.DiscoHead`] for hidden states of shape `(..., H)`.
+
+    A is the number of attributes of an answer that the head scores, which is 1.
+
+    Attributes:
+        location (`torch.Tensor` of shape `(..., A)`):
+            Locations, in reward units.
+        scale (`torch.Tensor` of shape `(..., A)`):
+            Scales, positive, in reward units.
+        raw_shape (`torch.Tensor` of shape `(..., S)`, *optional*):
+            Unconstrained shape parameters of a family that has S of them, which `Family.shape_from_raw` maps to their
+            domain. `None` for a family without shape parameters.
+        likelihood (`dict` from `str` to `torch.Tensor` of shape `(..., J)`, *optional*):
+            Quantities that the likelihood learns beside the rewards, by name; see
+            [`~disco_trl.models.heads.LikelihoodHead`]. They are the same in each row. `None` if there are none.
+    """
+
+    location: Tensor
+    scale: Tensor
+    raw_shape: Tensor | None
+    likelihood: dict[str, Tensor] | None
+
+
+def overall(values: Tensor) -> Tensor:
+    """
+    The part of per-attribute values that belongs to the overall reward.
+
+    Args:
+        values (`torch.Tensor` of shape `(..., A)`):
+            A location, scale or location error for each attribute.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: The values of the overall reward, which is the only attribute.
+    """
+    return values[..., 0]
 
 
 @dataclass
 class RewardModelOutput(SequenceClassifierOutputWithPast):
-    """What a disco model returns: a stock classifier's fields and, after them, its own.
+    """
+    Output of a disco model: the fields of a stock classifier's output and, after them, its own.
 
-    `loss` is the mean squared error of the location, if `labels` were passed (as a stock one-label classifier does),
-    and `logits` the location, `[B, 1]`.
+    `loss` is the mean squared error of the location if `labels` were passed, as it is for a stock classifier with one
+    label. `logits` is the location, of shape `(B, 1)`, in reward units.
 
     Attributes:
-        scale: Tensor `[B, 1]`, positive.
-        raw_shape: Tensor `[B, S]`, of a family with S shape parameters.
-        likelihood: Tensor `[B, J]`, what the model has learned of how people answer, the same in each row.
-        pooled_hidden_state: Tensor `[B, H]`, what the head saw of each row, without gradient.
+        scale (`torch.Tensor` of shape `(B, 1)`):
+            Scale of each reward, positive, in reward units.
+        raw_shape (`torch.Tensor` of shape `(B, S)`, *optional*):
+            As in [`HeadOutput`].
+        likelihood (`dict` from `str` to `torch.Tensor` of shape `(B, J)`, *optional*):
+            As in [`HeadOutput`].
+        pooled_hidden_state (`torch.Tensor` of shape `(B, H)`):
+            The hidden state that the head read for each row, without gradient.
     """
 
     scale: Tensor | None = None
     raw_shape: Tensor | None = None
-    likelihood: Tensor | None = None
+    likelihood: dict[str, Tensor] | None = None
     pooled_hidden_state: Tensor | None = None
+
+    @classmethod
+    def from_head(cls, head: HeadOutput, pooled_hidden_state: Tensor, **stock: Any) -> RewardModelOutput:
+        """
+        Build the output from what the head returned.
+
+        Args:
+            head ([`HeadOutput`]):
+                Output of the head for `pooled_hidden_state`.
+            pooled_hidden_state (`torch.Tensor` of shape `(..., H)`):
+                Hidden states that the head read.
+            **stock:
+                Fields of the stock output other than `logits`.
+        """
+        return cls(
+            logits=head.location,
+            scale=head.scale,
+            raw_shape=head.raw_shape,
+            likelihood=head.likelihood,
+            pooled_hidden_state=pooled_hidden_state.detach(),
+            **stock,
+        )

@@ -1,12 +1,12 @@
-"""A decoder over a forest of token sequences (see `disco_trl.data.forest`): every shared prefix is computed once.
+"""Prefix sharing: a decoder runs on a forest of token sequences, and computes every shared prefix once.
 
-The forest's nodes stand in a single row, so that every layer but attention sees as many tokens as there are different
-ones. In attention a node's tokens see the nodes on their path, which is what they see in a row of their own. A causal
-decoder cannot tell the difference, so the rewards and their gradients are those of the sequences by themselves, to
-rounding. :func:`prepare` finds out whether a model is one, by trying it.
+`disco_trl.data.forest` builds the forest. Its nodes are laid out in a single row, so that every layer except attention
+computes each distinct token once. In attention the tokens of a node see the nodes on the path from the root, which is
+what they would see in a row of their own. To a causal decoder the two are the same, so rewards and gradients equal
+those of separate sequences up to rounding. [`prepare`] tries a model to find out whether this holds for it.
 
-The forest reaches the attention layers in the place of the attention mask. Whatever lies between (adapters, quantized
-layers, gradient checkpointing, FSDP, DeepSpeed) only ever hands it on.
+The forest reaches the attention layers in place of the attention mask. Everything in between (adapters, quantized
+layers, gradient checkpointing, FSDP, DeepSpeed) passes a mask on without looking at it.
 """
 
 import functools
@@ -24,15 +24,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..data.forest import pack
 
 
-# Attention implementations that a node's tokens can be handed to. (flex_attention compiles, and would do so anew for
-# every shape of a node.)
+# Attention implementations that can be called for the tokens of one node. flex_attention is not among them, because it
+# would compile anew for every shape of a node.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 PREFIX = "shared_prefix_"
-# What `prepare` cannot try (a model whose weights are in pieces on several devices) and the tests have tried.
+# Architectures that the tests have tried. `prepare` trusts this list where it cannot try a model itself, because the
+# weights are sharded.
 KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "opt")
-# Up to so many keys, attention in float32 is faster on a CPU than in bfloat16: by half, forward and backward, at 100.
+# Up to this number of keys, attention on a CPU is faster in float32 than in bfloat16: at 100 keys, forward and
+# backward take half as long again in bfloat16.
 FLOAT32_KEYS = 256
-# The sliding window of each layer that has attended, while `prepare` tries a model.
+# While `prepare` tries a model: the sliding window of each layer that has attended, in the order of the layers.
 _TRIAL = threading.local()
 
 
@@ -40,7 +42,13 @@ _TRIAL = threading.local()
 
 
 class _Layout:
-    """The nodes of a row, as attention needs them."""
+    """
+    The nodes of a row in the form that attention needs.
+
+    Args:
+        nodes (`torch.Tensor` of shape `(2, nodes)`):
+            Length of each node, and the index of its parent (negative for a root).
+    """
 
     def __init__(self, nodes: Tensor):
         self.lengths, parents = nodes.tolist()
@@ -52,7 +60,7 @@ class _Layout:
         self._varlen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def mask(self, node: int, window: int | None, device: torch.device) -> Tensor:
-        """Which keys of its path each query of a node sees, boolean `[queries, keys]`."""
+        """Mask of a node, boolean of shape `(queries, keys)`: which keys of its path each query sees."""
         if (node, window) not in self._masks:
             queries, keys = self.lengths[node], self.path_lengths[node]
             mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -60,7 +68,13 @@ class _Layout:
         return self._masks[node, window].to(device)
 
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Places in the row of the keys of all paths, one path after another, and where queries and keys begin."""
+        """
+        Indices for a kernel that takes sequences of various lengths.
+
+        Returns:
+            `tuple` of three integer `torch.Tensor`: Places in the row of the keys of all paths, one path after
+            another; and where the queries and the keys of each node begin, both of shape `(nodes + 1,)`.
+        """
         if self._varlen is None:
             starts = torch.tensor([0, *self.lengths]).cumsum(0)
             nodes = torch.arange(sum(self.lengths)).split(self.lengths)
@@ -72,14 +86,20 @@ class _Layout:
 
 
 def as_attention_mask(nodes: Tensor) -> Tensor:
-    """The nodes `[2, nodes]` in a shape that models take for a finished mask and hand on as it is, `[1, 1, 2, nodes]`.
+    """
+    Give nodes the form of an attention mask.
 
-    It is of integers, which no mask is.
+    Args:
+        nodes (`torch.Tensor` of shape `(2, nodes)`):
+            Nodes of a forest, as `disco_trl.data.forest.pack` returns them.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 1, 2, nodes)`: A tensor with the four dimensions of a finished mask, which models
+        pass on unchanged. Its dtype is integer, which tells it from a mask.
     """
     mask: Any = nodes[None, None]
-    mask.forest_layout = _Layout(
-        nodes
-    )  # worked out once for all layers, unless something on the way copies the tensor
+    # The layout is computed once for all layers, unless something in between copies the tensor.
+    mask.forest_layout = _Layout(nodes)
     return mask
 
 
@@ -87,9 +107,11 @@ def _attend(
     implementation: str, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """An attention function of transformers': `[1, heads, T, D]` to `[1, T, heads, D]`, along the paths of a forest.
+    """
+    Attend along the paths of a forest: an attention function for the registry of transformers.
 
-    With any other mask it is the implementation that it stands for.
+    It maps queries, keys and values of shape `(1, heads, T, D)` to outputs of shape `(1, T, heads, D)`. With any other
+    mask it calls the implementation that it replaces.
     """
     attend: Any = (
         sys.modules[type(module).__module__].eager_attention_forward
@@ -99,13 +121,14 @@ def _attend(
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
         return attend(module, query, key, value, attention_mask, **kwargs)
     layout = getattr(attention_mask, "forest_layout", None) or _Layout(attention_mask[0, 0])
-    # They are the whole row's: flash attention would look in them for the bounds of packed sequences.
+    # They belong to the whole row, and flash attention would read the bounds of packed sequences from them.
     kwargs.pop("position_ids", None)
     window = kwargs.get("sliding_window")
     if getattr(_TRIAL, "windows", None) is not None:
         _TRIAL.windows.append(window)
     device = query.device
-    if torch.is_autocast_enabled(device.type):  # as it would do itself with what attention begins with
+    # Autocast is off below, so that short paths can be computed in float32. Inputs are cast as it would cast them.
+    if torch.is_autocast_enabled(device.type):
         query, key, value = (tensor.to(torch.get_autocast_dtype(device.type)) for tensor in (query, key, value))
     if implementation != "eager" and _has_varlen_kernel(query, value, kwargs):
         return _attend_varlen(layout, module, query, key, value, **kwargs), None
@@ -115,7 +138,8 @@ def _attend(
     for node, path in enumerate(layout.paths):
         masked: Tensor | None = None
         is_causal = len(path) == 1 and (window is None or layout.lengths[node] <= window)
-        # Flash attention takes the last query for that of the last key. Others do so only without a path before it.
+        # Flash attention aligns the last query with the last key. Other implementations do so only where there are as
+        # many queries as keys, so that a path before the node needs a mask.
         if implementation == "eager" or not (is_causal or "flash" in implementation):
             masked = layout.mask(node, window, device)[None, None]
             if implementation == "eager":
@@ -134,7 +158,7 @@ def _attend(
 
 
 def _has_varlen_kernel(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether torch's flash attention for sequences of various lengths can do this (CUDA, half precision)."""
+    """Whether torch's flash attention for sequences of various lengths supports this call (CUDA, half precision)."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -158,7 +182,7 @@ def _varlen_attn() -> Any:
 def _attend_varlen(
     layout: _Layout, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> Tensor:
-    """All nodes in one kernel: a node's queries against the keys of its path, copied together."""
+    """Attend for all nodes in one kernel: the queries of each node to copies of the keys of its path."""
     places, query_starts, key_starts = layout.varlen(query.device)
     window = kwargs.get("sliding_window")
     output = _varlen_attn()(
@@ -180,24 +204,27 @@ def _attend_varlen(
 
 def prepare(model: Any) -> str | None:
     """
-    Make a model ready to run forests, if it can.
+    Prepare a model to run on forests, if it can.
 
-    Its attention layers are given functions that understand a forest and leave everything else to the implementation
-    it was loaded with. Then a few random tokens go through it, as a forest and as sequences: all attention must have
-    seen the forest, with the sliding windows that the model's config tells of, and the hidden states must agree. That
-    tells a causal decoder from an encoder, a recurrent model, and one whose positions or windows go other ways.
+    The attention function of the model is replaced by one that understands a forest, and otherwise calls the
+    implementation that the model was loaded with. Then a few tokens are run through the model, as a forest and as
+    separate sequences. All layers have to attend along the forest, with the sliding windows that the config states,
+    and the hidden states have to agree. This tells a causal decoder from an encoder, from a recurrent model, and from
+    a model with other positions or windows. A model that fails is left unchanged, and is tried only once.
 
     Args:
-        model: a disco model, or a `PeftModel` around one.
+        model ([`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]):
+            A disco model, or an adapter around one.
 
     Returns:
-        `None` if it is ready, else the reason why it cannot run forests, as a clause.
+        `str`, *optional*: The reason why the model cannot run on forests, as a clause, or `None` if it can.
     """
     if is_peft_model(model):
         if model.active_peft_config.is_prompt_learning:
             return "its adapter puts tokens of its own before each sequence"
         model = model.get_base_model()
-    is_ready = str(model.config._attn_implementation).startswith(PREFIX)  # no longer, if it was set anew
+    # `set_attn_implementation` may have replaced our function since.
+    is_ready = str(model.config._attn_implementation).startswith(PREFIX)
     if not hasattr(model, "_prefix_sharing_refusal") or (model._prefix_sharing_refusal is None and not is_ready):
         model._prefix_sharing_refusal = _prepare(model)
     return model._prefix_sharing_refusal
@@ -219,7 +246,7 @@ def _prepare(model: Any) -> str | None:
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     for part in configs.values():
         part._attn_implementation = name
-    # ZeRO-3 and FSDP leave a process a part of each parameter, or none.
+    # With ZeRO-3 and FSDP this process has a part of each parameter, or none, so the model cannot be tried here.
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         known = config.model_type in KNOWN_MODEL_TYPES
         refusal = None if known else f"its weights are in pieces, and nobody has tried a {config.model_type!r} whole"
@@ -233,10 +260,12 @@ def _prepare(model: Any) -> str | None:
 
 @torch.no_grad()
 def _try_forest(model: Any, config: Any) -> str | None:
+    """Compare a small forest with the same sequences in rows. Return why they differ, or `None`."""
     windows = _TRIAL.windows = []
     modes = {module: module.training for module in model.modules()}
     for module in modes:
-        # In evaluation bitsandbytes packs 4-bit weights anew on a CPU, and rounds them for good.
+        # Everything runs in evaluation mode, except 4-bit layers: in that mode bitsandbytes repacks their weights on a
+        # CPU, which rounds them permanently.
         module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
         ids = [token for token in range(min(config.vocab_size, 24)) if token != config.pad_token_id]
@@ -247,17 +276,17 @@ def _try_forest(model: Any, config: Any) -> str | None:
             list(map(torch.tensor, sequences)), batch_first=True, padding_value=config.pad_token_id
         ).to(model.device)
         mask = rows.ne(config.pad_token_id).long()
-        # Under autocast other kernels are at work.
+        # Under autocast other kernels run.
         for dtype in (None, torch.bfloat16) if rows.is_cuda else (None,):
             windows.clear()
-            # The whole model, as FSDP puts a model together that it has taken apart only when that is called.
+            # The model is called as a whole, because FSDP gathers the parameters of a sharded model only for a call.
             with torch.autocast(rows.device.type, dtype=dtype, enabled=dtype is not None):
                 shared = model(**batch).pooled_hidden_state
                 alone = model(input_ids=rows, attention_mask=mask, use_cache=False).pooled_hidden_state
             if windows != _windows_of_layers(config):
                 return "its layers do not all attend by transformers' common interface"
-            # Rounding alone is far below, and another token seen or another position far above. (Accelerators may
-            # multiply float32 in TF32.)
+            # Rounding errors are far below these tolerances, and the effect of a wrong token or position far above. An
+            # accelerator may multiply float32 in TF32.
             exact = dtype is None and alone.dtype == torch.float32 and not getattr(model, "is_quantized", False)
             difference = ((shared - alone).float().norm() / alone.float().norm()).item()
             tolerance = 0.1 if not exact else 1e-2 if rows.is_cuda else 1e-4
@@ -275,6 +304,7 @@ def _try_forest(model: Any, config: Any) -> str | None:
 
 
 def _windows_of_layers(config: Any) -> list[int | None]:
+    """Sliding window of each layer as the config states it, `None` for a layer without one."""
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types:

@@ -12,24 +12,30 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from ..distributions.reward_distribution import RewardDistribution, get_family
 from ..distributions.transforms import Sample, get_transform
 from .distributed import process_state
-from .heads import MAX_LOG_SCALE
 from .outputs import RewardModelOutput
+from .scale_head import MAX_LOG_SCALE
 
 
 class ScalarReward(nn.Module):
-    """A disco model with a transform on its head: a module for PPO's `reward_model=`, made by `model.as_scalar(...)`.
+    """
+    A disco model whose reward is a number: a module for the argument `reward_model` of PPO.
 
-    TRL's PPO (1.12) runs ``getattr(model, model.base_model_prefix)`` and hands its last hidden states to
-    ``model.score``; this module has the three, and a `forward` whose `logits` `[B, 1]` are the transformed rewards.
-    The backbone is the model's own, not a copy.
+    TRL's PPO (1.12) runs the backbone, `getattr(model, model.base_model_prefix)`, and applies `model.score` to its
+    last hidden states. This module has these attributes, and a `forward` whose `logits`, of shape `(B, 1)`, are the
+    transformed rewards. The backbone is that of the model, which is not copied. [`DiscoRewardModel.as_scalar`] makes
+    one.
 
     Args:
-        model: a decoder-only disco model.
-        transform, **options: see `disco_trl.distributions.transforms`.
+        model ([`~disco_trl.DiscoRewardModel`]):
+            A decoder-only disco model.
+        transform (`str`, *optional*, defaults to `"mean"`):
+            Name of a transform; see `disco_trl.distributions.transforms`.
+        **options:
+            Options of the transform.
 
     Raises:
-        ValueError: if the transform needs groups of answers, does not exist for the family, or is infinite for some
-            scale that the model can give (PPO transforms the reward at every token, so that a single one would stop
+        `ValueError`: If the transform needs groups of answers or does not exist for the family; if it is infinite for
+            a scale that the model can return (PPO transforms the reward at every token, so a single one would stop
             it); or if the model is an encoder.
     """
 
@@ -51,27 +57,45 @@ class ScalarReward(nn.Module):
             )
         fixed_scale = model.config.disco["fixed_scale"]
         widest = torch.tensor(fixed_scale or get_family(self.family).unit_scale * math.exp(MAX_LOG_SCALE))
-        # (By a transform of its own, for it may count how often it was called.)
+        # The trial has its own transform, because a transform may count its calls.
         shape = get_family(self.family).shape_from_raw(torch.zeros(len(get_family(self.family).shape_names)))
         get_transform(transform, **options)(RewardDistribution(torch.zeros(()), widest, self.family, shape))
         self.config = model.config
         self.base_model_prefix = model.base_model_prefix
-        self.model_ = model  # under a name of its own: `model` is the backbone's in most architectures
+        self.model_ = model  # `model` is the name of the backbone in most architectures
         setattr(self, self.base_model_prefix, getattr(model, model.base_model_prefix))
         self.train(model.training)
         if isinstance(self.transform, Sample):
-            # Else the rows of each process would get the same noise.
+            # With one seed the rows of all processes would get the same noise.
             seed = (self.transform.seed + 1_000_003 * process_state().process_index) % 2**63
             self.transform = get_transform("sample", seed=seed)
 
     def score(self, hidden_states: Tensor) -> Tensor:
-        """`[..., H]` to the transformed reward `[..., 1]`."""
-        head: Any = self.model_.score
-        columns = self.model_.split_columns(head(hidden_states, with_scale=True))
-        output = RewardModelOutput(**columns, pooled_hidden_state=hidden_states)
+        """
+        Compute the transformed reward at every token.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., H)`):
+                Last hidden states of the backbone.
+
+        Returns:
+            `torch.Tensor` of shape `(..., 1)`: Transformed rewards.
+        """
+        head = self.model_.reward_head(hidden_states, full_output=True)
+        output = RewardModelOutput.from_head(head, hidden_states)
         return self.transform(self.model_.rewards_of(output))[..., None]
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutputWithPast:
-        """What a sequence classifier takes; `logits` `[B, 1]` are the transformed rewards."""
+        """
+        Compute the transformed reward of each row of a batch.
+
+        Args:
+            **inputs:
+                Arguments of the forward of the model.
+
+        Returns:
+            [`~transformers.modeling_outputs.SequenceClassifierOutputWithPast`]: `logits`, of shape `(B, 1)`, are the
+            transformed rewards.
+        """
         reward = self.model_.reward_distribution(**inputs)
         return SequenceClassifierOutputWithPast(logits=self.transform(reward)[:, None])

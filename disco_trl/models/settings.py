@@ -1,4 +1,4 @@
-"""The reward settings of a checkpoint (`config.disco`): validated, resolved against what was asked for, and merged."""
+"""The reward settings of a checkpoint (`config.disco`): validation, and the merge with what a caller asks for."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ from ..distributions.reward_distribution import get_family
 def resolve_settings(
     stored: dict[str, Any] | None, reward_family: str | None = None, fixed_scale: float | None = None, where: str = ""
 ) -> dict[str, Any]:
-    """Family, fixed scale and what else is learned, from what a checkpoint says and what was asked for.
+    """
+    Combine the settings of a checkpoint with those that a caller asks for.
 
     Args:
-        stored: `config.disco` of a disco checkpoint, or `None` for any other model.
-        reward_family, fixed_scale: what was asked for; `None` leaves it to the checkpoint.
-        where: path of the checkpoint, for the message.
+        stored (`dict`, *optional*):
+            `config.disco` of a disco checkpoint. `None` for any other model.
+        reward_family (`str`, *optional*):
+            Family that was asked for. By default that of the checkpoint, or `"normal"`.
+        fixed_scale (`float`, *optional*):
+            Scale that was asked for, in reward units. By default the setting of the checkpoint.
+        where (`str`, *optional*, defaults to `""`):
+            Path of the checkpoint, for error messages.
+
+    Returns:
+        `dict`: `"reward_family"` and `"fixed_scale"`; and, if the checkpoint has them, `"likelihood"` and
+        `"epistemic"`.
 
     Raises:
-        ValueError: if what was asked for contradicts the checkpoint, the family is unknown, the scale not positive, or
-            what the checkpoint says no settings.
+        `ValueError`: If the two contradict each other, the family is unknown, the scale is not positive and finite, or
+            `stored` does not hold valid settings.
     """
     asked: dict[str, Any] = {"reward_family": reward_family, "fixed_scale": fixed_scale}
     if stored is None:
@@ -44,7 +54,7 @@ def resolve_settings(
 
 
 def _check_stored(stored: Any, where: str) -> None:
-    """Raise a `ValueError` if the settings in a checkpoint's files are none, before anything is built of them."""
+    """Raise a `ValueError` if the settings in the files of a checkpoint are not valid, before a model is built."""
 
     def is_number(value: Any) -> bool:
         return as_number(value) is not None
@@ -65,7 +75,7 @@ def _check_stored(stored: Any, where: str) -> None:
         "reward_family": (lambda value: isinstance(value, str), "the name of a family"),
         "fixed_scale": (lambda value: value is None or is_number(value), "null or a number"),
         "likelihood": (are_likelihood, "settings as training writes them"),
-        # (As many directions as the hidden state has; some models have 16,384.)
+        # There are never more directions than dimensions of the hidden state, of which some models have 16,384.
         "epistemic": (lambda value: type(value) is int and 0 < value <= 2**16, "a number of directions"),
     }
     if not isinstance(stored, dict):
@@ -81,10 +91,22 @@ def _check_stored(stored: Any, where: str) -> None:
 
 
 def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a :class:`LikelihoodHead`: what a checkpoint has learned, and what training is to learn.
+    """
+    Combine the likelihood settings of a checkpoint with those that training asks for.
+
+    Args:
+        stored (`dict`):
+            Settings of the [`~disco_trl.models.heads.LikelihoodHead`] of the checkpoint.
+        asked (`dict`):
+            Settings that training asks for. They take precedence, except for the rating values.
+        where (`str`):
+            Path of the checkpoint, for error messages.
+
+    Returns:
+        `dict`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
 
     Raises:
-        ValueError: if there are ratings that the checkpoint does not know.
+        `ValueError`: If `asked` has a rating value that the checkpoint does not know.
     """
     merged = stored | asked
     known = stored.get("rating_values")

@@ -28,9 +28,9 @@ from ..data.values import shown
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
 from ..models.distributed import process_state
-from ..models.heads import ScaleHead
 from ..models.inference import TOKENS_PER_BATCH, load_trained, run_in_batches
 from ..models.modeling import DiscoRewardModel
+from ..models.scale_head import ScaleHead
 from .annotate import Annotator, map_dataset
 from .reward_function import Content, RewardFunction
 

@@ -20,7 +20,8 @@ from peft import PeftConfig
 from trl.trainer import reward_trainer as trl_reward_trainer
 
 from ..models.adapters import save_reward_head
-from ..models.modeling import DiscoRewardModel, upgrade
+from ..models.modeling import DiscoRewardModel
+from ..models.upgrade import upgrade
 from .epistemic import MOST_DIRECTIONS
 from .reward_config import DiscoRewardConfig
 
@@ -74,9 +75,9 @@ class Adoption:
         """
         self.model = upgrade(model, self.args.reward_family, self.args.fixed_scale, self.likelihood)
         if self.args.epistemic:
-            self.model.know_epistemic(MOST_DIRECTIONS)
+            self.model.add_epistemic(MOST_DIRECTIONS)
         if "rating_values" in self.likelihood:
-            self.model.start_thresholds(self.ratings)
+            self.model.init_thresholds(self.ratings)
         if isinstance(self.peft_config, PeftConfig):  # TRL refuses any other type
             save_reward_head(self.peft_config, self.model.head_name, self.model.newly_initialized)
         self._head_weights = {

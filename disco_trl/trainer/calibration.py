@@ -217,18 +217,6 @@ def why_not_fitted(head: DiscoHead, args: TrainingArguments, state: TrainerState
     return None
 
 
-@torch.no_grad()
-def how_people_answer(head: DiscoHead) -> Responses:
-    """What a whole head has learned of how people answer, on the CPU."""
-    likelihood = head.likelihood
-    if likelihood is None:
-        return Responses()
-    columns = likelihood(head.weight[0]).cpu().split(likelihood.sizes)
-    learned = dict(zip(likelihood.names, columns, strict=True))
-    learned.pop("location_error", None)
-    return Responses(**learned)
-
-
 class Calibration(TrainerCallback):
     """
     Calibrates a head when training has gone through its data once.
@@ -269,7 +257,7 @@ class Calibration(TrainerCallback):
         predictions = None if self.memory is None else self.memory.predictions()
         factor = torch.zeros((), device=self.head.weight.device)  # 0 says that it was left out
         if self.memory is not None and predictions is not None and len(predictions) >= LEAST_PAIRS:
-            factor.fill_(calibrate(self.head, self.family, predictions, how_people_answer(self.head)))
+            factor.fill_(calibrate(self.head, self.family, predictions, self.head.responses()))
             self.memory.rescale(factor.item())
         if broadcast(factor) == 0:
             return

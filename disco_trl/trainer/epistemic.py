@@ -30,7 +30,8 @@ from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
-from .calibration import how_people_answer, recalibrate_unit, why_not_fitted
+from ..models.outputs import overall
+from .calibration import recalibrate_unit, why_not_fitted
 from .predictions import PredictionMemory, Predictions
 
 
@@ -124,11 +125,11 @@ def fit_posterior(
     unit = states.flatten(0, 1).std(dim=0).clamp_min(1e-12)
     features = (states - mean) / unit
     with torch.no_grad():
-        columns = head(states.to(head.weight.device).float(), with_scale=True).cpu().double()
-    count = len(family.shape_names)
-    shape = family.shape_from_raw(columns[..., 2 : 2 + count]) if count else None
+        output = head(states.to(head.weight.device).float(), full_output=True)
+    location, scale = (overall(values).cpu().double() for values in (output.location, output.scale))
+    shape = None if output.raw_shape is None else family.shape_from_raw(output.raw_shape.cpu().double())
     said = Judgements.of_table(predictions.said)
-    bends = curvature(family, columns[..., 0], columns[..., 1], shape, said, responses)
+    bends = curvature(family, location, scale, shape, said, responses)
     values, vectors = torch.linalg.eigh(bends)
     # Rows whose outer products sum to what the data say
     rows = (values.clamp_min(0).sqrt()[..., None] * (vectors.mT @ features)).flatten(0, 1)
@@ -182,7 +183,7 @@ class Posterior(TrainerCallback):
         if memory is not None and (predictions := memory.predictions()) is not None:
             # A pair that was seen in several epochs counts once.
             pairs = memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
-            responses = how_people_answer(head)
+            responses = head.responses()
             fit_posterior(head, self.family, predictions.in_hindsight(), responses, pairs)
             if memory.factor is not None:
                 # The factor of the calibration stood for all errors of the model, those of the posterior included.

@@ -79,8 +79,8 @@ class DiscoRewardConfig(RewardConfig):
 
     The unit of reward needs no parameter. A likelihood of preferences leaves it free, and it would drift; here the
     geometric mean of the scales over the training rows is the family's unit by construction, at which one unit of
-    reward is about one logit, as in Bradley–Terry (see `disco_trl.models.modeling.ScaleHead`). To fix the shift of the
-    rewards as well, use `center_rewards_coefficient`.
+    reward is about one logit, as in Bradley–Terry (see `disco_trl.models.scale_head.ScaleHead`). To fix the shift of
+    the rewards as well, use `center_rewards_coefficient`.
     """
 
     reward_family: str | None = field(

@@ -198,9 +198,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         keeps = (self._calibrates or args.epistemic) and args.process_index == 0
         self._memory = PredictionMemory() if keeps else None
         if self._calibrates:
-            self.add_callback(Calibration(self._reward_model._head, self._family, self._memory, self.log))
+            self.add_callback(Calibration(self._reward_model.reward_head, self._family, self._memory, self.log))
         if args.epistemic:
-            self.add_callback(Posterior(self._reward_model._head, self._family, self._memory, self.log))
+            self.add_callback(Posterior(self._reward_model.reward_head, self._family, self._memory, self.log))
 
         # Figures of the pairs of an evaluation, for when it is logged
         self._evaluated: list[torch.Tensor] = []

@@ -35,8 +35,9 @@ from transformers import (
 
 from disco_trl import DiscoRewardModel, get_family
 from disco_trl.models import modeling
-from disco_trl.models.heads import DiscoHead, ScaleHead
-from disco_trl.models.modeling import upgrade
+from disco_trl.models.heads import DiscoHead
+from disco_trl.models.scale_head import ScaleHead
+from disco_trl.models.upgrade import upgrade
 
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -41,7 +41,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from disco_trl import DiscoRewardModel
 from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE
-from disco_trl.models.modeling import upgrade
+from disco_trl.models.upgrade import upgrade
 
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

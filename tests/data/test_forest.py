@@ -4,24 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from forests import prefixes_by_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import PAD
 
 from disco_trl.data.forest import batches_by_unique_tokens, grow_forest, pack
-
-
-def prefixes_by_place(forest) -> list[tuple[int, ...]]:
-    """What stands on the path from a root to each place of the row, the place itself included."""
-    prefixes: list[tuple[int, ...]] = []
-    whole: list[tuple[int, ...]] = []  # up to the end of each node
-    for length, parent in zip(forest.lengths, forest.parents, strict=True):
-        prefix = whole[parent] if parent >= 0 else ()
-        for _ in range(length):
-            prefix = (*prefix, forest.tokens[len(prefixes)])
-            prefixes.append(prefix)
-        whole.append(prefix)
-    return prefixes
 
 
 def read_by_hugging_face(sequence: list[int], pad_token_id: int) -> int:

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from forests import prefixes_by_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_forest import prefixes_by_place
 
 from benchmarks import fuzz_data
 from disco_trl.data.collator import ANSWERS, DataCollatorForDiscoPreference

@@ -10,35 +10,21 @@ import re
 
 import pytest
 import torch
+from forests import padded, prefixes_by_place, random_model
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_forest import prefixes_by_place
-from tiny_models import EOS, PAD, VOCAB, load, lora, randomize_heads, tiny_config
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from tiny_models import EOS, PAD, VOCAB, load, lora, tiny_config
+from transformers import AutoModelForSequenceClassification
 
 from disco_trl import RewardDistribution
 from disco_trl.data.forest import grow_forest, pack
 from disco_trl.models import prefix_sharing
 from disco_trl.models.inference import score
-from disco_trl.models.modeling import upgrade
 from disco_trl.models.prefix_sharing import prepare
+from disco_trl.models.upgrade import upgrade
 
 
 # Architectures
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-    "bos_token_id": 1,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "num_labels": 1,
-}
 # Shorter than the prompts, and than most answers
 WINDOW = {"sliding_window": 4}
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -72,24 +58,6 @@ CASES = [
 every_architecture = pytest.mark.parametrize(("name", "implementation"), CASES)
 
 
-def random_model(model_type: str, implementation: str = "sdpa", **more):
-    """A disco model with weights so large that each token makes a visible difference to those after it."""
-    config = AutoConfig.for_model(model_type, **{**SIZES, **more})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
-        upgrade(model)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-            else:  # biases, which start at zero, and norms, near one
-                parameter.data += 0.2 * torch.randn_like(parameter)
-    randomize_heads(model)
-    for parameter in model.score.parameters() if hasattr(model, "score") else ():
-        parameter.data *= 0.3  # rewards and log-probabilities of order 1
-    return model
-
-
 def model_of(name: str, implementation: str):
     model_type, more = ARCHITECTURES[name]
     return random_model(model_type, implementation, **more)
@@ -113,12 +81,6 @@ def _sequences() -> list[list[int]]:
 # Four and two answers to a prompt; a conversation at four turns, each the beginning of the next; a repetition; one
 # that shares nothing; and one whose reward is read before its end.
 SEQUENCES = _sequences()
-
-
-def padded(sequences: list[list[int]]) -> dict[str, torch.Tensor]:
-    rows = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=PAD)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return {"input_ids": rows, "attention_mask": (torch.arange(rows.shape[1]) < lengths[:, None]).long()}
 
 
 def learn(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -233,17 +195,26 @@ def test_what_fills_the_row_up_disturbs_nobody():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_bfloat16_is_as_near_as_bfloat16(implementation):
-    """Under autocast, with paths on both sides of the length to which a CPU attends in float32."""
-    model = random_model("qwen3", implementation, max_position_embeddings=512)
-    assert prepare(model) is None
+    """
+    Under autocast, with paths on both sides of the length to which a CPU attends in float32.
+
+    The eight rewards of one model are too few: over 32 models the ratio of their mean errors is anything between 0.6
+    and 1.8. The mean over eight models is within 1.0 and 1.1.
+    """
     prompts = [SEQUENCES[-2] * repeats for repeats in (2, 30)]
     sequences = [[*prompt, *ids] for prompt in prompts for ids in SEQUENCES[:4]]
-    with torch.no_grad():
-        exact = model(**padded(sequences)).logits
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            plain, shared = model(**padded(sequences)).logits, model(**pack(sequences, PAD)).logits
-    assert exact.std() > 0.1
-    assert (shared - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
+    errors = []
+    for seed in range(8):
+        model = random_model("qwen3", implementation, seed, max_position_embeddings=512)
+        assert prepare(model) is None
+        with torch.no_grad():
+            exact = model(**padded(sequences)).logits
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                plain, shared = model(**padded(sequences)).logits, model(**pack(sequences, PAD)).logits
+        assert exact.std() > 0.1
+        errors.append([(rewards - exact).abs().mean() for rewards in (plain, shared)])
+    of_plain, of_shared = torch.tensor(errors).mean(dim=0)
+    assert of_shared < 1.5 * of_plain
 
 
 def test_places_and_bounds_for_a_kernel_that_takes_all_paths_at_once():

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_prefix_sharing import EOS, PAD, padded, random_model
-from test_prefix_sharing_training import STEPS, TOLERANCE, distance, pairs, train
+from forests import padded, pairs, random_model
+from test_prefix_sharing_training import STEPS, TOLERANCE, distance, train
+from tiny_models import EOS, PAD
 from tiny_training import logged, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

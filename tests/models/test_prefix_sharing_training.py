@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from forests import pairs, random_model
 from peft import LoraConfig, PromptTuningConfig
-from test_prefix_sharing import EOS, PAD, random_model
-from tiny_models import SCALE_STATE
+from tiny_models import PAD, SCALE_STATE
 from tiny_training import disco_trainer, furthest, logged, preferences, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
@@ -41,23 +41,6 @@ def sharp_llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama_dir, **sizes)).save_pretrained(path)
     AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
     return str(path)
-
-
-def pairs(rows: int = 32, *, vocabulary: int = 60, seed: int = 0, margin: bool = False) -> Dataset:
-    """Tokenized pairs of various lengths under few prompts, all of which begin alike; and one without a prompt."""
-    rng = random.Random(seed)
-
-    def tokens(least: int, most: int) -> list[int]:
-        return rng.choices(range(3, vocabulary), k=rng.randint(least, most))
-
-    system = tokens(4, 4)
-    prompts = [[*system, *tokens(2, 12)] for _ in range(6)] + [[]]
-    examples = []
-    for row in range(rows):
-        prompt = prompts[row % len(prompts)]
-        example = {side: [*prompt, *tokens(1, 12), EOS] for side in ("chosen_ids", "rejected_ids")}
-        examples.append({**example, "margin": rng.uniform(0, 2)} if margin else example)
-    return Dataset.from_list(examples)
 
 
 def train(folder, sharing: bool, **options):

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_prefix_sharing import PAD, random_model
-from test_prefix_sharing_training import pairs
+from forests import pairs, random_model
+from tiny_models import PAD
 from tiny_training import disco_trainer, furthest, logged, weights
 
 from disco_trl.models.heads import DiscoHead
@@ -70,10 +70,11 @@ def train(folder: Path, rows: Any = ROWS, **options: Any) -> Run:
     seen = []
     forward = DiscoHead.forward
 
-    def watch(self, hidden_states, with_scale=False):
-        result = forward(self, hidden_states, with_scale)
-        if with_scale:
-            seen.append([str(tensor.dtype) for tensor in (self.weight, self.scale.weight, hidden_states, result)])
+    def watch(self, hidden_states, full_output=False):
+        result = forward(self, hidden_states, full_output)
+        if full_output:
+            tensors = (self.weight, self.scale.weight, hidden_states, result.location, result.scale)
+            seen.append([str(tensor.dtype) for tensor in tensors])
         return result
 
     DiscoHead.forward = watch
@@ -176,8 +177,8 @@ def test_fsdp2_is_one_process(fsdp2, tmp_path):
 def test_fsdp2_in_bfloat16_leaves_the_head_in_float32(fsdp2):
     two = fsdp2["bfloat16"]
     assert two["is_fsdp2"]
-    ((weight, scale, hidden, rewards),) = two["head"]
-    assert (weight, scale, rewards) == ("torch.float32",) * 3
+    ((weight, scale_weight, hidden, location, scale),) = two["head"]
+    assert (weight, scale_weight, location, scale) == ("torch.float32",) * 4
     assert hidden == "torch.bfloat16"  # the language model computes in bfloat16
     head = two["end"]["score.weight"]
     assert head.dtype == torch.float32

@@ -16,7 +16,7 @@ from tiny_models import batch, load, lora, save_adapter
 from tiny_training import disco_trainer, preferences
 from torch import Tensor
 
-from disco_trl.models.heads import ScaleHead
+from disco_trl.models.scale_head import ScaleHead
 
 
 MOMENTS = ("mean_hidden", "var_hidden", "mean_traits", "var_traits", "rows_seen")

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from disco_trl.data.forest import pack
 from disco_trl.models import prefix_sharing
-from disco_trl.models.modeling import upgrade
 from disco_trl.models.prefix_sharing import prepare
+from disco_trl.models.upgrade import upgrade
 
 
 def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):

@@ -24,7 +24,7 @@ def make_head(size: int, family: str = "normal", rank: int | None = None) -> Dis
     torch.manual_seed(0)
     kind = get_family(family)
     head = DiscoHead.convert(nn.Linear(size, 1, bias=False), kind.unit_scale, None, len(kind.shape_names))
-    head.know_epistemic(rank or size)
+    head.add_epistemic(rank or size)
     return head
 
 
@@ -151,7 +151,7 @@ def test_fewer_directions_never_claim_more_certainty():
     probe = torch.randn(100, 12) * spread
     errors = {}
     for rank in (12, 6):
-        head.know_epistemic(rank)
+        head.add_epistemic(rank)
         fit_posterior(head, get_family("normal"), simulate(head, 1000, spread=spread), Responses())
         errors[rank] = head.epistemic(probe)
     assert (errors[6] >= errors[12] * (1 - 1e-5)).all()
@@ -192,7 +192,7 @@ def test_training_leaves_a_posterior_and_nothing_else_behind(trained, tmp_path, 
     rewards = score(trainer.model, TEXTS)
     assert (rewards.location_error > 0).all() and len(set(rewards.location_error.tolist())) == 3
     plain = trained()
-    assert plain._reward_model._head.epistemic is None and score(plain.model, TEXTS).location_error is None
+    assert plain._reward_model.reward_head.epistemic is None and score(plain.model, TEXTS).location_error is None
     assert furthest(without_posterior(weights(trainer.model)), weights(plain.model)) == 0
     assert logged(trainer, "loss") == logged(plain, "loss")
 
@@ -232,7 +232,7 @@ def test_before_training_ends_nothing_is_claimed(tmp_path, tiny_llama_dir, tiny_
     trainer = disco_trainer(tmp_path / "run", **options, **saving)
     trainer.train()
     middle = DiscoRewardModel.from_pretrained(tmp_path / "run" / "checkpoint-10")
-    assert middle._head.epistemic is not None and score(middle, TEXTS).location_error is None
+    assert middle.reward_head.epistemic is not None and score(middle, TEXTS).location_error is None
 
     resumed = disco_trainer(tmp_path / "again", **options, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
@@ -251,13 +251,13 @@ def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
     def likelihood(factor: float) -> float:
         errors = head.epistemic(states).double()
         with torch.no_grad():
-            columns = head(states, with_scale=True).double()
+            output = head(states, full_output=True)
             location = factor * (states @ before.T).squeeze(-1).double()
-        shape = family.shape_from_raw(columns[..., 2:]) if family.shape_names else None
+        shape = None if output.raw_shape is None else family.shape_from_raw(output.raw_shape.double())
         sides = [
             RewardDistribution(
                 location[:, side],
-                columns[:, side, 1],
+                output.scale[:, side, 0].double(),
                 name,
                 None if shape is None else shape[:, side],
                 errors[:, side],

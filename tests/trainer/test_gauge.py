@@ -26,7 +26,7 @@ from datasets import Dataset
 from tiny_training import disco_trainer, logged
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from disco_trl.models.heads import ScaleHead
+from disco_trl.models.scale_head import ScaleHead
 
 
 MEANS = np.linspace(-2, 2, 8)

@@ -83,7 +83,7 @@ def trained(language_model, tweets, tmp_path_factory):
         learning_rate=1e-3,
     )
     before = head_types(trainer._reward_model), quantized(trainer.model)
-    start = trainer._reward_model._head.weight.detach().clone()
+    start = trainer._reward_model.reward_head.weight.detach().clone()
     trainer.train()
     trainer.save_model()
     return trainer, before, start, path
@@ -114,7 +114,7 @@ def test_the_head_is_whole_and_in_float32(trained):
     assert types == head_types(trainer._reward_model) == {(DiscoHead, torch.float32)}
     assert layers == quantized(trainer.model)
     assert len(layers) == LINEAR_LAYERS
-    head = trainer._reward_model._head.weight
+    head = trainer._reward_model.reward_head.weight
     assert not torch.equal(head, start)
     for weight in (head, start):  # not rounded to bfloat16 on the way either
         assert not torch.equal(weight, weight.bfloat16().float())

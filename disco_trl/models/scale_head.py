@@ -1,0 +1,178 @@
+"""The scale of a reward: a bounded function of the hidden state, with running moments of the training rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import initialization as init
+
+
+# Bound of |log(σ / unit)|. It keeps σ in the range in which log P is tested.
+MAX_LOG_SCALE = math.log(1e3)
+
+
+def bounded_exp(raw: Tensor) -> Tensor:
+    """exp(raw) near raw = 0, bounded by e^±MAX_LOG_SCALE."""
+    return torch.exp(MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE))
+
+
+class ScaleHead(nn.Module):
+    """
+    Scale of a reward as a function of its hidden state h.
+
+    ```text
+    raw = weight · (h - mean_hidden)
+    σ   = unit_scale · exp(L · tanh(raw / L)),    L = MAX_LOG_SCALE
+    ```
+
+    Near the unit, log(σ / unit_scale) = raw. The weight starts at zero, so a new model gives every answer the scale
+    `unit_scale` and draws no random numbers.
+
+    The likelihood of a preference does not change when all locations and scales are multiplied by one number (the
+    gauge of the model), so both would drift along that direction. `mean_hidden` fixes the gauge: it is the running
+    mean of the hidden states of the training rows, so the mean of log(σ / unit_scale) over them is zero for any
+    weight. The geometric mean of the scales is therefore the unit of the family, and one unit of reward stays about
+    one logit. No penalty acts on the scale of a single row, and the result depends neither on the batch size nor on
+    the number of processes.
+
+    The other buffers describe the training rows, so that a warning can be given when a policy's answers look different
+    from them (see [`ScaleHead.traits`]).
+
+    Args:
+        hidden_size (`int`):
+            Size H of the hidden states.
+        unit_scale (`float`):
+            Unit of the family (`Family.unit_scale`), in reward units.
+        fixed_scale (`float`, *optional*):
+            Scale of every reward. If it is given, the module has no parameters and no buffers.
+        device (`torch.device`, *optional*):
+            Device of the parameters and buffers.
+
+    Attributes:
+        weight (`torch.nn.Parameter` of shape `(1, H)`):
+            Weight of the raw scale.
+        mean_hidden, var_hidden (`torch.Tensor` of shape `(H,)`):
+            Running moments of the pooled hidden states of the training rows.
+        mean_traits, var_traits (`torch.Tensor` of shape `(3,)`):
+            Running moments of the traits of the training rows.
+        rows_seen (`torch.Tensor` of shape `()`):
+            Number of rows that the moments were computed from.
+    """
+
+    # Not an `nn.Linear`: quantizers and `target_modules="all-linear"` would take it for a layer of the backbone.
+
+    mean_hidden: Tensor
+    var_hidden: Tensor
+    mean_traits: Tensor
+    var_traits: Tensor
+    rows_seen: Tensor
+
+    def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
+        super().__init__()
+        self.unit_scale = unit_scale
+        self.fixed_scale = fixed_scale
+        if fixed_scale is None:
+            shapes = {"mean_hidden": hidden_size, "var_hidden": hidden_size, "mean_traits": 3, "var_traits": 3}
+            self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
+            for name, size in shapes.items():
+                self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
+            self.register_buffer("rows_seen", torch.zeros((), dtype=torch.float32, device=device))
+
+    def init_weights(self) -> None:
+        """Set to zero what a checkpoint did not load. (`transformers.initialization` skips what it did.)"""
+        for tensor in (*self.parameters(), *self.buffers()):
+            init.zeros_(tensor)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """
+        Compute scales.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., H)`):
+                Pooled hidden states, or those of every token.
+
+        Returns:
+            `torch.Tensor` of shape `(..., 1)`: Scales, positive, in reward units.
+        """
+        if self.fixed_scale is not None:
+            return hidden_states.new_full((*hidden_states.shape[:-1], 1), self.fixed_scale)
+        dtype = hidden_states.dtype
+        # FSDP2 gathers the parameters of a head only while the head is called. `track` calls this module alone, and
+        # then the weight is still sharded.
+        weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
+        raw = F.linear(hidden_states - self.mean_hidden.to(dtype), weight.to(dtype))
+        return self.unit_scale * bounded_exp(raw)
+
+    @torch.no_grad()
+    def traits(self, hidden_states: Tensor, location: Tensor, scale: Tensor) -> Tensor:
+        """
+        Compute the figures by which rows are compared with the training rows.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, H)`):
+                Pooled hidden states.
+            location (`torch.Tensor` of shape `(B, 1)`):
+                Locations, in reward units.
+            scale (`torch.Tensor` of shape `(B, 1)`):
+                Scales, in reward units.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3)`, float32: The location; log(σ / unit_scale); and the log of the squared
+            distance between the hidden state and `mean_hidden`, averaged over dimensions, each in units of its
+            variance in the training rows.
+        """
+        deviation = hidden_states.float() - self.mean_hidden
+        distance = (deviation.square() / self.var_hidden.clamp_min(1e-12)).mean(dim=-1, keepdim=True)
+        return torch.cat([location, (scale / self.unit_scale).log(), distance.clamp_min(1e-12).log()], dim=-1).float()
+
+    @torch.no_grad()
+    def track(
+        self,
+        hidden_states: Tensor,
+        location: Tensor,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        memory: float = 512,
+    ) -> None:
+        """
+        Update the running moments with the rows of one training step.
+
+        The weight of a row decays by the number of rows that followed it and not by the number of steps, so that the
+        moments do not depend on the batch size.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, H)`):
+                Pooled hidden states of the rows of this process.
+            location (`torch.Tensor` of shape `(B, 1)`):
+                Their locations, in reward units.
+            gather (`Callable`, *optional*, defaults to the identity):
+                Function that concatenates a tensor of shape `(1, ...)` of each process to `(processes, ...)`, such as
+                `accelerator.gather`.
+            memory (`float`, *optional*, defaults to `512`):
+                Number of rows in which the weight of a row decays by a factor of e.
+        """
+
+        def update(mean: Tensor, var: Tensor, values: Tensor, share: Tensor) -> None:
+            # Moments about the mean of each process, the step and the run are combined by adding the squared
+            # differences of these means. Moments about a common origin would cancel, because hidden states have means
+            # that are large against their deviations.
+            own_var, own_mean = torch.var_mean(values, dim=0, correction=0)
+            means, variances = gather(torch.stack([own_mean, own_var])[None]).unbind(dim=1)
+            step_mean = means.mean(dim=0)
+            step_var = variances.mean(dim=0) + means.var(dim=0, correction=0)
+            shift = step_mean - mean
+            mean += share * shift
+            var.lerp_(step_var + (1 - share) * shift.square(), share)
+
+        hidden_states = hidden_states.float()
+        rows = gather(self.rows_seen.new_tensor([len(hidden_states)])).sum()
+        self.rows_seen += rows
+        # The share of the new rows in the sum of all weights so far: 1 at the first step, and 1 - exp(-rows / memory)
+        # after many.
+        share = torch.expm1(-rows / memory) / torch.expm1(-self.rows_seen / memory)
+        update(self.mean_hidden, self.var_hidden, hidden_states, share)
+        update(self.mean_traits, self.var_traits, self.traits(hidden_states, location, self(hidden_states)), share)
