@@ -1,4 +1,4 @@
-"""What a user can set: TRL's `RewardConfig` and the few fields that a reward distribution adds to it."""
+"""Configuration of the reward trainer: TRL's `RewardConfig` and the fields that a reward distribution adds to it."""
 
 from __future__ import annotations
 
@@ -16,71 +16,77 @@ class DiscoRewardConfig(RewardConfig):
     r"""
     Configuration class for the [`DiscoRewardTrainer`].
 
-    Every parameter of [`~trl.RewardConfig`] (and of [`~transformers.TrainingArguments`]) is here with the same meaning
-    and default. Those below are added.
+    This class adds the parameters below to those of [`~trl.RewardConfig`] and [`~transformers.TrainingArguments`],
+    which keep their meaning and their defaults.
 
     Parameters:
         > Parameters that control the model
 
         reward_family (`str`, *optional*):
-            Distribution of a reward: `"normal"`, `"cauchy"`, `"logistic"`, `"laplace"`, `"mixture"`, or any other
-            family that is registered (`disco_trl.distributions.families`). If `None`, a disco checkpoint keeps its
-            own, and any other model gets `"normal"`. A checkpoint of another family is refused.
+            Family of the reward distributions: `"normal"`, `"cauchy"`, `"logistic"`, `"laplace"`, `"mixture"`, or any
+            other registered family (see `disco_trl.distributions.families`). If `None`, a disco checkpoint keeps its
+            own family, and any other model gets `"normal"`. A checkpoint of another family is an error.
         fixed_scale (`float`, *optional*):
-            If set, every reward has this scale and none is learned. `reward_family="logistic"` with
-            `fixed_scale=2**-0.5` is Bradley–Terry, TRL's own loss. If `None`, a disco checkpoint keeps its own
+            Scale of every reward, in reward units, in place of a learned one. `reward_family="logistic"` with
+            `fixed_scale=2**-0.5` is Bradley–Terry, the loss of TRL. If `None`, a disco checkpoint keeps its own
             setting, and any other model learns a scale for each answer.
 
+        > Parameters that control the likelihood
+
         location_error (`bool`, *optional*):
-            Whether to learn how far the model's locations are off, apart from how much people disagree: an error that
-            all judgements about an answer share. Several ratings of an answer tell the two apart; one does not;
-            several votes on a pair do if the model errs by as much on all answers. If `None`, it is learned where
+            Whether to learn an error of the location that all judgements about an answer share, apart from the
+            disagreement of people. Several ratings of an answer can tell the two apart, and a single rating cannot.
+            Several votes on a pair can if the model errs equally on all answers. If `None`, the error is learned if
             answers have several ratings.
         tie_width (`float`, *optional*):
-            Half-width of the band within which two rewards are called equal, in units of reward, for datasets with
-            `tie` or with equal `ranks`. If `None`, it is learned where there are ties.
+            Half-width, in reward units, of the band within which two rewards are called equal. It applies to datasets
+            with a column `tie` or with equal `ranks`. If `None`, it is learned if the training data have ties.
         label_noise (`float`, *optional*, defaults to `0.0`):
-            Probability that a vote says the opposite of what was meant, below ½. If `None`, it is learned.
+            Probability, below ½, that a vote is the opposite of what was meant. If `None`, it is learned.
         rating_values (`list[float]`, *optional*):
-            The ratings that `chosen_rating` and `rejected_rating` may hold, ascending. If `None`, those that the
-            training data have (of a stream, its first 1,000 rows).
-
-        > Parameters that control the training
-
+            Ratings that `chosen_rating` and `rejected_rating` may hold, in ascending order. If `None`, they are those
+            of the training data (for a stream, of its first 1,000 rows).
         weigh_by (`str`, *optional*, defaults to `"pair"`):
-            What has weight 1 in the loss: `"pair"`, all that is said in a row of the dataset together; or `"vote"`,
-            each vote, rating and ranked pair. The column `weight` multiplies either.
+            What has weight 1 in the loss. With `"pair"`, all judgements in a row of the dataset together. With
+            `"vote"`, each vote, each rating and each ranked pair. A column `weight` multiplies either.
+
+        > Parameters that control what is fitted when training ends
+
         calibrate (`bool`, *optional*):
-            Whether to fit the unit of the locations, and the scale, once more when training ends: to what the model
-            predicted of pairs before it learned from them. It costs nothing but memory for the latest 8,192 pairs'
-            hidden states, which are saved with checkpoints. If `None`, it is done where training goes through its data
-            once (in later passes predictions are no longer made in advance), a scale is learned, and no location error
-            is, which has the same effect. Not with `load_best_model_at_end`, nor where the head is sharded.
+            Whether to fit the unit of the locations and the scale once more when training ends, to the predictions
+            that the model made of pairs before it learned from them. The only cost is memory for the hidden states of
+            the latest 8,192 pairs, which are saved with checkpoints. If `None`, the head is calibrated if training
+            goes through its data once, a scale is learned, and no location error is. In later passes predictions are
+            no longer made in advance, and a location error has the same effect. It is skipped, with a warning, after
+            `load_best_model_at_end` and if the head is sharded.
         epistemic (`bool`, *optional*, defaults to `False`):
-            Whether to fit, when training ends, what the data leave open about the location: a posterior of the last
-            layer, kept with the model, whose rewards then have a `location_error` that grows on unfamiliar text. It
-            costs what `calibrate` does. Not with `load_best_model_at_end`, nor where the head is sharded.
+            Whether to fit the epistemic uncertainty of the location when training ends: the posterior of the last
+            layer, which is saved with the model. Its rewards then have a `location_error` that grows on unfamiliar
+            text. The cost and the exceptions are those of `calibrate`.
+
+        > Parameters that control batches
+
         prefix_sharing (`bool`, *optional*, defaults to `True`):
-            Compute what the sequences of a batch have in common from the front (the prompt of a pair, a system prompt
-            of all) once, and without padding. The losses and gradients of each pair are the same to rounding. It works
-            with causal decoders with attention in every layer; any other model falls back to TRL's padded batches and
-            says so. With dropout (that of a LoRA adapter, say) both sides of a pair get the same noise on what they
-            share. The logged `num_tokens` counts the tokens that were computed.
+            Whether to compute what the sequences of a batch begin with (the prompt of a pair, a system prompt of all)
+            only once, and without padding. The loss and the gradient of each pair are the same to rounding. It works
+            with causal decoders that have attention in every layer. For any other model batches are padded as in TRL,
+            and a warning is logged. With dropout, such as that of a LoRA adapter, both sides of a pair get the same
+            noise on the shared part. The logged `num_tokens` counts the tokens that were computed.
         max_tokens_per_batch (`int`, *optional*):
-            If set, a training batch of each process holds as many pairs of similar length as fit into this many tokens
-            (what both sides of a pair begin with counts once), in place of `per_device_train_batch_size`; a longer
-            pair is alone. Each pair weighs the same in the loss, whatever the size of its batch. A model without
-            prefix sharing computes up to twice as many tokens. Not for streaming datasets.
+            Maximum number of tokens in a training batch of each process, in place of `per_device_train_batch_size`. A
+            batch holds as many pairs of similar length as fit, where a shared prompt counts once. A pair that is
+            longer is a batch of its own. Each pair has the same weight in the loss for any size of its batch. A model
+            without prefix sharing computes up to twice as many tokens. Not supported for streaming datasets.
 
-        `train_sampling_strategy="group_by_length"` puts pairs of similar length into a batch, also those of a
-        streaming dataset (within a buffer of 50 optimizer steps; transformers' log, which says that it ignores the
-        option there, does not know). A model with prefix sharing has no padding to save by it, and gains nothing but
-        steps of more even length.
+        `train_sampling_strategy="group_by_length"` groups pairs of similar length, also those of a streaming dataset
+        (within a buffer of 50 optimizer steps; the log of transformers says there that the option is ignored, which
+        does not apply). With prefix sharing there is no padding to save, and the only gain is steps of more even
+        length.
 
-    The unit of reward needs no parameter. A likelihood of preferences leaves it free, and it would drift; here the
-    geometric mean of the scales over the training rows is the family's unit by construction, at which one unit of
-    reward is about one logit, as in Bradley–Terry (see `disco_trl.models.scale_head.ScaleHead`). To fix the shift of
-    the rewards as well, use `center_rewards_coefficient`.
+    The unit of reward needs no parameter. A likelihood of preferences leaves the unit free, so that it would drift.
+    Here the geometric mean of the scales over the training rows is the family's unit by construction, at which one
+    unit of reward is about one logit, as in Bradley–Terry (see `disco_trl.models.scale_head`). To fix the shift of the
+    rewards as well, set `center_rewards_coefficient`.
     """
 
     reward_family: str | None = field(
@@ -95,76 +101,75 @@ class DiscoRewardConfig(RewardConfig):
     fixed_scale: float | None = field(
         default=None,
         metadata={
-            "help": "If set, every reward has this scale and none is learned. `reward_family='logistic'` with "
-            "`fixed_scale=0.7071067811865476` is Bradley-Terry, TRL's own loss. If `None`, a disco checkpoint keeps "
-            "its own setting, and any other model learns a scale for each answer."
+            "help": "Scale of every reward, in reward units, in place of a learned one. `reward_family='logistic'` "
+            "with `fixed_scale=0.7071067811865476` is Bradley-Terry, the loss of TRL. If `None`, a disco checkpoint "
+            "keeps its own setting, and any other model learns a scale for each answer."
         },
     )
     location_error: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to learn how far the model's locations are off, apart from how much people disagree. "
-            "Several ratings of an answer tell the two apart; one does not; several votes on a pair do if the model "
-            "errs by as much on all answers. If `None`, it is learned where answers have several ratings."
+            "help": "Whether to learn an error of the location that all judgements about an answer share, apart from "
+            "the disagreement of people. If `None`, it is learned if answers have several ratings."
         },
     )
     tie_width: float | None = field(
         default=None,
         metadata={
-            "help": "Half-width of the band within which two rewards are called equal, in units of reward. If `None`, "
-            "it is learned where there are ties."
+            "help": "Half-width, in reward units, of the band within which two rewards are called equal. If `None`, it "
+            "is learned if the training data have ties."
         },
     )
     label_noise: float | None = field(
         default=0.0,
         metadata={
-            "help": "Probability that a vote says the opposite of what was meant, below 0.5. If `None`, it is learned."
+            "help": "Probability, below 0.5, that a vote is the opposite of what was meant. If `None`, it is learned."
         },
     )
     rating_values: list[float] | None = field(
         default=None,
         metadata={
-            "help": "The ratings that `chosen_rating` and `rejected_rating` may hold, ascending. If `None`, those "
-            "that the training data have."
+            "help": "Ratings that `chosen_rating` and `rejected_rating` may hold, in ascending order. If `None`, they "
+            "are those of the training data."
         },
     )
     weigh_by: str = field(
         default="pair",
         metadata={
-            "help": "What has weight 1 in the loss: 'pair', all that is said in a row of the dataset together; or "
-            "'vote', each vote, rating and ranked pair. The column `weight` multiplies either.",
+            "help": "What has weight 1 in the loss: all judgements in a row of the dataset together ('pair'), or each "
+            "vote, each rating and each ranked pair ('vote'). A column `weight` multiplies either.",
             "choices": ["pair", "vote"],
         },
     )
     calibrate: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to fit the unit of the locations, and the scale, once more when training ends: to what "
-            "the model predicted of pairs before it learned from them. If `None`, it is done where training goes "
-            "through its data once, a scale is learned, and no location error is."
+            "help": "Whether to fit the unit of the locations and the scale once more when training ends, to the "
+            "predictions that the model made of pairs before it learned from them. If `None`, it is done if training "
+            "goes through its data once, a scale is learned, and no location error is."
         },
     )
     epistemic: bool = field(
         default=False,
         metadata={
-            "help": "Whether to fit, when training ends, what the data leave open about the location. The model's "
-            "rewards then have a `location_error` that grows on unfamiliar text."
+            "help": "Whether to fit the epistemic uncertainty of the location when training ends. Rewards of the model "
+            "then have a `location_error` that grows on unfamiliar text."
         },
     )
     prefix_sharing: bool = field(
         default=True,
         metadata={
-            "help": "Compute what the sequences of a batch have in common from the front (the prompt of a pair, a "
-            "system prompt of all) once, and without padding. The losses and gradients of each pair are the same to "
-            "rounding. Models that cannot do it fall back to padded batches and say so."
+            "help": "Whether to compute what the sequences of a batch begin with (the prompt of a pair, a system "
+            "prompt of all) only once, and without padding. The loss and the gradient of each pair are the same to "
+            "rounding. For models that do not support it batches are padded, and a warning is logged."
         },
     )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "If set, a training batch of each process holds as many pairs of similar length as fit into this "
-            "many tokens (what both sides of a pair begin with counts once), in place of "
-            "`per_device_train_batch_size`; a longer pair is alone. Not for streaming datasets."
+            "help": "Maximum number of tokens in a training batch of each process, in place of "
+            "`per_device_train_batch_size`. A batch holds as many pairs of similar length as fit, where a shared "
+            "prompt counts once. Not supported for streaming datasets."
         },
     )
 
@@ -218,20 +223,25 @@ class DiscoRewardConfig(RewardConfig):
 
     @property
     def groups_by_length(self) -> bool:
-        """Whether batches of `per_device_train_batch_size` are to hold pairs of similar length."""
+        """Whether batches of `per_device_train_batch_size` hold pairs of similar length."""
         return self.train_sampling_strategy == "group_by_length"
 
 
 def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
     """
-    What is learned, or given, of how people answer: the settings of a `disco_trl.models.heads.LikelihoodHead`.
+    Decide what is learned of how people answer, and what is given.
 
     Args:
-        args: what the user gives.
-        found: in the training data.
+        args ([`DiscoRewardConfig`]):
+            What the user has set.
+        found ([`~disco_trl.data.judgements.Survey`]):
+            What the training data hold.
+
+    Returns:
+        `dict[str, Any]`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
 
     Raises:
-        ValueError: one rating, or too many different ones.
+        `ValueError`: If there is one rating only, or more different ones than can be told apart.
     """
     settings: dict[str, Any] = {}
     if args.location_error or (args.location_error is None and found.has_several_ratings):
