@@ -152,8 +152,8 @@ class DiscoRewardConfig(RewardConfig):
     epistemic: bool = field(
         default=False,
         metadata={
-            "help": "Whether to fit the epistemic uncertainty of the location when training ends. Rewards of the model "
-            "then have a `location_error` that grows on unfamiliar text."
+            "help": "Whether to fit the epistemic uncertainty of the location when training ends. Rewards of the "
+            "model then have a `location_error` that grows on unfamiliar text."
         },
     )
     prefix_sharing: bool = field(
