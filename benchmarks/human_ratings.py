@@ -130,7 +130,8 @@ def fetch(release: Release) -> Path:
 
 def small_chat_lm() -> Path:
     """Folder of SmolLM2-135M-Instruct as a Hugging Face checkpoint (float32, with tokenizer and chat template),
-    converted from the 4-bit GGUF file at the first call."""
+    converted from the 4-bit GGUF file at the first call.
+    """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if folder.exists():
         return folder
@@ -184,6 +185,18 @@ def parse_ratings(archive: bytes, stem: str) -> list[RatedText]:
 
     The texts are in `<stem>_GroundTruth.txt` (id, mean, text), their ratings in `<stem>_anonDataRatings.txt` (id,
     mean, standard deviation, list of ratings). Rows with the same text are merged.
+
+    Args:
+        archive (`bytes`):
+            Gzipped tar archive.
+        stem (`str`):
+            Start of the names of both files.
+
+    Returns:
+        `list[RatedText]`: Texts with their ratings.
+
+    Raises:
+        `ValueError`: If a file is missing, or ratings have no text.
     """
 
     def rows(member: str, columns: int) -> list[list[str]]:
@@ -206,7 +219,18 @@ def parse_ratings(archive: bytes, stem: str) -> list[RatedText]:
 
 
 def load_ratings(source: str = "tweets") -> list[RatedText]:
-    """Loads the rated texts of a source, `"tweets"` or `"movies"`."""
+    """Loads the rated texts of a source.
+
+    Args:
+        source (`str`, *optional*, defaults to `"tweets"`):
+            `"tweets"` or `"movies"`.
+
+    Returns:
+        `list[RatedText]`: Texts with their ratings.
+
+    Raises:
+        `ConnectionError` or `ValueError`: If the archive cannot be downloaded or verified, see [`fetch`].
+    """
     with tarfile.open(fetch(RATINGS), mode="r:gz") as sdist:
         file = sdist.extractfile(RATINGS_MEMBER)
         assert file is not None  # guaranteed by the checksum
@@ -220,6 +244,17 @@ def split_by_text(
 
     The split of a text depends on a hash of the text alone, neither on the order of the rows nor on the other texts.
     Texts that differ only in case, punctuation or spaces are in the same split.
+
+    Args:
+        rated (`list[RatedText]`):
+            Texts to split.
+        test_fraction (`float`, *optional*, defaults to `0.2`):
+            Expected share of test texts.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the hash.
+
+    Returns:
+        `tuple[list[RatedText], list[RatedText]]`: Training and test texts.
     """
     train: list[RatedText] = []
     test: list[RatedText] = []

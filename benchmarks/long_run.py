@@ -51,6 +51,7 @@ class Watch(TrainerCallback):
         self.held: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures the memory, after collecting garbage every ten steps."""
         if state.global_step % 10 == 0:
             gc.collect()
         self.held.append(held_bytes() / MIB)

@@ -21,7 +21,18 @@ SECONDS_BETWEEN_LOOKS = 0.005
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function of a module in a new process and returns its result."""
+    """Calls a function in a new process.
+
+    Args:
+        function (`Callable`):
+            Function at the top of a module, so that it can be pickled.
+        *arguments:
+            Arguments of the function, which are pickled as well.
+
+    Returns:
+        Result of the function.
+    """
+    # Spawned, because a forked process would start with the memory of this one.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -23,7 +23,8 @@ from disco_trl.evaluation.metrics import centrality, spearman
 
 def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Location and scale of a run's rated answers, and the standard deviation of their ratings, each of shape
-    `(answers,)`."""
+    `(answers,)`.
+    """
     run = Run(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
     _, held_out = read_data(run, AutoTokenizer.from_pretrained(run.model))
     rewards = Result.load(Variant.parse(run.base), run.seed, folder).rewards
@@ -35,7 +36,8 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def plot(runs: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     """Draws one panel for each of `runs`: a point for each text, its predicted scale (as a rank in percent) against
-    the standard deviation of its ratings, and the mean of each tenth."""
+    the standard deviation of its ratings, and the mean of each tenth.
+    """
     figure, axes = plt.subplots(
         1, len(runs), figsize=(3.1 * len(runs), 3.6), sharey=True, squeeze=False, layout="constrained"
     )

@@ -66,7 +66,8 @@ def random_texts(seed: int) -> list[str]:
 
 def reference(model: str, dtype: str, texts: list[str]) -> tuple[np.ndarray, float]:
     """The location of each text scored alone, and the largest difference from the location of the same text in a
-    batch."""
+    batch.
+    """
     reward = DiscoReward(model, dtype=dtype, device="cpu")
     locations = []
     for reward.tokens_per_batch in (1, 8192):
@@ -153,6 +154,7 @@ def measure_load(
         if response.status == 200:
             differences[number] = abs(answer["results"][0]["location"] - expected[number % TEXTS])
 
+    # The cores in use show whether batching could help at all: it does not if one request fills the machine.
     cpu = cpu_seconds(process)
     total = in_threads(clients, requests, send)
     return {
@@ -168,7 +170,7 @@ def measure_load(
     }
 
 
-# Hostile clients. Each kind is the bytes that are sent, and the statuses that are right for it (none: whatever comes).
+# Hostile clients
 
 
 def http_request(body: bytes, headers: str = "", length: int | None = None) -> bytes:
@@ -187,7 +189,8 @@ def chunked(body: bytes, size: int = 8192) -> bytes:
 
 def hostile_kinds(text: str) -> dict[str, tuple[bytes, set[int]]]:
     """For each kind of hostile client, the bytes to send and the acceptable statuses; none if the client does not
-    wait."""
+    wait.
+    """
     good = json.dumps({"items": [text]}).encode()
     large = json.dumps({"items": ["word " * MAX_BODY_BYTES]}).encode()
     items: list[Any] = [3, None, {"prompt": "a"}, {"text": "a"}, [{"role": 1, "content": "a"}], []]
@@ -212,7 +215,7 @@ def send_bytes(address: tuple[str, int], data: bytes, wait: bool) -> int | None:
     """Sends bytes over a new connection. Returns the status of its answer, or None if it closes without one."""
     with socket.create_connection(address, timeout=600) as connection:
         answer = b""
-        # The server may have answered and closed before it has read all.
+        # The server may answer and close the connection before it has read everything.
         with contextlib.suppress(ConnectionError):
             connection.sendall(data)
         if not wait:
@@ -228,7 +231,8 @@ def measure_hostility(
     address: tuple[str, int], process: int, requests: int, texts: list[str], expected: np.ndarray, tolerance: float
 ) -> dict[str, Any]:
     """Runs valid and hostile clients at once. Returns the answers that each kind got, and the server's memory over
-    time."""
+    time.
+    """
     statuses: dict[str, Counter[str]] = {}
     lock = threading.Lock()
     wrong, unexpected, retries, done = Counter[str](), Counter[str](), Counter[str](), 0
@@ -271,7 +275,7 @@ def measure_hostility(
         else:
             kind, (data, right) = rng.choice(list(hostile_kinds(texts[rng.randrange(TEXTS)]).items()))
             status = send_bytes(address, data, wait=bool(right))
-            # A server that refuses a body unread may reset the connection before its answer is read.
+            # A server that refuses a body without reading it may reset the connection before its answer is read.
             if right and status not in right and not (status is None and kind.startswith("too large")):
                 unexpected[kind] += 1
             note(kind, status)

@@ -41,8 +41,21 @@ PEAK_FLOPS = {
 
 
 def load_pairs(dataset: str, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[Pair]:
-    """Loads pairs from a Hub dataset, folder or file. Those that TRL's length filter drops, and those whose sides are
-    equal, are left out."""
+    """Loads tokenized pairs. Those that TRL's length filter drops, and those whose sides are equal, are left out.
+
+    Args:
+        dataset (`str`):
+            Hub id, folder or file of preference pairs.
+        split (`str`):
+            Name of the split.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        max_length (`int` or `None`):
+            Maximum number of tokens of a side.
+
+    Returns:
+        `list[Pair]`: Token ids of both sides of each pair.
+    """
     rows = choose_split(load_preferences(dataset, argument="--dataset"), split, "--dataset")
     pairs = (tokenize_pair(row, tokenizer) for row in tqdm(rows, desc="tokenizing", unit="pair", leave=False))
     limit = max_length or float("inf")
@@ -52,10 +65,25 @@ def load_pairs(dataset: str, split: str, tokenizer: PreTrainedTokenizerBase, max
 def synthetic_pairs(
     number: int, length: int, prompt_share: float, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[Pair]:
-    """Pairs of random tokens, both sides of a pair equally long.
+    """Creates pairs of random tokens, both sides of a pair equally long.
 
     Lengths lie between 0.5 and 1.5 times `length` at equal distances, which are the expected order statistics of
-    uniform lengths. `prompt_share` of a side is the prompt.
+    uniform lengths.
+
+    Args:
+        number (`int`):
+            Number of pairs.
+        length (`int`):
+            Mean number of tokens of a side.
+        prompt_share (`float`):
+            Share of a side that is the prompt.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer whose ordinary tokens are drawn.
+        seed (`int`):
+            Seed of the draws.
+
+    Returns:
+        `list[Pair]`: Token ids of both sides of each pair.
     """
     rng = np.random.default_rng(seed)
     words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
@@ -111,8 +139,27 @@ class PairLengths:
 def choose_batches(
     batches: list[list[int]], lengths: PairLengths, number: int, seed: int, draws: int = 1000
 ) -> list[list[int]]:
-    """A few batches that represent an epoch: of many random draws, the one whose mean numbers of unique and of padded
-    tokens per pair come closest to the epoch's."""
+    """Chooses a few batches that represent an epoch: of many random draws, the one whose mean numbers of unique and of
+    padded tokens per pair come closest to the epoch's.
+
+    Args:
+        batches (`list[list[int]]`):
+            Pairs of each batch of the epoch.
+        lengths ([`PairLengths`]):
+            Lengths of all pairs.
+        number (`int`):
+            Number of batches to choose.
+        seed (`int`):
+            Seed of the draws.
+        draws (`int`, *optional*, defaults to `1000`):
+            Number of random draws.
+
+    Returns:
+        `list[list[int]]`: The chosen batches.
+
+    Raises:
+        `ValueError`: If the epoch has fewer batches than `number`.
+    """
     if number > len(batches):
         raise ValueError(f"an epoch has {len(batches)} full batches, fewer than the {number} asked for; lower --steps")
     counts = np.array([(len(batch), lengths[batch].unique, lengths[batch].padded) for batch in batches], dtype=float)
@@ -136,6 +183,13 @@ def matmul_flops_per_token(model: Any) -> int:
     A weight takes 2 in the forward pass, 2 for the gradient of the activations, and 2 more for its own gradient if it
     is trained. The total is 6 N if everything is trained and about 4 N under LoRA. Embeddings are looked up, not
     multiplied. Recomputation by activation checkpointing does not count.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model whose trainable parameters have `requires_grad`.
+
+    Returns:
+        `int`: FLOP per token.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     backbone = getattr(model, model.base_model_prefix)
@@ -154,6 +208,15 @@ def attention_flops(config: Any, lengths: PairLengths) -> int:
 
     In each layer it is 12 times the width of all heads for each key that a token attends to (2 matrix products of 2
     each, and twice that in the backward pass), of which only the causal half counts.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Config of the model.
+        lengths ([`PairLengths`]):
+            Lengths of the pairs.
+
+    Returns:
+        `int`: FLOP.
     """
     config = config.get_text_config()
     width = config.num_attention_heads * (

@@ -186,7 +186,8 @@ def _score_point(
 
 def write_rows(dataset: str, split: str, number: int, folder: Path) -> None:
     """Writes the requested number of rows to disk. If the dataset has fewer, its rows are repeated with a number in
-    the text, so that no two rows are alike."""
+    the text, so that no two rows are alike.
+    """
     rows = choose_split(load_preferences(dataset, argument="--dataset"), split, "--dataset")
 
     def numbered(content: Content, cycle: int) -> Content:

@@ -1,5 +1,6 @@
 """The command `train` of `benchmarks.speed`: trainers that take turns step by step, and the memory of each, measured
-in a process of its own."""
+in a process of its own.
+"""
 
 import argparse
 import gc
@@ -211,6 +212,7 @@ def replay(trainer: Any, batches: list[list[int]]) -> list[Collated]:
         collated.append(Collated([row["number"] for row in rows], batch["input_ids"].numel()))
         return batch
 
+    # Collation stays inside the timed loop, in the main process, as in the trainers themselves.
     loader: DataLoader = DataLoader(trainer.train_dataset, batch_sampler=batches, collate_fn=note_and_collate)
     trainer.get_train_dataloader = lambda: loader
     return collated
@@ -234,7 +236,8 @@ class SteppedTrainer:
 
     def step(self) -> float:
         """Runs to the end of the next step and returns its duration in seconds. It covers the whole loop since the end
-        of the previous step: collating, forward, backward, optimizer and logging."""
+        of the previous step: collating, forward, backward, optimizer and logging.
+        """
         start = _now()
         self._go.release()
         result = self._results.get()
@@ -254,7 +257,7 @@ class SteppedTrainer:
             if not self._is_closing:
                 self.trainer.train()
         except BaseException as error:
-            self._results.put(error)
+            self._results.put(error)  # raised by `step` in the main thread
 
 
 class _Turnstile(TrainerCallback):
@@ -309,12 +312,21 @@ def alternate(
     args: argparse.Namespace,
     description: str,
 ) -> dict[str, Measured]:
-    """
-    Train all variants at the same time, a step of each in turn: first once through the batches to warm up (memory is
-    allocated, and kernels are compiled for shapes that have not been met), then `args.rounds` times, timed.
+    """Trains all variants at the same time, alternating step by step: once through the batches to warm up (memory is
+    allocated, and kernels are compiled for new shapes), then `args.rounds` times, timed.
 
     Args:
-        batches: for each variant, the pairs of the batches of a round; all of one number.
+        batches (`dict[str, list[list[int]]]`):
+            For each variant, the pairs of each batch of a round. All variants have the same number of batches.
+        pairs (`list[Pair]`):
+            Token ids of the pairs.
+        args (`argparse.Namespace`):
+            Settings of the command line.
+        description (`str`):
+            Title of the progress bar.
+
+    Returns:
+        `dict[str, Measured]`: Measurements by variant.
     """
     steps = len(batches[BASELINE])
     passes = args.rounds + 1
@@ -416,7 +428,8 @@ SWEEP: dict[str, list[Any]] = {
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
     """Command `train --sweep`: measures TRL's defaults and ours on the same batches of random tokens, for each
-    setting."""
+    setting.
+    """
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     middle = {axis: values[0] for axis, values in SWEEP.items()}
     points: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -251,7 +251,8 @@ def best_of_n(args: argparse.Namespace) -> str:
 
 def _choose(rewards: RewardDistribution, gold: np.ndarray, name: str, options: dict[str, Any]) -> np.ndarray:
     """Mean ratings of what a rule chooses from random groups, of shape `(sizes, 3)`. The groups are the same for all
-    rules."""
+    rules.
+    """
     transform = get_transform(name, **options)
     generator = np.random.default_rng(0)
     found = []

@@ -143,7 +143,8 @@ def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 @functools.cache  # Both trainers have to get the same answer, however busy the machine is.
 def bfloat16_is_fast() -> bool:
     """Whether bfloat16 is worthwhile: on CUDA GPUs that support it, and on CPUs where a measurement shows it to be
-    faster."""
+    faster.
+    """
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     matrices = [torch.randn(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
@@ -228,7 +229,8 @@ def evaluate_raters(held_out: HeldOut) -> dict[str, Any]:
 
 def prove_plain_loading(checkpoint: Path, sequences: list[list[int]], location: torch.Tensor) -> str:
     """Loads a checkpoint in a process without disco-trl, and reports the largest difference of its logits from the
-    locations."""
+    locations.
+    """
     plain = subprocess.run(
         [sys.executable, "-c", PLAIN_LOADER, str(checkpoint)],
         input=json.dumps(sequences),

@@ -55,6 +55,7 @@ STYLE = {
 
 @contextlib.contextmanager
 def _figure(draw: Callable[[Axes], None], size: tuple[float, float]) -> Iterator[Figure]:
+    # `Figure` without pyplot: no global state, no backend, and figures are freed without being closed.
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
@@ -79,7 +80,7 @@ def as_svg(draw: Callable[[Axes], None], description: str, size: tuple[float, fl
     with _figure(draw, size) as figure:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]  # without the XML declaration, which is not allowed inside HTML
     for color, name in CSS_NAMES.items():
         svg = re.sub(color, f"var({name})", svg, flags=re.IGNORECASE)
     width, height = (round(72 * side) for side in size)

@@ -233,6 +233,7 @@ def launch(run: Run) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     specification = folder / RUN_FILE
     specification.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
+    # A new interpreter per run: its memory is returned when it exits, and a crash in native code ends this run only.
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(specification)]
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -245,7 +246,7 @@ def launch(run: Run) -> str | None:
 def _check_same(run: Run) -> None:
     file = Path(run.output) / RUN_FILE
     if not (file.parent / FIGURES_FILE).exists():
-        return
+        return  # An unfinished run is simply repeated.
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = [name for name, value in asdict(run).items() if value != before.get(name)]
     if changed:
@@ -325,6 +326,7 @@ def compare(results: list[Result], held_out: HeldOut) -> dict[str, dict[str, Ver
     Returns:
         `dict[str, dict[str, Verdict]]`: Verdicts by variant and figure.
     """
+    # Paired by seed: the same seed draws the same order of the data, which is part of what both have in common.
     reference = {result.seed: result for result in results if result.variant.base == BRADLEY_TERRY}
     found = {}
     for variant in dict.fromkeys(result.variant.name for result in results if result.variant.base != BRADLEY_TERRY):

@@ -163,6 +163,7 @@ def make_trainer(
     }
     if run.base != BRADLEY_TERRY:
         return DiscoRewardTrainer(run.model, DiscoRewardConfig(reward_family=run.base, **settings), **common)
+    # All variants of a command get the same settings; those of the distribution do not apply to Bradley–Terry.
     settings = {name: settings[name] for name in RewardConfig.__dataclass_fields__ if name in settings}
     if run.bradley_terry == "disco" or run.search or has_judgements(train.column_names):
         config = DiscoRewardConfig(reward_family="logistic", fixed_scale=2**-0.5, location_error=False, **settings)
@@ -195,6 +196,8 @@ def search(run: Run, train: Dataset, processing_class: PreTrainedTokenizerBase) 
         trials.append({**tried, "nll": metrics["eval_nll"]})
         return metrics["eval_nll"]
 
+    # transformers' hook reports only the best trial, so that the objective records all. A seeded sampler makes a
+    # repeated search try the same settings.
     from optuna.samplers import TPESampler
 
     best: Any = trainer.hyperparameter_search(

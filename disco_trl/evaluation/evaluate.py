@@ -130,6 +130,7 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS,
     subsets = np.unique(subset_of)
     curve = reliability_curve(forecasts, seed=seed)
     coverage, risk = risk_coverage_curve(forecasts)
+    # A curve of tens of thousands of points makes the report slow to open, and 200 look the same.
     thin = np.unique(np.linspace(0, len(coverage) - 1, CURVE_POINTS).astype(int))
     return Evaluation(
         counts={
@@ -181,6 +182,7 @@ def _with_soft_labels(forecasts: Forecasts, draws: int, seed: int) -> dict[str, 
 def _with_raters(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed: int) -> dict[str, Figure]:
     """Rank correlations with the mean and the standard deviation of people's ratings of each answer."""
     ratings = held_out.ratings()
+    # One rating has a mean but no spread.
     several = {position: values for position, values in ratings.items() if len(values) > 1}
     figures = {}
     if len(ratings) >= 10:

@@ -97,7 +97,7 @@ class Forecasts:
             [`Forecasts`]: `N` forecasts.
         """
         prob = np.asarray(prob, dtype=float)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore"):  # A probability of 0 or 1 is a log-probability of −∞, and a valid forecast.
             columns = (np.log(prob), np.log1p(-prob), prob - 0.5, target, weight)
         return cls(*(np.broadcast_to(np.asarray(column, dtype=float), len(prob)) for column in columns))
 
@@ -127,7 +127,8 @@ class Forecasts:
     @property
     def confidence(self) -> np.ndarray:
         """Probability of the answer that the model considers more likely to be preferred, from 0.5 to 1, of shape
-        `(N,)`."""
+        `(N,)`.
+        """
         return np.exp(np.maximum(self.log_prob, self.log_prob_reverse))
 
     @property
@@ -245,6 +246,7 @@ def reliability_curve(forecasts: Forecasts, bins: int = BINS, seed: int = 0) -> 
     Returns:
         [`ReliabilityCurve`]: The curve, in ascending order of the predicted probability.
     """
+    # A fixed seed gives all models on the same data the same orientations, so that their errors can be compared.
     flipped = np.random.default_rng(seed).random(len(forecasts)) < 0.5
     predicted = np.where(flipped, np.exp(forecasts.log_prob_reverse), forecasts.prob)
     observed = np.where(flipped, 1 - forecasts.target, forecasts.target)
@@ -325,6 +327,7 @@ def risk_coverage_curve(forecasts: Forecasts) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(-forecasts.confidence, kind="stable")
     weight = np.where(forecasts.target == 0.5, 0.0, forecasts.weight)[order]
     order, weight = order[weight > 0], weight[weight > 0]
+    # Coverage counts people, so that a comparison with many votes covers more than one with a single vote.
     covered = np.cumsum(weight)
     wrong = np.cumsum(weight * (1 - forecasts.right[order]))
     return covered / covered[-1:], wrong / covered
@@ -357,7 +360,7 @@ def auroc_of_errors(forecasts: Forecasts) -> float:
         `float`: AUROC from 0 to 1, where 0.5 is chance; `nan` if all forecasts are right, or all are wrong.
     """
     weight = np.where((forecasts.target == 0.5) | (forecasts.margin == 0), 0.0, forecasts.weight)
-    # A comparison on which people disagree counts on both sides, by the numbers of people who make it wrong and right.
+    # Each comparison is listed twice, once as wrong and once as right, weighted by the number of people for whom it is.
     weights = np.concatenate([weight * (1 - forecasts.right), weight * forecasts.right])
     wrong = np.repeat([True, False], len(forecasts))
     counts = weights > 0
@@ -435,6 +438,8 @@ def interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     Returns:
         `tuple[float, float]`: Lower and upper end; `nan` if any value is `nan`.
     """
+    # The percentile method needs no variance and stays within the range of bounded metrics. `np.quantile` propagates
+    # NaN, so that a metric that is undefined in a resample gets no interval rather than one of the remaining values.
     low, high = np.quantile(np.asarray(values, dtype=float), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -496,7 +501,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
         `float`: Correlation from −1 to 1; `nan` if a variable is constant.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:  # SciPy returns NaN as well, with a warning each time.
         return math.nan
     return float(stats.spearmanr(a, b).statistic)
 

@@ -207,7 +207,7 @@ def pick_examples(rewards: RewardDistribution, held_out: HeldOut, each: int = EX
     forecasts = held_out.forecasts(rewards)
     judged = np.flatnonzero(forecasts.weight > 0)
     is_right = forecasts.right[judged] > 0.5
-    is_wrong = forecasts.right[judged] < 0.5
+    is_wrong = forecasts.right[judged] < 0.5  # Not the complement: a tie is neither right nor wrong.
     by_confidence = np.argsort(-forecasts.confidence[judged], kind="stable")
     kinds = {
         "Most confident, and right": by_confidence[is_right[by_confidence]],

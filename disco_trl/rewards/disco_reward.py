@@ -190,6 +190,7 @@ class DiscoReward(RewardFunction):
         return SpecialTokens(self.processing_class)
 
     def _warn_of_special_token(self, content: Content, row: int) -> None:
+        # The search reads every text, so it ends with the first find.
         if "special token" in self._warned:
             return
         token = self._special_tokens.find(content)
@@ -231,6 +232,7 @@ class DiscoReward(RewardFunction):
         sequences = self.tokenize(prompts, completions, **columns)
         order: list[int] = []
         parts = []
+        # NaN for models that have no statistics of their training data. `_report_shift` does not read them then.
         traits = torch.full((len(sequences), 3), math.nan)
         head, knows_training_rows = self._scale_head, self._knows_training_rows()
         for indices, output in run_in_batches(self.model, sequences, self.tokens_per_batch):
@@ -238,7 +240,7 @@ class DiscoReward(RewardFunction):
             parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
             if knows_training_rows:
                 traits[indices] = head.traits(output.pooled_hidden_state, output.logits, output.scale).cpu()
-        if not parts:
+        if not parts:  # An empty batch keeps the family's number of shape parameters, which `gather` relies on.
             none = torch.empty(0)
             shape = torch.empty(0, len(self.family.shape_names)) if self.family.shape_names else None
             return RewardDistribution(none, none, self.family.name, shape), traits

@@ -62,6 +62,7 @@ class RewardFunction(ABC):
     def __init__(self, family: str, transform: Transform, name: str | None):
         self.family = get_family(family)
         self.transform = transform
+        # An undefined reward (a certainty equivalent of Cauchy) is an error now, not after the first rollout.
         self.transform.check_family(family)
         self.__name__ = name or f"disco_{transform.name}"
         self._warned: set[str] = set()
@@ -128,13 +129,14 @@ class RewardFunction(ABC):
 
     def _report_shift(self, traits: Tensor) -> dict[str, Tensor]:
         """Metrics that compare the batch of all processes with the training data, where the model has statistics of
-        it."""
+        it.
+        """
         return {}
 
     def _report(self, rewards: RewardDistribution, traits: Tensor, group: Tensor, **columns: Any) -> None:
         """Logs metrics of the batch of all processes, and warns about it."""
         if len(rewards) == 0:
-            return
+            return  # The means of nothing would be logged as NaN.
         members = group_members(group)
         metrics = {"location/mean": rewards.location.mean(), "scale/mean": rewards.scale.mean()}
         within_noise = [self._within_noise(rewards[rows]) for rows in members if len(rows) > 1]
@@ -158,6 +160,7 @@ class RewardFunction(ABC):
         return difference.abs() < self.family.difference_scale(siblings.scale[first], siblings.scale[second])
 
     def _warn_once(self, what: str, message: str) -> None:
+        # Every process remembers the warning, and only the main one logs it.
         if what not in self._warned and process_state().is_main_process:
             logger.warning(f"{self.__name__}: {message}.")
         self._warned.add(what)

@@ -136,6 +136,7 @@ class Scorer:
         try:
             yield
         finally:
+            # In the order of the flow: what is being tokenized still reaches the batcher.
             self._tokenizing.shutdown()
             self.batcher.close()
 
@@ -160,6 +161,7 @@ class Scorer:
         if len(contents) > self.limits.max_texts_per_request:
             reason = f"{len(contents)} texts, and {self.limits.max_texts_per_request} are the most in one request"
             raise RefusalError(413, reason, field)
+        # All of a request is tokenized before any of it is queued, so that an invalid text costs no time of the model.
         sequences = await asyncio.get_running_loop().run_in_executor(
             self._tokenizing, self._tokenize, field, contents, encode
         )
@@ -269,6 +271,7 @@ class Scorer:
                     f"transform {transform.name!r} compares the answers to one prompt: name it by 'prompt' or 'group'",
                     f"{field}[{keys.index(None)}]",
                 )
+            # Keys may be strings or hashes of prompts; the transform compares small integers.
             numbers: dict[Any, int] = {}
             group = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
             if len(numbers) == len(keys):

@@ -155,7 +155,8 @@ class Batcher:
 
     def _take(self) -> list[tuple[_Job, list[list[int]]]]:
         """The next sequences within the budget, grouped by job. Empty only when the batcher is closing and the queue
-        is empty."""
+        is empty.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closing)
             parts: list[tuple[_Job, list[list[int]]]] = []

@@ -99,7 +99,7 @@ class ScoreClient:
             ) from error
         try:
             answer = response.json()
-        except (requests.JSONDecodeError, RecursionError):
+        except (requests.JSONDecodeError, RecursionError):  # A proxy's error page, for instance
             answer = None
         if not isinstance(answer, dict):
             if response.ok:
@@ -195,9 +195,10 @@ class RemoteReward(RewardFunction):
             for column in ("tools", "chat_template_kwargs"):
                 if columns.get(column) is not None and columns[column][row] is not None:
                     item[column] = columns[column][row]
+            # A column of tools may hold JSON, because Arrow cannot store schemas of different shapes in one column.
             if isinstance(item.get("tools"), str):
                 item["tools"] = json.loads(item["tools"])
-            item_size = len(json.dumps(item)) + 2
+            item_size = len(json.dumps(item)) + 2  # with the separator
             if items and (len(items) == most_texts or size + item_size > room):
                 yield items
                 items, size = [], 0

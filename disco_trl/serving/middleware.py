@@ -1,5 +1,6 @@
 """What a request passes before it reaches the endpoints: authentication, limits on bodies, detection of disconnects,
-metrics."""
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -132,6 +133,7 @@ class Gate:
         self.limits = limits
         self.metrics = metrics
         self.token = token
+        # Changed by the event loop's thread alone, and never across an `await`, so that it needs no lock.
         self._bodies_bytes = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -150,13 +152,15 @@ class Gate:
                 status = str(message["status"])
             await send(message)
 
+        # One iterator for both readers: a refusal may discard the rest of a body that was read in part, within the
+        # same deadline.
         chunks = _chunks(receive, asyncio.get_running_loop().time() + self.limits.body_seconds)
         try:
             await self._admit(scope, receive, send_and_note_status, chunks)
         except RefusalError as refusal:
             await _refuse(refusal, send_and_note_status, chunks)
         except ClientLeft:
-            pass
+            pass  # Nobody is left to answer. The request is counted as disconnected.
         except Exception:
             status = "500"
             raise
@@ -166,16 +170,18 @@ class Gate:
 
     async def _admit(self, scope: Any, receive: Any, send: Any, chunks: AsyncIterator[bytes]) -> None:
         headers = dict(scope["headers"])
+        # Before the body is read, so that a stranger cannot occupy memory.
         self._check_token(scope["path"], headers)
         body = bytearray()
         try:
             await self._read(chunks, headers, body)
             await self._answer(scope, receive, send, bytes(body))
         finally:
+            # `body` is filled in place, so that its length is what `_read` has counted, even if that was interrupted.
             self._bodies_bytes -= len(body)
 
     def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self.token is None or path == "/health":
+        if self.token is None or path == "/health":  # Load balancers query the health without a token.
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"basic":  # https://any:TOKEN@host, for engines that accept a URL but no headers
@@ -194,6 +200,7 @@ class Gate:
     async def _read(self, chunks: AsyncIterator[bytes], headers: dict[bytes, bytes], body: bytearray) -> None:
         limit = self.limits.max_body_bytes
         too_large = RefusalError(413, f"the body is larger than {limit} bytes; send fewer texts at once")
+        # A body that is announced as too large is refused without waiting for it. Otherwise its bytes are counted.
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
             raise too_large
@@ -212,6 +219,7 @@ class Gate:
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_body() -> Any:
+            # The application gets the whole body at once. Further messages never come: a disconnect is handled below.
             return messages.pop() if messages else await asyncio.Future()
 
         answering = asyncio.create_task(self.app(scope, receive_body, send))
@@ -219,7 +227,8 @@ class Gate:
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                answering.cancel()
+                answering.cancel()  # The client has left, and its texts leave the queue (see `Batcher.score`).
+            # Awaited, so that an error of the application is raised here and the cancellation has run to its end.
             with contextlib.suppress(asyncio.CancelledError):
                 await answering
         finally:
@@ -248,6 +257,7 @@ async def _refuse(refusal: RefusalError, send: Any, chunks: AsyncIterator[bytes]
     """Sends the refusal, discards the rest of the body, and only then ends the answer and the connection."""
     response = refusal_response(refusal, {"Connection": "close"})
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    # `more_body` keeps the connection open: the server closes it when the last part of the answer is sent.
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     with contextlib.suppress(TimeoutError, ClientLeft):
         async for _ in chunks:

@@ -79,7 +79,8 @@ class _Strict(BaseModel):
 
 class Message(BaseModel):
     """Message of a conversation. Further keys, such as `tool_calls` and `name`, are passed to the chat template
-    unchanged."""
+    unchanged.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -214,7 +215,8 @@ class Result(BaseModel):
 
 class ScoreResponse(BaseModel):
     """Answer of `POST /score`: the rewards of the items and `P(first > second)` of the pairs, both in the order of the
-    request."""
+    request.
+    """
 
     family: str
     transform: str
@@ -224,7 +226,8 @@ class ScoreResponse(BaseModel):
 
 class RewardRequest(BaseModel):
     """Body of `POST /get_reward`, OpenRLHF's contract for remote rewards: prompts with their answers, rendered to
-    text."""
+    text.
+    """
 
     model_config = ConfigDict(strict=True)  # Unknown fields are allowed: engines send more than the server needs.
 
