@@ -360,7 +360,7 @@ def auroc_of_errors(forecasts: Forecasts) -> float:
         `float`: AUROC from 0 to 1, where 0.5 is chance; `nan` if all forecasts are right, or all are wrong.
     """
     weight = np.where((forecasts.target == 0.5) | (forecasts.margin == 0), 0.0, forecasts.weight)
-    # Each comparison is listed twice, once as wrong and once as right, weighted by the number of people for whom it is.
+    # Each comparison is listed twice, as wrong and as right, weighted by the number of people for whom it is so.
     weights = np.concatenate([weight * (1 - forecasts.right), weight * forecasts.right])
     wrong = np.repeat([True, False], len(forecasts))
     counts = weights > 0
