@@ -1,1 +1,1 @@
-"""What the project measures of itself, each run as `python -m benchmarks.NAME`; `--help` says what it takes."""
+"""Benchmarks and studies, run as `python -m benchmarks.NAME`. The figures in the documentation are made by them."""

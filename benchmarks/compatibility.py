@@ -1,12 +1,13 @@
-"""
-With which releases does it work? Environments of different TRLs, transformers and Pythons, and the tests in each.
+"""Test the package against releases of TRL, transformers and Python.
+
+Run as:
 
     python -m benchmarks.compatibility --output runs/compatibility                        # all of `RELEASES`
     python -m benchmarks.compatibility --output runs/compatibility --releases 1.16.0/5.18.0
 
-pip installs each pair of releases in turn, and the tests of the contracts and of training are run with them. What came
-of it is kept in the output folder, so that runs add up; `compatibility.md` there is the table of all of them.
-`--python` names another interpreter, and `--torch installed` takes the torch that it has.
+pip installs each pair of releases in turn, and the contract and training tests are run with it. Results are kept in
+the output folder and accumulate over runs; `compatibility.md` there is the table of all of them. `--python` selects
+another interpreter, and `--torch installed` uses the torch that it has.
 """
 
 import argparse
@@ -31,8 +32,11 @@ RELEASES = (
     "1.12.0/5.18.0",
 )
 TESTS = (
-    *("tests/contracts", "tests/test_trainer.py", "tests/test_reward.py", "tests/test_adapters.py"),
-    *("tests/test_prefix_sharing_training.py", "tests/test_crashes.py", "tests/test_qlora.py"),
+    "tests/contracts",
+    *("tests/trainer/test_reward_trainer.py", "tests/trainer/test_crashes.py", "tests/trainer/test_qlora.py"),
+    *("tests/rewards/test_disco_reward.py", "tests/rewards/test_reward_metrics.py"),
+    *("tests/rewards/test_scalar_reward.py", "tests/rewards/test_best_of_n_function.py"),
+    *("tests/models/test_adapters.py", "tests/models/test_prefix_sharing_training.py"),
 )
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes")
 FINDS = f"""
@@ -44,14 +48,21 @@ print(json.dumps({{"python": platform.python_version(), **versions}}))
 
 @dataclass
 class Outcome:
-    """
-    What came of an environment.
+    """Test results in one environment.
 
     Attributes:
-        asked: TRL and transformers, `"1.16.0/5.24.0"`.
-        versions: of Python and of `PACKAGES`, as pip chose them; empty if nothing could be installed.
-        passed, failed, skipped: tests.
-        failures: their names, or the last words of pip.
+        asked (`str`):
+            Releases of TRL and transformers, such as `"1.16.0/5.24.0"`.
+        versions (`dict[str, str]`):
+            Versions of Python and of `PACKAGES` as pip chose them. Empty if the releases cannot be installed.
+        passed (`int`):
+            Number of tests that passed.
+        failed (`int`):
+            Number of tests that failed.
+        skipped (`int`):
+            Number of tests that were skipped.
+        failures (`list[str]`):
+            Names of the tests that failed, or the last lines of pip's output.
     """
 
     asked: str
@@ -63,7 +74,7 @@ class Outcome:
 
 
 def make_environment(folder: Path, python: str, torch: str) -> Path:
-    """A virtual environment with torch; the path of its interpreter."""
+    """Creates a virtual environment with torch, and returns the path of its interpreter."""
     options = ["--system-site-packages"] if torch == "installed" else []
     subprocess.run([python, "-m", "venv", "--clear", *options, str(folder)], check=True)
     interpreter = folder / "bin" / "python"
@@ -73,12 +84,12 @@ def make_environment(folder: Path, python: str, torch: str) -> Path:
 
 
 def pip_install(interpreter: Path) -> list[str]:
-    """The beginning of a command."""
+    """The start of a `pip install` command for an interpreter."""
     return [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
 
 def try_releases(asked: str, interpreter: Path, folder: Path) -> Outcome:
-    """Install them, and run the tests; their log is left in a folder."""
+    """Installs a pair of releases and runs the tests with it. The log of the tests is written to `folder`."""
     trl, transformers = asked.split("/")
     step = [*pip_install(interpreter), f"trl=={trl}", f"transformers=={transformers}", "-e", f"{ROOT}[test]"]
     pip = subprocess.run(step, stderr=subprocess.PIPE, text=True)
@@ -113,7 +124,7 @@ def try_releases(asked: str, interpreter: Path, folder: Path) -> Outcome:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown, the newest first."""
+    """Markdown table of outcomes, newest releases first."""
 
     def order(outcome: Outcome) -> list[int]:
         parts = outcome.asked.replace("/", ".").split(".") + outcome.versions.get("python", "0").split(".")
@@ -135,12 +146,29 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main() -> None:
-    """Run what the command line asks for, and write the table of all that was ever run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="TRL/TRANSFORMERS")
-    parser.add_argument("--python", default=sys.executable, help="interpreter (default: this one)")
-    parser.add_argument("--torch", default="torch==2.13.0", help="for pip, or `installed` (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for what came of it")
+    """Runs the tests that the command line selects, and writes the table of all results in the output folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compatibility",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--releases",
+        nargs="+",
+        default=RELEASES,
+        metavar="TRL/TRANSFORMERS",
+        help="Pairs of releases to test (default: all pairs in `RELEASES`).",
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="Interpreter to test with (default: the one that runs this)."
+    )
+    parser.add_argument(
+        "--torch",
+        default="torch==2.13.0",
+        help="Requirement that pip installs torch by, or `installed` for the interpreter's own torch "
+        "(default: %(default)s).",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="Folder in which results accumulate.")
     args = parser.parse_args()
     version = subprocess.run(
         [args.python, "-c", "import platform; print(platform.python_version())"],

@@ -1,14 +1,15 @@
-"""
-Is `disco-trl estimate` right? Real steps of `DiscoRewardTrainer`, and the memory that the process held, beside it.
+"""Compare `disco-trl estimate` with the memory that real training steps take.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.estimate       # a quarter of an hour on one core
+Run as:
 
-Each run is a process of its own. It trains a tiny model first, so that libraries, thread pools and kernels' buffers
-are there before anything is counted; then it builds the trainer and takes two steps, the first of which makes the
-optimizer's states. What is compared is the peak of its memory that is no file's (`RssAnon`), beyond what it held
-before the model was loaded. The weights are copied once: those of a checkpoint are pages of its file until they are
-written to, which no accelerator knows. Glibc is told to give each tensor pages of its own (see `MALLOC`), lest the
-gaps in its heap be measured; `--gaps` leaves it as it is.
+    OMP_NUM_THREADS=1 python -m benchmarks.estimate       # 15 minutes on one core
+
+Each run is a process of its own. It first trains a tiny model, so that libraries, thread pools and kernel buffers are
+allocated before anything is counted. Then it creates the trainer and takes two steps, the first of which allocates the
+optimizer state. The figure is the peak of the process's anonymous memory (`RssAnon`) above what it held before the
+model was loaded. The weights are copied once: those of a checkpoint are pages of its file until they are written to,
+and no accelerator has such pages. Glibc is told to give each tensor pages of its own (see `MALLOC`), so that gaps in
+its heap are not measured; `--gaps` leaves its defaults.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from .speed_train import quieten
 
 @dataclass(frozen=True)
 class Setting:
-    """What is varied: pairs in a batch, tokens of a side, and whether activations are forgotten and computed again."""
+    """What is varied: pairs in a batch, tokens in an answer, and gradient checkpointing."""
 
     batch_size: int
     length: int
@@ -50,13 +51,14 @@ class Setting:
 
 SETTINGS = (Setting(2, 64, False), Setting(1, 160, True))
 PROMPT_SHARE = 0.5
-# Glibc's threshold rises by itself to 32 MiB, and what is freed below it stays: small tensors that live on, such as an
-# adapter's gradients, hold the pages around them. A run of a 30-layer model held 400 MiB of such gaps.
+# Glibc raises its mmap threshold to 32 MiB by itself and does not return smaller blocks that are freed: small tensors
+# that stay alive, such as an adapter's gradients, hold the pages around them. A run of a 30-layer model held 400 MiB
+# of such gaps.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def settings_of(setting: Setting, is_shared: bool, dtype: str = "float32") -> Settings:
-    """The estimate's, for a run that is measured."""
+    """Settings of the estimate that correspond to a measured run."""
     return Settings(
         length=setting.length,
         prompt_share=PROMPT_SHARE,
@@ -68,20 +70,20 @@ def settings_of(setting: Setting, is_shared: bool, dtype: str = "float32") -> Se
 
 
 def random_pairs(number: int, length: int, vocabulary: int) -> list[Pair]:
-    """Pairs of full length that share `PROMPT_SHARE` of it, and of which no two begin alike."""
+    """Pairs of random tokens of full length. Both sides share `PROMPT_SHARE` of it, and no two pairs begin alike."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(10, vocabulary, (number, 2, length), generator=generator)
     tokens[:, :, 0] = torch.arange(number)[:, None] + 10
     prompt = round(PROMPT_SHARE * length)
     tokens[:, 1, :prompt] = tokens[:, 0, :prompt]
-    tokens[:, 1, prompt] = 10 + (tokens[:, 0, prompt] - 9) % (vocabulary - 10)  # another one
+    tokens[:, 1, prompt] = 10 + (tokens[:, 0, prompt] - 9) % (vocabulary - 10)  # differs from the chosen side's
     return [(chosen.tolist(), rejected.tolist()) for chosen, rejected in tokens]
 
 
 def make_trainer(
     model: str, tokenizer: Any, method: str, setting: Setting, is_shared: bool, folder: str, dtype: str
 ) -> Any:
-    """The trainer of a run of two steps."""
+    """Creates the trainer of a run of two steps."""
     weight_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     vocabulary = AutoConfig.from_pretrained(model).vocab_size
     pairs = random_pairs(2 * setting.batch_size, setting.length, vocabulary)
@@ -117,9 +119,9 @@ def make_trainer(
 
 
 def measure(model: str, method: str, setting: Setting, is_shared: bool, dtype: str) -> int:
-    """Peak bytes of two steps; call it in a process of its own."""
+    """Peak memory of two steps in bytes. It has to be called in a process of its own."""
     quieten()
-    tokenizer = AutoTokenizer.from_pretrained(model)  # of either trainer, and no part of what training holds
+    tokenizer = AutoTokenizer.from_pretrained(model)  # shared by both trainers, so not part of the measured memory
     with tempfile.TemporaryDirectory() as folder:
         tiny = str(Path(folder, "tiny"))
         sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
@@ -145,20 +147,35 @@ def _give_back() -> None:
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measures the runs that the command line selects, and prints a table."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m benchmarks.estimate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--model", help="local folder or Hub id [a small chat LM from the package index]")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="[all]")
-    parser.add_argument("--dtype", choices=("float32", "mixed", "bfloat16"), default="float32", help="[%(default)s]")
-    parser.add_argument("--gaps", action="store_true", help="with glibc's own settings")
-    parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder [%(default)s]")
+    parser.add_argument(
+        "--model", help="Local folder or Hub id of the model (default: a small chat LM from the package index)."
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="Ways to train (default: all)."
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "mixed", "bfloat16"),
+        default="float32",
+        help="Dtype of weights and computation; `mixed` is float32 weights under bfloat16 autocast "
+        "(default: %(default)s).",
+    )
+    parser.add_argument("--gaps", action="store_true", help="Measure with glibc's default settings.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/memory"), help="Folder for the figures (default: %(default)s)."
+    )
     args = parser.parse_args()
     model = args.model or str(small_chat_lm())
     config = AutoConfig.from_pretrained(model)
     if not args.gaps:
-        os.environ.update(MALLOC)  # read as a process starts
+        os.environ.update(MALLOC)  # Glibc reads it when a process starts: it acts on those that are started below.
     args.out.mkdir(parents=True, exist_ok=True)
     runs = [(method, setting, shared) for method in args.methods for setting in SETTINGS for shared in (False, True)]
     rows = []

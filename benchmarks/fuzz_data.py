@@ -1,12 +1,15 @@
-"""
-Look for rows that the data path does not refuse as it should: `python -m benchmarks.fuzz_data --minutes 8 --seed 0`.
+"""Fuzz the data path for rows that fail other than by a clear error.
 
-Rows of every kind that is read, and mutations of them, go through all that reads rows: the check of training and of
-`disco-trl data check`, the converters of `disco-trl data convert`, the items of `disco-trl evaluate`, tokenization,
-and the collator with its judgements. A row may pass or be refused, by a `ValueError` (a `BadRow` is one). Anything
-else is a find: it is printed with the row that made it, and the exit status is 1.
+Run as:
 
-No model and no network: the tokenizer is a byte-level one that is made here.
+    python -m benchmarks.fuzz_data --minutes 8 --seed 0
+
+Rows of every supported kind, and mutations of them, go through everything that reads rows: the validation of training
+and of `disco-trl data check`, the converters of `disco-trl data convert`, the items of `disco-trl evaluate`,
+tokenization, and the collator with its judgements. A row may pass, or be refused by a `ValueError` (a `BadRow` is
+one). Any other error is a finding: it is printed with the row that caused it, and the exit status is 1.
+
+Neither a model nor a network is needed: the tokenizer is a byte-level one that is created here.
 """
 
 import argparse
@@ -103,7 +106,7 @@ SOUND: list[Row] = [
 
 
 def nested(depth: int) -> Any:
-    """A list in a list in a list ..."""
+    """A list nested to the given depth."""
     value: Any = 1
     for _ in range(depth):
         value = [value]
@@ -164,7 +167,7 @@ NAMES = sorted({name for row in SOUND for name in row} | {"messages", "text", "s
 
 
 def mutated(row: Row, rng: random.Random) -> Row:
-    """A row with one to four things about it changed, at whatever depth."""
+    """A copy of a row with one to four random changes, at any depth."""
     row = copy.deepcopy(row)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
         kind = rng.randrange(5)
@@ -195,7 +198,7 @@ def mutated(row: Row, rng: random.Random) -> Row:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes for tokens, and ChatML."""
+    """A tokenizer whose tokens are bytes, with a ChatML template."""
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     names = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
@@ -212,7 +215,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class DataPath:
-    """All that a row goes through; each step is given the row and may refuse it by a `ValueError`."""
+    """Every step that a row goes through. A step may refuse the row by a `ValueError`."""
 
     def __init__(self) -> None:
         self.tokenizer = make_tokenizer()
@@ -224,7 +227,7 @@ class DataPath:
         }
 
     def train(self, row: Row) -> None:
-        """The check, the survey, the tokens and the batch."""
+        """Validates, surveys, tokenizes and collates a row."""
         Survey().add(row)
         if not any(row.keys() >= {*pair} for pair in (("chosen", "rejected"), ("completions", "ranks"))):
             if not any({f"chosen{suffix}", f"rejected{suffix}"} <= row.keys() for suffix in ("_ids", "_input_ids")):
@@ -261,7 +264,7 @@ class DataPath:
                     raise AssertionError(f"{name} of the batch is not finite")
 
     def convert(self, row: Row) -> None:
-        """Every converter that knows the row, and those that do not."""
+        """Passes a row to every converter, whether or not it recognises the row."""
         for name, known in FORMATS.items():
             known.recognise(row)
             converted = Converter(known.convert, Report(name), skip_bad=True)(row, 0)
@@ -272,19 +275,19 @@ class DataPath:
         detect_format(row)
 
     def evaluate(self, row: Row) -> None:
-        """The items that evaluation makes of it."""
+        """Reads the items that evaluation makes of a row."""
         item_reader(detect_kind(row))(row, 0)
 
 
 def ratings_of(row: Row) -> set[float]:
-    """The ratings that a row holds."""
+    """The ratings in a row."""
     survey = Survey()
     survey.add(row)
     return {*survey.ratings}
 
 
 def described(row: Row) -> str:
-    """The row, as far as it can be printed."""
+    """The row as text, as far as it can be printed."""
     try:
         return repr(row)[:600]
     except (ValueError, RecursionError):
@@ -292,11 +295,15 @@ def described(row: Row) -> str:
 
 
 def main() -> None:
-    """Fuzz until the time is up."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows (default: %(default)s)")
-    parser.add_argument("--rows", type=int, help="stop after so many, whatever the time")
+    """Fuzzes until the time is up."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fuzz_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=1.0, help="Duration in minutes (default: %(default)s).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the mutations (default: %(default)s).")
+    parser.add_argument("--rows", type=int, help="Stop after this number of rows, even if there is time left.")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     path = DataPath()

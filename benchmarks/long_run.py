@@ -1,13 +1,14 @@
-"""
-Does a long run hold more and more memory? A million streamed pairs through a small model, in 2,000 steps.
+"""Check that memory does not grow over a long run: a million streamed pairs through a small model, in 2,000 steps.
+
+Run as:
 
     MALLOC_ARENA_MAX=1 python -m benchmarks.long_run --output runs/long    # about half an hour on one core
 
 Pairs of rated tweets are drawn without end, streamed, tokenized, grouped by length and trained on by
-`DiscoRewardTrainer` as any stream is; the model is a random one of two layers with the small LM's tokenizer. It
-saves and evaluates every quarter. What the process holds (`RssAnon`) is looked at after every step, and cycles are
-collected every ten; it ends with a table and a picture, and fails if the last quarter held more on average than the
-second one by `--allowed` MiB.
+`DiscoRewardTrainer` like any stream. The model is random, with two layers and the tokenizer of a small LM. It is saved
+and evaluated after every quarter. The memory of the process (`RssAnon`) is measured after every step, and garbage is
+collected every ten steps. The run ends with a table and a chart. It fails if the mean memory of the last quarter
+exceeds that of the second by more than `--allowed` MiB.
 """
 
 import argparse
@@ -34,7 +35,7 @@ MIB = 2**20
 
 
 def pairs_without_end(texts: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
-    """Random pairs of texts, the longer one chosen."""
+    """Random pairs of texts, of which the longer is chosen."""
     generator = np.random.default_rng(seed)
     while True:
         for first, second in generator.integers(len(texts), size=(1024, 2)):
@@ -44,21 +45,22 @@ def pairs_without_end(texts: Sequence[str], seed: int) -> Iterator[dict[str, str
 
 
 class Watch(TrainerCallback):
-    """Memory held after each step, in MiB."""
+    """Records the memory of the process after each step, in MiB."""
 
     def __init__(self) -> None:
         self.held: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures the memory, after collecting garbage every ten steps."""
         if state.global_step % 10 == 0:
             gc.collect()
         self.held.append(held_bytes() / MIB)
 
 
 def train(args: argparse.Namespace) -> tuple[np.ndarray, float]:
-    """Train; memory held after each step, in MiB, and the pairs a second."""
+    """Trains the model. Returns the memory after each step in MiB, and the pairs per second."""
     lm = str(small_chat_lm())
-    texts = tuple(row.text for row in load_ratings("tweets"))  # (a list would be taken for one of shards)
+    texts = tuple(row.text for row in load_ratings("tweets"))  # `from_generator` takes a list for one of shards.
     tokenizer = AutoTokenizer.from_pretrained(lm)
     config = AutoConfig.from_pretrained(
         lm, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
@@ -97,12 +99,22 @@ def train(args: argparse.Namespace) -> tuple[np.ndarray, float]:
 
 
 def main() -> None:
-    """Train, show what was held, and fail if it grew."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--allowed", type=float, default=50.0, help="growth in MiB (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, table and picture")
+    """Trains, reports the memory, and fails if it grew."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.long_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=1_000_000, help="Number of pairs to train on (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=500, help="Number of pairs in a batch (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--allowed", type=float, default=50.0, help="Growth in MiB that is not a failure (default: %(default)s)."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="Folder for the checkpoint, table and chart.")
     args = parser.parse_args()
     quieten()
     held, rate = train(args)

@@ -1,4 +1,7 @@
-"""Peak memory, for `benchmark.py`: measured in a process of its own, as memory once used is seldom given back."""
+"""Peak memory of a process. The benchmarks measure it in a new process, because memory is seldom returned once used.
+
+This module has no command line; `benchmarks.speed`, `benchmarks.estimate` and `benchmarks.long_run` use it.
+"""
 
 import re
 import resource
@@ -18,20 +21,31 @@ SECONDS_BETWEEN_LOOKS = 0.005
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns when it is called in a new process."""
+    """Calls a function in a new process.
+
+    Args:
+        function (`Callable`):
+            Function at the top of a module, so that it can be pickled.
+        *arguments:
+            Arguments of the function, which are pickled as well.
+
+    Returns:
+        Result of the function.
+    """
+    # Spawned, because a forked process would start with the memory of this one.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 class PeakMemory:
-    """
-    The most memory that this process holds while it is open, above what it held before: `peak_bytes`.
+    """Context manager that records the peak memory of this process, above what it held on entry, as `peak_bytes`.
 
-    On Linux that is the memory that is no file's (`RssAnon`): pages of a memory-mapped dataset or checkpoint are the
-    kernel's to drop. Elsewhere it is the resident set, files and all.
+    On Linux only anonymous memory (`RssAnon`) is counted, because the kernel may drop the pages of a memory-mapped
+    dataset or checkpoint at any time. Elsewhere it is the resident set, including such pages.
 
     Args:
-        on_gpu: look at what torch has allocated there instead.
+        on_gpu (`bool`, *optional*, defaults to `False`):
+            Whether to measure torch's allocations on the GPU instead.
     """
 
     peak_bytes = 0
@@ -66,7 +80,7 @@ class PeakMemory:
 
 
 def held_bytes() -> int:
-    """Of this process: see :class:`PeakMemory`."""
+    """Current memory of this process in bytes, see [`PeakMemory`]."""
     status = Path("/proc/self/status")
     found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if found:

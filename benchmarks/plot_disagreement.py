@@ -1,9 +1,11 @@
-"""What models take for disagreement among people, against what people's ratings show; a picture of it.
+"""Plot predicted scales against the disagreement among people's ratings.
 
-Of runs of `disco-trl compare` whose held-out answers have several ratings, each with the name that it is to have in
-the picture:
+Run as:
 
     python -m benchmarks.plot_disagreement "10 ratings a text=runs/comparison/normal-0" --output docs/sigma.png
+
+The arguments are runs of `disco-trl compare` whose held-out answers have several ratings, each with its title in the
+chart.
 """
 
 import argparse
@@ -20,7 +22,9 @@ from disco_trl.evaluation.metrics import centrality, spearman
 
 
 def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Location and scale of a run's rated answers, and the standard deviation of their raters, each `[answers]`."""
+    """Location and scale of a run's rated answers, and the standard deviation of their ratings, each of shape
+    `(answers,)`.
+    """
     run = Run(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
     _, held_out = read_data(run, AutoTokenizer.from_pretrained(run.model))
     rewards = Result.load(Variant.parse(run.base), run.seed, folder).rewards
@@ -31,9 +35,8 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def plot(runs: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """
-    Beside each other for each of the `runs`: a point for each text, its predicted scale (as a rank, in per cent)
-    against the standard deviation of its raters; the mean of each tenth in front.
+    """Draws one panel for each of `runs`: a point for each text, its predicted scale (as a rank in percent) against
+    the standard deviation of its ratings, and the mean of each tenth.
     """
     figure, axes = plt.subplots(
         1, len(runs), figsize=(3.1 * len(runs), 3.6), sharey=True, squeeze=False, layout="constrained"
@@ -57,10 +60,16 @@ def plot(runs: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
 
 
 def main() -> None:
-    """Draw what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--output", type=Path, required=True)
+    """Draws the runs of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot_disagreement",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="NAME=FOLDER", help="Title and folder of a run of `disco-trl compare`."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="File for the chart, such as chart.png.")
     args = parser.parse_args()
 
     found = {name: read(Path(folder)) for name, folder in (run.rsplit("=", 1) for run in args.runs)}

@@ -1,17 +1,20 @@
-"""How `disco-trl serve` holds up: under load, or under clients that mean harm. Prints a table and writes JSON.
+"""Measure `disco-trl serve` under load or with hostile clients.
+
+Run as:
 
     python -m benchmarks.server reward                        # 1, 4, 16 and 64 clients, batched and one by one
     python -m benchmarks.server reward --hostile --requests 10000
 
-The server is a process of its own, started with `--dtype`. Every client is a thread with one connection, which sends
-its next request when it has the answer to the last. A request is one text of about 20 to 160 tokens. Every answer is
-compared with the reward that the model gives to the same text alone, in this process; in bfloat16 those in a batch
-differ from it by rounding, so the tolerance is three times what batches differ by in this process.
+A table is printed and a JSON file is written. The server is a process of its own, started with `--dtype`. Every client
+is a thread with one connection, which sends its next request when the last is answered. A request is one text of about
+20 to 160 tokens. Every answer is compared with the reward of the same text, scored alone in this process. In bfloat16
+a reward in a batch differs from it by rounding, so the tolerance is three times the difference between batched and
+single scoring in this process.
 
-In the hostile run three requests in ten are good ones: one text, asked again while the queue is full, or 24 at
-once, which fill it. The others are malformed JSON, wrong types, unknown options, too long texts, too large bodies
-(announced or not), bytes that are no HTTP, and clients that leave in the middle of a body or before the answer. The
-queue is short.
+In the hostile run three requests in ten are valid: one text, sent again while the queue is full, or 24 texts at once,
+which fill it. The others are malformed JSON, wrong types, unknown options, texts that are too long, bodies that are
+too large (announced or not), bytes that are not HTTP, and clients that disconnect in the middle of a body or before
+the answer. The queue is short.
 """
 
 import argparse
@@ -41,7 +44,7 @@ WORDS = (
     "the answer film people like a short careful question piano day best help learn not at all some of them think "
     "that it was worth seeing twice while others left early because they found nothing new in it"
 ).split()
-# Texts of different moods, so that a reward model of any use tells them apart, and a mixed-up answer is found out.
+# Texts of different moods get different rewards from any useful model, so that mixed-up answers are detected.
 MOODS = ("love great happy thanks wonderful best".split(), "hate awful sad terrible worst sick".split())
 TEXTS = 96
 MAX_BODY_BYTES = 2**16  # in the hostile run
@@ -49,7 +52,7 @@ HOSTILE_QUEUE = 4096  # tokens
 
 
 def random_texts(seed: int) -> list[str]:
-    """Random words, in random moods."""
+    """Texts of random words in random moods."""
     rng = random.Random(seed)
     texts = []
     for _ in range(TEXTS):
@@ -62,7 +65,9 @@ def random_texts(seed: int) -> list[str]:
 
 
 def reference(model: str, dtype: str, texts: list[str]) -> tuple[np.ndarray, float]:
-    """The location of each text alone, and the most by which one in a batch differs from it."""
+    """The location of each text scored alone, and the largest difference from the location of the same text in a
+    batch.
+    """
     reward = DiscoReward(model, dtype=dtype, device="cpu")
     locations = []
     for reward.tokens_per_batch in (1, 8192):
@@ -72,7 +77,7 @@ def reference(model: str, dtype: str, texts: list[str]) -> tuple[np.ndarray, flo
 
 @contextlib.contextmanager
 def server(model: str, dtype: str, *arguments: str) -> Iterator[tuple[str, int, int]]:
-    """Host, port and process number of a server, while it runs."""
+    """Runs a server. The context is its host, port and process id."""
     command = [sys.executable, "-m", "disco_trl", "serve", model, "--port", "0", "--dtype", dtype, *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -83,7 +88,8 @@ def server(model: str, dtype: str, *arguments: str) -> Iterator[tuple[str, int, 
                 break
         else:
             sys.exit("".join(said))
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
+        # The pipe is drained, because a full one blocks the server.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
         try:
             yield found[1], int(found[2]), process.pid
         finally:
@@ -91,19 +97,19 @@ def server(model: str, dtype: str, *arguments: str) -> Iterator[tuple[str, int, 
 
 
 def resident_megabytes(process: int) -> float:
-    """Memory that a process holds (Linux)."""
+    """Resident memory of a process (Linux)."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     return int(found[1]) / 1024 if found else float("nan")
 
 
 def cpu_seconds(process: int) -> float:
-    """Processor time that a process has had, of all its threads (Linux)."""
+    """CPU time of a process in seconds, over all its threads (Linux)."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def in_threads(clients: int, requests: int, send: Callable[[int, int], None]) -> float:
-    """Call `send(client, request)` for all requests, from as many threads as there are clients; return the seconds."""
+    """Calls `send(client, request)` for all requests from one thread per client. Returns the elapsed seconds."""
     numbers = iter(range(requests))
     lock = threading.Lock()
 
@@ -133,7 +139,7 @@ def measure_load(
     expected: np.ndarray,
     tolerance: float,
 ) -> dict[str, Any]:
-    """Throughput and latency at one number of clients."""
+    """Throughput and latency with a given number of clients."""
     connections = [http.client.HTTPConnection(*address, timeout=600) for _ in range(clients)]
     seconds, differences, statuses = np.zeros(requests), np.zeros(requests), Counter[int]()
 
@@ -148,6 +154,7 @@ def measure_load(
         if response.status == 200:
             differences[number] = abs(answer["results"][0]["location"] - expected[number % TEXTS])
 
+    # The cores in use show whether batching could help at all: it does not if one request fills the machine.
     cpu = cpu_seconds(process)
     total = in_threads(clients, requests, send)
     return {
@@ -163,11 +170,11 @@ def measure_load(
     }
 
 
-# Hostile clients. Each kind is the bytes that are sent, and the statuses that are right for it (none: whatever comes).
+# Hostile clients
 
 
 def http_request(body: bytes, headers: str = "", length: int | None = None) -> bytes:
-    """A POST to /score, whose Content-Length may lie."""
+    """A POST to /score whose Content-Length may be wrong."""
     head = f"POST /score HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nConnection: close\r\n{headers}"
     if "chunked" not in headers:
         head += f"Content-Length: {len(body) if length is None else length}\r\n"
@@ -175,13 +182,15 @@ def http_request(body: bytes, headers: str = "", length: int | None = None) -> b
 
 
 def chunked(body: bytes, size: int = 8192) -> bytes:
-    """A body as chunks, whose sum nobody announces."""
+    """A body in chunks, whose total size is not announced."""
     parts = [body[start : start + size] for start in range(0, len(body), size)]
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
 def hostile_kinds(text: str) -> dict[str, tuple[bytes, set[int]]]:
-    """Bytes to send, and statuses that answer them rightly; empty where the client does not wait for any."""
+    """For each kind of hostile client, the bytes to send and the acceptable statuses; none if the client does not
+    wait.
+    """
     good = json.dumps({"items": [text]}).encode()
     large = json.dumps({"items": ["word " * MAX_BODY_BYTES]}).encode()
     items: list[Any] = [3, None, {"prompt": "a"}, {"text": "a"}, [{"role": 1, "content": "a"}], []]
@@ -203,10 +212,10 @@ def hostile_kinds(text: str) -> dict[str, tuple[bytes, set[int]]]:
 
 
 def send_bytes(address: tuple[str, int], data: bytes, wait: bool) -> int | None:
-    """Send them on a fresh connection, and return the status of the answer (None: closed without one)."""
+    """Sends bytes over a new connection. Returns the status of its answer, or None if it closes without one."""
     with socket.create_connection(address, timeout=600) as connection:
         answer = b""
-        # The server may have answered and closed before it has read all.
+        # The server may answer and close the connection before it has read everything.
         with contextlib.suppress(ConnectionError):
             connection.sendall(data)
         if not wait:
@@ -221,7 +230,9 @@ def send_bytes(address: tuple[str, int], data: bytes, wait: bool) -> int | None:
 def measure_hostility(
     address: tuple[str, int], process: int, requests: int, texts: list[str], expected: np.ndarray, tolerance: float
 ) -> dict[str, Any]:
-    """Good and hostile clients at once: what was answered to whom, and what it did to the server's memory."""
+    """Runs valid and hostile clients at once. Returns the answers that each kind got, and the server's memory over
+    time.
+    """
     statuses: dict[str, Counter[str]] = {}
     lock = threading.Lock()
     wrong, unexpected, retries, done = Counter[str](), Counter[str](), Counter[str](), 0
@@ -264,7 +275,7 @@ def measure_hostility(
         else:
             kind, (data, right) = rng.choice(list(hostile_kinds(texts[rng.randrange(TEXTS)]).items()))
             status = send_bytes(address, data, wait=bool(right))
-            # A server that refuses a body unread may reset the connection before its answer is read.
+            # A server that refuses a body without reading it may reset the connection before its answer is read.
             if right and status not in right and not (status is None and kind.startswith("too large")):
                 unexpected[kind] += 1
             note(kind, status)
@@ -287,14 +298,29 @@ def measure_hostility(
 
 
 def main() -> None:
-    """Measure as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a disco checkpoint")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--requests", type=int, default=256, help="at each number of clients; in all if --hostile")
-    parser.add_argument("--hostile", action="store_true")
-    parser.add_argument("--out", default="benchmark_server.json")
+    """Measures what the command line selects."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="Path of a disco checkpoint.")
+    parser.add_argument("--dtype", default="bfloat16", help="Dtype of the model (default: %(default)s).")
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 64],
+        help="Numbers of concurrent clients to measure (default: 1 4 16 64).",
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=256,
+        help="Number of requests for each number of clients, or in total with --hostile (default: %(default)s).",
+    )
+    parser.add_argument("--hostile", action="store_true", help="Mix valid clients with hostile ones.")
+    parser.add_argument(
+        "--out", default="benchmark_server.json", help="JSON file for the figures (default: %(default)s)."
+    )
     args = parser.parse_args()
 
     texts = random_texts(seed=0)

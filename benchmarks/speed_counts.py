@@ -1,4 +1,4 @@
-"""What `benchmark.py` counts: pairs, tokens and floating-point operations. Nothing here is timed."""
+"""Pairs, tokens and floating-point operations that `benchmarks.speed` counts. Nothing here is timed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from disco_trl.data.tokenization import tokenize_pair
 Pair = tuple[list[int], list[int]]
 """Token ids of the chosen and of the rejected side."""
 
-# Dense bfloat16 FLOP/s by the vendors' data sheets; the first name that the device's name contains.
+# Dense bfloat16 FLOP/s from the vendors' data sheets. The first name that is part of the device's name counts, so that
+# longer names come first.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 990e12,
@@ -40,7 +41,21 @@ PEAK_FLOPS = {
 
 
 def load_pairs(dataset: str, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[Pair]:
-    """Pairs of a Hub dataset, folder or file: those that TRL's length filter keeps and whose sides differ."""
+    """Loads tokenized pairs. Those that TRL's length filter drops, and those whose sides are equal, are left out.
+
+    Args:
+        dataset (`str`):
+            Hub id, folder or file of preference pairs.
+        split (`str`):
+            Name of the split.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        max_length (`int` or `None`):
+            Maximum number of tokens of a side.
+
+    Returns:
+        `list[Pair]`: Token ids of both sides of each pair.
+    """
     rows = choose_split(load_preferences(dataset, argument="--dataset"), split, "--dataset")
     pairs = (tokenize_pair(row, tokenizer) for row in tqdm(rows, desc="tokenizing", unit="pair", leave=False))
     limit = max_length or float("inf")
@@ -50,9 +65,25 @@ def load_pairs(dataset: str, split: str, tokenizer: PreTrainedTokenizerBase, max
 def synthetic_pairs(
     number: int, length: int, prompt_share: float, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[Pair]:
-    """
-    Pairs of random tokens, both sides of a pair equally long. Their lengths lie between a half and one and a half of
-    `length`, evenly apart (where those of random pairs lie on average), and `prompt_share` of a side is the prompt.
+    """Creates pairs of random tokens, both sides of a pair equally long.
+
+    Lengths lie between 0.5 and 1.5 times `length` at equal distances, which are the expected order statistics of
+    uniform lengths.
+
+    Args:
+        number (`int`):
+            Number of pairs.
+        length (`int`):
+            Mean number of tokens of a side.
+        prompt_share (`float`):
+            Share of a side that is the prompt.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer whose ordinary tokens are drawn.
+        seed (`int`):
+            Seed of the draws.
+
+    Returns:
+        `list[Pair]`: Token ids of both sides of each pair.
     """
     rng = np.random.default_rng(seed)
     words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
@@ -70,7 +101,7 @@ def synthetic_pairs(
 
 @dataclass(frozen=True)
 class PairLengths:
-    """Tokens of pairs, each `[N]`: of the two sides, and of what both begin with."""
+    """Numbers of tokens of pairs, each of shape `(N,)`: of both sides, and of their common prefix."""
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -78,27 +109,27 @@ class PairLengths:
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "PairLengths":
-        """Measure pairs."""
+        """Measures pairs."""
         columns = [(len(chosen), len(rejected), common_prefix(chosen, rejected)) for chosen, rejected in pairs]
         return cls(*np.array(columns, dtype=np.int64).reshape(-1, 3).T)
 
     def __getitem__(self, rows: list[int]) -> "PairLengths":
-        """Those of some pairs."""
+        """Lengths of a selection of pairs."""
         return PairLengths(self.chosen[rows], self.rejected[rows], self.shared[rows])
 
     @property
     def unique(self) -> int:
-        """Tokens with each pair's prompt counted once: what has to be computed at least."""
+        """Tokens with each pair's prompt counted once: the least that has to be computed."""
         return int((self.chosen + self.rejected - self.shared).sum())
 
     @property
     def repeated(self) -> int:
-        """Tokens of the prompts once more."""
+        """Tokens of the prompts, which are computed a second time without prefix sharing."""
         return int(self.shared.sum())
 
     @property
     def padded(self) -> int:
-        """Tokens of one batch of both sides of all these pairs, padded to the longest."""
+        """Tokens of one batch of both sides of all pairs, padded to the longest."""
         return int(2 * len(self.chosen) * max(self.chosen.max(), self.rejected.max()))
 
 
@@ -108,9 +139,26 @@ class PairLengths:
 def choose_batches(
     batches: list[list[int]], lengths: PairLengths, number: int, seed: int, draws: int = 1000
 ) -> list[list[int]]:
-    """
-    A few batches that stand for an epoch: of many random draws, the one whose mean tokens of a pair, both unique and
-    padded, come nearest to the epoch's.
+    """Chooses a few batches that represent an epoch: of many random draws, the one whose mean numbers of unique and of
+    padded tokens per pair come closest to the epoch's.
+
+    Args:
+        batches (`list[list[int]]`):
+            Pairs of each batch of the epoch.
+        lengths ([`PairLengths`]):
+            Lengths of all pairs.
+        number (`int`):
+            Number of batches to choose.
+        seed (`int`):
+            Seed of the draws.
+        draws (`int`, *optional*, defaults to `1000`):
+            Number of random draws.
+
+    Returns:
+        `list[list[int]]`: The chosen batches.
+
+    Raises:
+        `ValueError`: If the epoch has fewer batches than `number`.
     """
     if number > len(batches):
         raise ValueError(f"an epoch has {len(batches)} full batches, fewer than the {number} asked for; lower --steps")
@@ -130,11 +178,18 @@ def choose_batches(
 
 
 def matmul_flops_per_token(model: Any) -> int:
-    """
-    Those of a training step in the backbone's weight matrices: 2 for each weight forward, 2 backward to the
-    activations, and 2 more for the gradient of a weight that is trained. Hence 6 N when everything is trained and
-    about 4 N under LoRA. Embeddings are looked up and not multiplied. What activation checkpointing computes again
-    does not count.
+    """FLOP of a training step in the weight matrices of the backbone, per token.
+
+    A weight takes 2 in the forward pass, 2 for the gradient of the activations, and 2 more for its own gradient if it
+    is trained. The total is 6 N if everything is trained and about 4 N under LoRA. Embeddings are looked up, not
+    multiplied. Recomputation by activation checkpointing does not count.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model whose trainable parameters have `requires_grad`.
+
+    Returns:
+        `int`: FLOP per token.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     backbone = getattr(model, model.base_model_prefix)
@@ -149,9 +204,19 @@ def matmul_flops_per_token(model: Any) -> int:
 
 
 def attention_flops(config: Any, lengths: PairLengths) -> int:
-    """
-    Those of a training step in attention, over the unique tokens of pairs: in each layer 12 times the width of all
-    heads for each key that a token sees (2 products of 2, and twice that backward), the causal half alone.
+    """FLOP of a training step in attention over the unique tokens of pairs.
+
+    In each layer it is 12 times the width of all heads for each key that a token attends to (2 matrix products of 2
+    each, and twice that in the backward pass), of which only the causal half counts.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Config of the model.
+        lengths ([`PairLengths`]):
+            Lengths of the pairs.
+
+    Returns:
+        `int`: FLOP.
     """
     config = config.get_text_config()
     width = config.num_attention_heads * (
@@ -160,7 +225,7 @@ def attention_flops(config: Any, lengths: PairLengths) -> int:
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
     def keys(length: np.ndarray, window: int | None) -> np.ndarray:
-        # 1 + 2 + ... up to the window, and the window from there on.
+        # 1 + 2 + ... up to the window, and the size of the window for every later token.
         ramp = length if window is None else np.minimum(length, window)
         return ramp * (ramp + 1) // 2 + (length - ramp) * (window or 0)
 
@@ -173,7 +238,7 @@ def attention_flops(config: Any, lengths: PairLengths) -> int:
 
 
 def peak_flops(dtype: str) -> float | None:
-    """FLOP/s that this machine's GPU could do at most, where its name is known and it computes in bfloat16."""
+    """Peak FLOP/s of this machine's GPU, if its name is known and the computation is in bfloat16."""
     if not torch.cuda.is_available() or dtype == "float32":
         return None
     name = torch.cuda.get_device_name()

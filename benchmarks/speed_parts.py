@@ -1,4 +1,4 @@
-"""`benchmark.py score`, `prepare` and `head`: the parts of the work outside the training loop."""
+"""The commands `score`, `prepare` and `head` of `benchmarks.speed`: the work outside the training loop."""
 
 import argparse
 import random
@@ -35,7 +35,7 @@ from .speed_train import BASELINE, VARIANTS, make_trainer, quieten
 
 
 def now() -> float:
-    """The clock, once the GPU has done what it was told."""
+    """The clock, after the GPU has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -45,25 +45,26 @@ def now() -> float:
 
 
 Group = tuple[Content, list[Content]]
-"""A prompt and answers to it."""
+"""A prompt and its answers."""
 
 
 class RewardPath:
-    """
-    A reward's way through a `GRPOTrainer`, by the trainer's own method.
+    """The path of a reward through the `_calculate_rewards` of a `GRPOTrainer`.
 
     Args:
-        reward: a stock sequence classifier, for which TRL tokenizes, pads, and runs all texts as one batch; or a
-            `DiscoReward`.
-        tokenizer: of the reward model.
+        reward ([`~transformers.PreTrainedModel`] or [`DiscoReward`]):
+            A stock sequence classifier, for which TRL tokenizes, pads and runs all texts as one batch, or our reward
+            function.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the reward model.
     """
 
     def __init__(self, reward: Any, tokenizer: Any):
         self.tokens = 0
-        """How many went through the layers, padding and all."""
+        """Number of tokens that went through the layers, padding included."""
         is_model = isinstance(reward, torch.nn.Module)
         (reward if is_model else reward.model).register_forward_pre_hook(self._count, with_kwargs=True)
-        # There has to be a policy; it is never asked.
+        # The trainer requires a policy, which is never run.
         policy = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
@@ -76,7 +77,7 @@ class RewardPath:
         with tempfile.TemporaryDirectory() as folder:  # nothing is saved
             settings = GRPOConfig(
                 folder,
-                bf16=False,  # the reward model has the dtype it was loaded in, without autocast on top
+                bf16=False,  # no autocast: the reward model runs in the dtype in which it was loaded
                 use_cpu=not torch.accelerator.is_available(),
                 report_to="none",
             )
@@ -90,7 +91,7 @@ class RewardPath:
             )
 
     def __call__(self, prompts: list[Content], completions: list[Content]) -> torch.Tensor:
-        """Rewards `[N]`."""
+        """Rewards of shape `(N,)`."""
         inputs = [{"prompt": prompt} for prompt in prompts]
         rewards = self._trainer._calculate_rewards(inputs, prompts, completions, [[]] * len(prompts))
         return rewards[:, 0].float().cpu()
@@ -100,7 +101,7 @@ class RewardPath:
 
 
 def read_groups(args: argparse.Namespace, tokenizer: Any, low: int, high: int, answers: int) -> list[Group]:
-    """Prompts of `low` to `high` tokens, each with its own two answers first and then those of other rows."""
+    """Prompts of `low` to `high` tokens, each with its own two answers followed by those of other rows."""
     rows = choose_split(load_preferences(args.dataset, argument="--dataset"), args.split, "--dataset")
     rng = random.Random(args.seed)
     explicit: list[Any] = [row if "prompt" in row else extract_prompt(row) for row in rows.shuffle(seed=args.seed)]
@@ -120,7 +121,7 @@ def read_groups(args: argparse.Namespace, tokenizer: Any, low: int, high: int, a
 
 
 def run_score(args: argparse.Namespace) -> dict[str, Any]:
-    """`benchmark.py score`: TRL's path against ours, call by call in turn, for each K."""
+    """Command `score`: times TRL's path and ours, alternating call by call, for each number of answers."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype)
     stock = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=dtype).eval()
@@ -147,7 +148,7 @@ def _score_point(
     rewards: dict[str, list[torch.Tensor]] = {name: [] for name in paths}
     for path in paths.values():
         path.tokens = 0
-    rounds = args.rounds + 1  # the first to warm up
+    rounds = args.rounds + 1  # the first is the warm-up
     with tqdm(total=rounds * len(calls), desc=f"K = {answers}, prompts of {low} to {high} tokens", unit="call") as bar:
         for round_ in range(rounds):
             for call in calls:
@@ -185,7 +186,9 @@ def _score_point(
 
 
 def write_rows(dataset: str, split: str, number: int, folder: Path) -> None:
-    """As many rows as asked for, on disk. Where the dataset has fewer they come again, each time as other texts."""
+    """Writes the requested number of rows to disk. If the dataset has fewer, its rows are repeated with a number in
+    the text, so that no two rows are alike.
+    """
     rows = choose_split(load_preferences(dataset, argument="--dataset"), split, "--dataset")
 
     def numbered(content: Content, cycle: int) -> Content:
@@ -205,7 +208,7 @@ def write_rows(dataset: str, split: str, number: int, folder: Path) -> None:
 
 
 def prepare_once(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of a trainer's `_prepare_dataset`; call it in a process of its own."""
+    """Seconds and peak memory of a trainer's `_prepare_dataset`. It has to be called in a process of its own."""
     quieten()
     datasets.disable_caching()
     dataset = datasets.load_from_disk(folder)
@@ -226,7 +229,7 @@ def prepare_once(name: str, folder: Path, args: argparse.Namespace) -> dict[str,
 
 
 def run_prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """`benchmark.py prepare`: TRL's preparation of a dataset against ours, in turn, for each size."""
+    """Command `prepare`: times TRL's preparation of a dataset and ours, alternating, for each size."""
     points = []
     runs = len(args.sizes) * args.rounds * 2
     with tempfile.TemporaryDirectory() as folder, tqdm(total=runs, desc="preparing", unit="run") as bar:
@@ -258,10 +261,11 @@ def run_prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_head(args: argparse.Namespace) -> dict[str, Any]:
-    """
-    `benchmark.py head`: head and loss, forward and backward, on the pooled hidden states of a batch: a scalar linear
-    head with Bradley–Terry against ours with the default family, its moments of the training rows kept up. Beside
-    them a step of the model (forward and backward, no optimizer) on the very same batch, in the fastest way we have.
+    """Command `head`: times head and loss, forward and backward, on the pooled hidden states of a batch.
+
+    A scalar linear head with Bradley–Terry is compared with ours and the default family, including the running moments
+    of the training rows. A step of the model (forward and backward, without optimizer) on the same batch, in our
+    fastest configuration, is timed beside them.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = synthetic_pairs(args.batch_size, args.length, args.prompt_share, tokenizer, args.seed)
@@ -302,7 +306,7 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
             step()
         return (now() - start) / repeats
 
-    # What `epistemic=True` keeps of an epoch of pairs and does with them at its end, for each of its steps
+    # The memory and the fit of the posterior that `epistemic=True` adds to an epoch, divided by its number of steps
     steps = args.pairs // args.batch_size
     said = Judgements.forced_choices(args.batch_size, hidden.device)
     noise = torch.Generator().manual_seed(args.seed)
@@ -322,7 +326,7 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
         taken["disco"].append(seconds(disco, 100))
         taken["model"].append(seconds(model_step, 1))
         taken["posterior"].append(seconds(posterior, 1) / steps)
-    rounds = {name: own[1:] for name, own in taken.items()}  # the first was to warm up
+    rounds = {name: own[1:] for name, own in taken.items()}  # without the warm-up
     overheads = [
         (disco - plain) / model
         for plain, disco, model in zip(rounds["plain"], rounds["disco"], rounds["model"], strict=True)

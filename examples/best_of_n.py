@@ -1,8 +1,8 @@
-"""Best-of-16: the same candidates, ranked by the location and by what nearly everybody would grant.
+"""Best-of-16: the same candidates, ranked by the location, by a low quantile, and by the win rate.
 
     python examples/best_of_n.py runs/quickstart/disco .cache/SmolLM2-135M-Instruct
 
-The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to ask.
+The first argument is the reward model (here the quickstart's LoRA adapter), the second the policy.
 
     mean
      3.87   (3.87 ± 0.90)   The concert in the park.
@@ -22,7 +22,8 @@ The first argument is the reward model (here the quickstart's LoRA adapter), the
      0.81   (1.92 ± 1.10)   The new update will keep me close. You've been with the team alot, you're
      0.84   (3.07 ± 1.33)   On the way home I was just one moment away from making it myself. I'd always adore flying
 
-(The three agree on most: over this model's training rows μ has a standard deviation of 2.1 and log σ one of 0.14.)
+The three transforms mostly agree, because the scale varies little: on this model's training data, the standard
+deviation of μ is 2.1 and that of log σ is 0.14.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What a checkpoint says about two texts, from Python.
+"""Score two texts with a checkpoint, and compute the probability that the first is preferred.
 
 python examples/compare_answers.py CHECKPOINT "first text" "second text"
 """

@@ -1,10 +1,10 @@
-"""GRPO against a reward with an error bar: the location, and the location less its scale, side by side.
+"""GRPO with a reward distribution: the location, and the location minus twice the scale, side by side.
 
     python examples/grpo.py runs/quickstart/disco .cache/SmolLM2-135M-Instruct
 
-The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to improve
-(here the one the quickstart fetched). Both runs start from the same model at the same seed. It ends with answers to
-openings that were not trained on, and `grpo.png`, in the output folder. Needs `disco-trl[quickstart]` for the plot.
+The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to train
+(here the one that the quickstart downloads). Both runs start from the same model with the same seed. The script prints
+completions of held-out openings and writes `grpo.png` to the output folder. The plot needs `disco-trl[quickstart]`.
 
     After 50 steps on mean :
      4.64 ± 1.07   The concert in the park was amazing! 🎭🌱vahamos🌟�
@@ -20,7 +20,7 @@ openings that were not trained on, and `grpo.png`, in the output folder. Needs `
     disco_mean: mean location 0.94 in the first 5 steps, 4.49 in the last 5
     disco_lower_bound: mean location 0.87 in the first 5 steps, 4.30 in the last 5
 
-(2 cores without an accelerator: 6 to 9 s a step.)
+A step takes 6 to 9 s on 2 cores without an accelerator.
 """
 
 import argparse
@@ -40,17 +40,21 @@ from disco_trl import DiscoReward, DiscoRewardModel
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("reward_model", help="path of a disco checkpoint or adapter")
-    parser.add_argument("policy", help="path of the language model to improve")
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each run [50]")
-    parser.add_argument("--output", type=Path, default=Path("runs/grpo"), help="folder [runs/grpo]")
+    parser.add_argument("reward_model", help="Path of a disco checkpoint or adapter.")
+    parser.add_argument("policy", help="Path of the language model to train.")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="Number of optimizer steps of each run (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/grpo"), help="Folder for logs and plot (default: %(default)s)."
+    )
     return parser.parse_args()
 
 
 def train(reward: DiscoReward, args: argparse.Namespace) -> GRPOTrainer:
-    """One GRPO run: 4 openings × 8 completions a step."""
+    """One GRPO run with 4 openings × 8 completions a step."""
     trainer = GRPOTrainer(
         model=args.policy,
         reward_funcs=reward,
@@ -62,7 +66,7 @@ def train(reward: DiscoReward, args: argparse.Namespace) -> GRPOTrainer:
             max_completion_length=16,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
-            beta=0.01,  # a little of the KL penalty, which keeps the policy's language
+            beta=0.01,  # A small KL penalty keeps the policy's language intact.
             logging_steps=1,
             use_cpu=not torch.accelerator.is_available(),
             bf16=True,
@@ -79,7 +83,7 @@ def train(reward: DiscoReward, args: argparse.Namespace) -> GRPOTrainer:
 
 
 def remarks(model: Any, tokenizer: Any) -> list[str]:
-    """What a policy makes of the openings that nobody trained on, one sample each, always with the same seed."""
+    """Completions of the held-out openings, one sample each, always with the same seed."""
     set_seed(0)
     inputs = tokenizer(HELD_OUT_OPENINGS, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     generated = model.generate(
@@ -89,12 +93,12 @@ def remarks(model: Any, tokenizer: Any) -> list[str]:
 
 
 def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Location, scale and doubt of the policy's texts over the steps, a line for each reward."""
+    """Plots the metrics of both runs over the steps."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     panels = {
         "location/mean": "mean location of the policy's texts",
         "scale/mean": "mean scale",
-        "within_noise": "siblings closer than their noise, share",
+        "within_noise": "share of sibling pairs within noise",
     }
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         for name, label, color in (("disco_mean", "GRPO on μ", "C0"), ("disco_lower_bound", "GRPO on μ − 2σ", "C3")):
@@ -112,7 +116,7 @@ def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Train twice, show answers, plot."""
+    """Trains with both transforms, shows completions and plots the logs."""
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     reward_model = DiscoRewardModel.from_pretrained(args.reward_model, dtype=torch.bfloat16)

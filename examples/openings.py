@@ -1,7 +1,7 @@
-"""Beginnings of everyday remarks, for the policies of the other examples to go on with.
+"""Openings of everyday remarks, which the policies of the other examples complete.
 
-The quickstart's reward model has learned from people's judgements of short remarks whether something good or bad is
-said, so these say neither.
+The quickstart's reward model has learned from people's ratings of short remarks whether they are positive or negative,
+so the openings are neutral.
 """
 
 OPENINGS = [

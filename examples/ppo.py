@@ -1,11 +1,11 @@
-"""PPO, with the certainty equivalent of a learned reward: μ - σ²/2β, what a cautious person would take for it.
+"""PPO with the certainty equivalent of a reward, μ - σ²/2β: what a risk-averse person would accept in its place.
 
     pip install "disco-trl[ppo]"    # trl 1.12 is the last with PPOTrainer
     python examples/ppo.py runs/quickstart/disco .cache/SmolLM2-135M-Instruct
 
-The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to improve.
-For the location alone, pass `reward_model=reward_model`. (TRL's PPO reads the reward at the answer's last token; where
-that is not the end of text, it is the reward of an unfinished text, which `missing_eos_penalty` can discourage.)
+The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to train.
+For the location alone, pass `reward_model=reward_model`. TRL's PPO reads the reward at the last token of the answer.
+If that is not the end-of-text token, it is the reward of an unfinished text, which `missing_eos_penalty` discourages.
 
     episode   80   certainty equivalent  0.49   KL   0.59   reward less KL  0.48
     episode  160   certainty equivalent  1.44   KL   1.60   reward less KL  1.41
@@ -36,7 +36,7 @@ trainer = PPOTrainer(
     args=PPOConfig(
         output_dir="runs/ppo",
         total_episodes=16 * 40,
-        per_device_train_batch_size=16,  # at most as many as there are prompts
+        per_device_train_batch_size=16,  # at most the number of prompts
         local_rollout_forward_batch_size=16,
         num_ppo_epochs=2,
         response_length=16,

@@ -1,11 +1,11 @@
-"""QLoRA: the language model in 4 bits, an adapter on every linear layer, the reward head whole and in float32.
+"""QLoRA: a language model in 4 bits, LoRA adapters on all linear layers, and the full reward head in float32.
 
     pip install "disco-trl[quantization]"
     python examples/qlora.py MODEL DATASET
 
-MODEL is a Hub id or a folder of a language model, DATASET a preference dataset as in `train.py`. Nothing is said of
-the reward head: it is left out of quantization, trained, kept in float32 and saved with the adapter by itself. It runs
-on a GPU and, slowly, on a CPU. `qlora.yaml` is the same for the command line.
+MODEL is a Hub id or a folder of a language model, DATASET a preference dataset as in `train.py`. The reward head needs
+no settings: it is excluded from quantization, trained, kept in float32 and saved with the adapter automatically. The
+script runs on a GPU and, slowly, on a CPU. `qlora.yaml` is its counterpart for the command line.
 """
 
 import sys
@@ -24,10 +24,10 @@ trainer = DiscoRewardTrainer(
     args=DiscoRewardConfig(
         output_dir="runs/qlora",
         learning_rate=2e-4,
-        # Moves the optimizer's state out of the GPU's memory while that is short; bitsandbytes has it for CUDA alone.
+        # Pages the optimizer state out of GPU memory when it runs short. bitsandbytes supports it on CUDA only.
         optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
         use_cpu=not torch.accelerator.is_available(),
-        model_init_kwargs={"dtype": "bfloat16"},  # of what is not quantized: embeddings and norms
+        model_init_kwargs={"dtype": "bfloat16"},  # dtype of what is not quantized: embeddings and norms
     ),
     train_dataset=load_preferences(dataset)["train"],
     quantization_config=BitsAndBytesConfig(
@@ -41,6 +41,6 @@ trainer = DiscoRewardTrainer(
 trainer.train()
 trainer.save_model()
 
-# The adapter was trained on the quantized weights, so that is the base to use it on; to merge it into the weights as
-# they were, see docs/distributed.md, and `disco-trl export`.
+# The adapter was trained on the quantized weights, so it is loaded onto them too. To merge it into the original
+# weights, see docs/distributed.md and `disco-trl export`.
 print("The adapter is in runs/qlora: DiscoRewardModel.from_pretrained('runs/qlora', quantization_config=...)")

@@ -1,8 +1,8 @@
-"""RLOO on two rewards: the 10 % quantile of a learned reward, and a Python function, weighted.
+"""RLOO with two weighted rewards: the 10 % quantile of a learned reward, and a Python function.
 
     python examples/rloo.py runs/quickstart/disco .cache/SmolLM2-135M-Instruct
 
-The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to improve.
+The first argument is the reward model (here the quickstart's LoRA adapter), the second the language model to train.
 
     step   5   10 % quantile  0.00   location  1.25 ± 0.97   sentences 0.62
     step  10   10 % quantile  0.33   location  1.61 ± 1.00   sentences 0.63
@@ -26,7 +26,7 @@ from disco_trl import DiscoReward
 
 
 def ends_a_sentence(completions: list[str], **columns: object) -> list[float]:
-    """1 for a remark with a full stop in it."""
+    """1 for a completion that contains a full stop, otherwise 0."""
     return [float("." in completion) for completion in completions]
 
 

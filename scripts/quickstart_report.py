@@ -1,4 +1,4 @@
-"""The quickstart's report: one page of Markdown and one picture, from results that are already there."""
+"""Report of the quickstart: one page of Markdown and one chart, made from its results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,14 @@ from benchmarks.human_ratings import RatedText
 from disco_trl import RewardDistribution
 
 
-# From the palette of Okabe and Ito, which colour-blind readers can tell apart; the marks differ in shape as well.
+# Colors of Okabe and Ito, which color-blind readers can distinguish. The marks differ in shape as well.
 DISCO_STYLE: dict[str, Any] = {"color": "#0072B2", "marker": "o"}
 BRADLEY_TERRY_STYLE: dict[str, Any] = {"color": "#D55E00", "marker": "s"}
 
 
 @dataclass
 class Report:
-    """All that the page and the picture show."""
+    """Everything that the page and the chart show."""
 
     model: str
     dataset: str
@@ -26,8 +26,8 @@ class Report:
     test_pairs: int
     seed: int
     results: dict[str, dict[str, Any]]  # metrics of "Bradley–Terry", "disco" and, for rated texts, "people"
-    rewards: RewardDistribution  # disco's, of the held-out sequences
-    rated: list[RatedText]  # their texts and ratings; empty where nobody rated them
+    rewards: RewardDistribution  # disco's rewards of the held-out sequences
+    rated: list[RatedText]  # their texts and ratings; empty if nobody rated them
     checkpoint: Path
     proofs: list[str]
     seconds: dict[str, float]
@@ -36,9 +36,9 @@ class Report:
 
 
 def render(report: Report, picture: str) -> str:
-    """The page, in Markdown; `picture` is the link to the picture."""
+    """The page in Markdown. `picture` is the link to the chart."""
     sections = [
-        f"# A reward with an error bar: {report.model}",
+        f"# A reward with its distribution: {report.model}",
         f"{report.train_pairs:,} pairs to learn from ({report.dataset}), one epoch of LoRA with seed {report.seed}: "
         f"Bradley–Terry by `trl.RewardTrainer` and disco ({report.family}) by `disco_trl.DiscoRewardTrainer`, on the "
         f"same pairs in the same order. Measured on {report.test_pairs:,} held-out pairs.",
@@ -52,8 +52,8 @@ def render(report: Report, picture: str) -> str:
         f"`AutoModelForSequenceClassification.from_pretrained({str(report.checkpoint)!r}, num_labels=1)`, in a "
         "process that never imports disco_trl, gives logits equal to the location:",
         "\n".join(f"- {proof}" for proof in report.proofs),
-        "With its scale: `disco_trl.DiscoRewardModel.from_pretrained(...)`.",
-        "## What it took",
+        "`disco_trl.DiscoRewardModel.from_pretrained(...)` loads it with its scale.",
+        "## Time and memory",
         "\n".join(f"- {name}: {_duration(seconds)}" for name, seconds in report.seconds.items()),
         f"Together {_duration(sum(report.seconds.values()))}, at most {report.peak_bytes / 2**30:.1f} GiB of memory "
         f"({report.setup}).",
@@ -92,20 +92,21 @@ def _metrics_table(report: Report) -> str:
     if report.rated:
         lines += [
             "",
-            "¹ The limit. Above: the very ratings that the votes were drawn from; no model can forecast them better. "
-            "Rank correlations: half of each text's raters, against the other half.",
+            "¹ The noise ceiling. Forecasts: the ratings that the votes are drawn from; no model can predict the "
+            "votes better. Rank correlations: half of each text's raters against the other half (split-half "
+            "reliability).",
         ]
     return "\n".join(lines)
 
 
 def _reading(report: Report) -> str:
-    """What the table says about the scale, in words, whichever way it came out."""
+    """What the table says about the scale, in words."""
     result = report.results["disco"]
     learned, trivial = result["scale_vs_deviation"], result["centrality_vs_deviation"]
     if learned != learned:
         return "The scale is the same for every text."
-    # Whoever knows that a baseline is negative can turn it round. Rank correlations of unrelated columns scatter by
-    # 1/√N, and a lead of less than two of that is none.
+    # A baseline with a negative correlation is as good once its sign is reversed. Rank correlations of unrelated
+    # columns have a standard deviation of 1/√N, so that a lead of less than two of those is within noise.
     comparison = "more" if learned > abs(trivial) + 2 / np.sqrt(len(report.rated)) else "no more"
     return (
         f"The learned scale says {comparison} about people's disagreement than the trivial baseline does "
@@ -114,7 +115,7 @@ def _reading(report: Report) -> str:
 
 
 def _three_texts(report: Report) -> str:
-    """The best and the worst rated text and the most disputed one: chosen by people, not by the model."""
+    """The best rated, the worst rated and the most disputed text, chosen by people's ratings and not by the model."""
     means = np.array([row.ratings.mean() for row in report.rated])
     deviations = np.array([row.ratings.std() for row in report.rated])
     lines = ["| | reward | people, −4 to 4 | text |", "| --- | ---: | ---: | --- |"]
@@ -132,10 +133,10 @@ def _three_texts(report: Report) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw the picture: reward against ratings where there are any, and the reliability of both models."""
+    """Draws the chart: rewards against ratings, where there are any, and the reliability of both models."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen is needed
+    matplotlib.use("Agg")  # draws without a screen
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
@@ -155,7 +156,7 @@ def _plot_rewards(report: Report, axes: Any) -> None:
     deviations = np.array([row.ratings.std() for row in report.rated])
     location, scale = report.rewards.location.numpy(), report.rewards.scale.numpy()
     axes.scatter(means, location, s=8, color=DISCO_STYLE["color"], alpha=0.25, linewidths=0)
-    # Error bars for some, evenly spread over the ratings: hundreds of them would be a grey cloud.
+    # Error bars for 40 texts, evenly spread over the ratings: all of them would hide each other.
     shown = np.argsort(means)[np.linspace(0, len(means) - 1, min(40, len(means))).astype(int)]
     axes.errorbar(means[shown], location[shown], xerr=deviations[shown], fmt="none", ecolor="0.82", elinewidth=1)
     axes.errorbar(
@@ -200,7 +201,7 @@ def _plot_reliability(report: Report, axes: Any) -> None:
     axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1, 0.02))
     errors = {name: report.results[name]["calibration_error"] for name in ("Bradley–Terry", "disco")}
     better, other = sorted(errors, key=lambda name: errors[name])
-    # What perfect forecasts score by chance (see `calibration_error`): a smaller difference means nothing.
+    # What perfect forecasts score by chance (see `calibration_error`): a smaller difference is within noise.
     chance = 0.3 / np.sqrt(report.test_pairs / 15)
     is_clear = errors[other] - errors[better] > chance
     finding = (

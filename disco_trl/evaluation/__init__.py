@@ -1,1 +1,1 @@
-"""How good a reward model is on held-out data, and how honest: metrics, benchmarks, reports and comparisons."""
+"""Evaluation of reward models on held-out data: metrics, benchmarks, reports and comparisons."""

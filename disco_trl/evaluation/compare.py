@@ -1,11 +1,12 @@
-"""
-`disco-trl compare`: Bradley–Terry by TRL's own trainer and any variants of ours, on the same data, order and budget.
+"""Comparison of Bradley–Terry, trained by TRL's own trainer, with variants of disco on the same data, order and
+budget: the computation behind `disco-trl compare`.
 
-Each run (a variant with a seed) is a process of its own, `disco_trl.evaluation.compare_run`: one that fails, or runs
-out of memory, does not take the others with it, and its peak memory is its own. A run leaves a folder; a comparison
-that is
-started again goes on with those that are missing. What flows: variants and seeds → a folder each → figures of each →
-means over seeds, and paired differences from Bradley–Terry over comparisons and seeds → table, verdicts and report.
+Each run, a variant with a seed, is a process of its own (`disco_trl.evaluation.compare_run`). A run that fails or
+exhausts the memory does not take the others with it, and its peak memory is measured separately. Each run leaves a
+folder, and a comparison that is started again continues with the missing runs.
+
+What flows: variants and seeds → a folder for each → the figures of each → means over seeds, and paired differences
+from Bradley–Terry over comparisons and seeds → table, verdicts and report.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .report import EXPLAINED, Verdict
 
 
 COMPARED = ("nll", "accuracy", "brier")
-"""Figures that are means over comparisons, and so can be compared pair by pair."""
+"""Figures that are means over comparisons and can therefore be compared pair by pair."""
 LOWER_IS_BETTER = {"nll": True, "brier": True, "accuracy": False}
 RUN_FILE = "run.json"
 LAST_WORDS = 2000
@@ -40,13 +41,15 @@ LAST_WORDS = 2000
 
 @dataclass(frozen=True)
 class Variant:
-    """
-    What is trained: `bradley-terry` or a family, and perhaps settings of its own.
+    """Variant to train: Bradley–Terry or a family, optionally with settings of its own.
 
     Attributes:
-        name: as it was given, `normal:prefix_sharing=false`.
-        base: `bradley-terry`, or a family.
-        settings: fields of `DiscoRewardConfig`.
+        name (`str`):
+            The variant as it was given, such as `normal:prefix_sharing=false`.
+        base (`str`):
+            `"bradley-terry"` or the name of a family.
+        settings (`dict`, *optional*, defaults to `{}`):
+            Fields of [`DiscoRewardConfig`].
     """
 
     name: str
@@ -55,11 +58,17 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """
-        From a command line.
+        """Parses a variant from the command line.
+
+        Args:
+            text (`str`):
+                `BASE` or `BASE:KEY=VALUE,KEY=VALUE`.
+
+        Returns:
+            [`Variant`]: The variant.
 
         Raises:
-            ValueError: neither a family nor Bradley–Terry, or a setting that is none.
+            `ValueError`: If the base is neither Bradley–Terry nor a family, or a setting is invalid.
         """
         base, _, rest = text.partition(":")
         if base not in (BRADLEY_TERRY, *FAMILIES):
@@ -71,16 +80,24 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """A name for files."""
+        """Name of the variant with the characters that are safe in file names."""
         return "".join(letter if letter.isalnum() or letter in "-._=" else "_" for letter in self.name)
 
 
 def parse_settings(items: Sequence[str], argument: str) -> dict[str, Any]:
-    """
-    `KEY=VALUE` items; a value is JSON, or else a text.
+    """Parses settings of the form `KEY=VALUE`.
+
+    Args:
+        items (`Sequence[str]`):
+            Settings. A value is read as JSON; what is not JSON is a string.
+        argument (`str`):
+            Name of the command-line argument, for error messages.
+
+    Returns:
+        `dict`: Values by the name of the field.
 
     Raises:
-        ValueError: an item without `=`, or a key that is no field of `DiscoRewardConfig`.
+        `ValueError`: If an item has no `=`, or its key is not a field of [`DiscoRewardConfig`].
     """
     known = {one.name for one in fields(DiscoRewardConfig)}
     settings = {}
@@ -93,7 +110,7 @@ def parse_settings(items: Sequence[str], argument: str) -> dict[str, Any]:
 
 
 def _value_of(text: str) -> Any:
-    for spelling in (text, text.lower()):  # Python writes True, and JSON true
+    for spelling in (text, text.lower()):  # accepts Python's True and None as well as JSON's true and null
         try:
             return json.loads(spelling)
         except json.JSONDecodeError:
@@ -103,7 +120,18 @@ def _value_of(text: str) -> Any:
 
 @dataclass
 class Result:
-    """A finished run: its figures, `metrics.json`, and its rewards of the held-out answers."""
+    """Finished run.
+
+    Attributes:
+        variant ([`Variant`]):
+            What was trained.
+        seed (`int`):
+            Seed of the run.
+        figures (`dict`):
+            Content of the run's `metrics.json`.
+        rewards ([`RewardDistribution`]):
+            Rewards of the held-out answers, of shape `(N,)`.
+    """
 
     variant: Variant
     seed: int
@@ -112,18 +140,38 @@ class Result:
 
     @classmethod
     def load(cls, variant: Variant, seed: int, folder: Path) -> Result:
-        """From a run's folder."""
+        """Loads a finished run from its folder.
+
+        Args:
+            variant ([`Variant`]):
+                What was trained.
+            seed (`int`):
+                Seed of the run.
+            folder (`Path`):
+                Folder of the run.
+
+        Returns:
+            [`Result`]: The run.
+        """
         figures = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
         tensors = {name: torch.from_numpy(values) for name, values in load_file(folder / REWARDS_FILE).items()}
         return cls(variant, seed, figures, RewardDistribution(family=figures["family"], **tensors))
 
 
 def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tuple[Variant, int, Run]]:
-    """
-    The runs with the best settings that a search has found for each variant, with the seed of its first run.
+    """Searches for the best settings of each variant, with the seed of its first run.
+
+    Args:
+        runs (`list[tuple[Variant, int, Run]]`):
+            Variant, seed and specification of each run.
+        trials (`int`):
+            Number of trials of each search.
+
+    Returns:
+        `list[tuple[Variant, int, Run]]`: The runs with the settings that were found for their variant.
 
     Raises:
-        RuntimeError: a search failed; with its last words.
+        `RuntimeError`: If a search fails. The message ends with the last lines of its log.
     """
     found: dict[str, dict[str, Any]] = {}
     for variant, _, run in logging.tqdm(runs, desc="Searches", unit="run"):
@@ -137,15 +185,20 @@ def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tup
 
 
 def run_all(runs: list[tuple[Variant, int, Run]]) -> tuple[list[Result], dict[str, str]]:
-    """
-    Run what has not been run, each in a process of its own.
+    """Executes the runs that are not finished, each in a process of its own.
+
+    Args:
+        runs (`list[tuple[Variant, int, Run]]`):
+            Variant, seed and specification of each run.
 
     Returns:
-        The results there are, and the last words of the runs that failed, by `VARIANT, seed N`.
+        `tuple[list[Result], dict[str, str]]`: The finished runs, and the end of the log of each run that failed, by
+        `VARIANT, seed N`.
 
     Raises:
-        ValueError: a folder holds a run with other settings.
+        `ValueError`: If a folder contains a finished run with other settings.
     """
+    # All folders are checked before the first run, which may take hours.
     for _, _, run in runs:
         _check_same(run)
     results, failures = [], {}
@@ -161,7 +214,18 @@ def run_all(runs: list[tuple[Variant, int, Run]]) -> tuple[list[Result], dict[st
 
 
 def launch(run: Run) -> str | None:
-    """Do a run in a process of its own, unless it has been done; what it said last if it failed."""
+    """Executes a run in a process of its own, unless it is finished.
+
+    Args:
+        run ([`~disco_trl.evaluation.compare_run.Run`]):
+            Specification of the run.
+
+    Returns:
+        `str` or `None`: `None` on success, otherwise the end of the run's log.
+
+    Raises:
+        `ValueError`: If the folder contains a finished run with other settings.
+    """
     _check_same(run)
     folder = Path(run.output)
     if (folder / FIGURES_FILE).exists():
@@ -169,6 +233,7 @@ def launch(run: Run) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     specification = folder / RUN_FILE
     specification.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
+    # A new interpreter per run: its memory is returned when it exits, and a crash in native code ends this run only.
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(specification)]
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -181,7 +246,7 @@ def launch(run: Run) -> str | None:
 def _check_same(run: Run) -> None:
     file = Path(run.output) / RUN_FILE
     if not (file.parent / FIGURES_FILE).exists():
-        return
+        return  # An unfinished run is simply repeated.
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = [name for name, value in asdict(run).items() if value != before.get(name)]
     if changed:
@@ -190,11 +255,26 @@ def _check_same(run: Run) -> None:
         )
 
 
-# What it comes to
+# Verdicts and tables
 
 
 def difference(ours: Result, theirs: Result, held_out: HeldOut, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A figure of each comparison by two models, each weighed by the people who were asked."""
+    """A figure of each comparison by two models, weighted by the number of people who were asked.
+
+    Args:
+        ours ([`Result`]):
+            Run of the first model.
+        theirs ([`Result`]):
+            Run of the second model.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            Data of both runs.
+        name (`str`):
+            One of [`COMPARED`].
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Values of both models, of shape `(N,)`, whose means are the weighted means of
+        the figure.
+    """
     columns = []
     for result in (ours, theirs):
         forecasts = held_out.forecasts(result.rewards)
@@ -203,18 +283,27 @@ def difference(ours: Result, theirs: Result, held_out: HeldOut, name: str) -> tu
             "accuracy": forecasts.right,
             "brier": forecasts.target * (1 - forecasts.prob) ** 2 + (1 - forecasts.target) * forecasts.prob**2,
         }[name]
+        # Scaled so that the plain mean, which the bootstrap takes, is the weighted mean over people.
         columns.append(of_pairs * forecasts.weight / forecasts.weight.mean())
     return columns[0], columns[1]
 
 
 def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: str) -> Verdict:
-    """
-    Whether a figure of a model is better or worse than another's, or undecided, as the interval holds 0.
+    """Whether a figure of one model is better or worse than that of another. It is undecided if the interval contains
+    0.
 
     Args:
-        ours, theirs: runs of both, in pairs of a seed each.
-        held_out: what their rewards are of.
-        name: one of :data:`COMPARED`.
+        ours (`list[Result]`):
+            Runs of the first model.
+        theirs (`list[Result]`):
+            Runs of the second model with the same seeds, in the same order.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            Data of the runs.
+        name (`str`):
+            One of [`COMPARED`].
+
+    Returns:
+        [`~disco_trl.evaluation.report.Verdict`]: The verdict.
     """
     columns = [difference(one, other, held_out, name) for one, other in zip(ours, theirs, strict=True)]
     mean, low, high = paired_bootstrap([one for one, _ in columns], [other for _, other in columns], held_out.groups)
@@ -226,7 +315,18 @@ def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: st
 
 
 def compare(results: list[Result], held_out: HeldOut) -> dict[str, dict[str, Verdict]]:
-    """What each variant is beside Bradley–Terry with the same seeds, by variant and figure."""
+    """Compares each variant with Bradley–Terry over the seeds that both have.
+
+    Args:
+        results (`list[Result]`):
+            Finished runs.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            Data of the runs.
+
+    Returns:
+        `dict[str, dict[str, Verdict]]`: Verdicts by variant and figure.
+    """
+    # Paired by seed: the same seed draws the same order of the data, which is part of what both have in common.
     reference = {result.seed: result for result in results if result.variant.base == BRADLEY_TERRY}
     found = {}
     for variant in dict.fromkeys(result.variant.name for result in results if result.variant.base != BRADLEY_TERRY):
@@ -238,11 +338,19 @@ def compare(results: list[Result], held_out: HeldOut) -> dict[str, dict[str, Ver
 
 
 def mean_over_seeds(results: list[Result]) -> dict[str, Any]:
+    """Merges the runs of a variant into one set of figures.
+
+    If there are several runs, each figure is their mean, and the range over seeds takes the place of the interval.
+    Curves and subsets are those of the first seed.
+
+    Args:
+        results (`list[Result]`):
+            Runs of one variant.
+
+    Returns:
+        `dict`: Figures in the form of `metrics.json`.
     """
-    The figures of a variant's runs as those of one: means, with the range over seeds in place of the interval where
-    there are several. Curves are the first seed's.
-    """
-    merged = json.loads(json.dumps(results[0].figures))
+    merged = json.loads(json.dumps(results[0].figures))  # a deep copy
     if len(results) == 1:
         return merged
     for group in ("metrics", "benchmark", "agreement"):
@@ -254,13 +362,21 @@ def mean_over_seeds(results: list[Result]) -> dict[str, Any]:
 
 
 def _values(results: list[Result], group: str, name: str) -> list[float]:
-    """A figure of the runs that have it."""
+    """Values of a figure in the runs that have it."""
     found = [result.figures[group].get(name, {}).get("value") for result in results]
     return [value for value in found if value is not None]
 
 
 def verdict_table(verdicts: dict[str, dict[str, Verdict]]) -> str:
-    """Markdown: a row for each variant, how its figures differ from Bradley–Terry's."""
+    """Markdown table of verdicts: one row for each variant.
+
+    Args:
+        verdicts (`dict[str, dict[str, Verdict]]`):
+            Verdicts by variant and figure, as returned by [`compare`].
+
+    Returns:
+        `str`: The table.
+    """
     lines = ["| less Bradley–Terry | " + " | ".join(EXPLAINED[name][0] for name in COMPARED) + " |"]
     lines.append("| --- |" + " ---: |" * len(COMPARED))
     lines += [f"| {name} | " + " | ".join(map(str, figures.values())) + " |" for name, figures in verdicts.items()]
@@ -268,7 +384,15 @@ def verdict_table(verdicts: dict[str, dict[str, Verdict]]) -> str:
 
 
 def as_table(results: list[Result]) -> str:
-    """Markdown: a row for each variant, the mean and range over seeds."""
+    """Markdown table of figures: one row for each variant, with the mean and the range over seeds.
+
+    Args:
+        results (`list[Result]`):
+            Finished runs.
+
+    Returns:
+        `str`: The table.
+    """
     names = [("metrics", name) for name in METRICS]
     agreements = dict.fromkeys(name for result in results for name in result.figures["agreement"])
     names += [("agreement", name) for name in agreements]

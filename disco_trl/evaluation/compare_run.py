@@ -1,5 +1,4 @@
-"""
-One run of `disco-trl compare`: train as a file says, score the held-out answers, and leave the figures; or search for
+"""One run of `disco-trl compare`: trains a model, scores the held-out answers and writes the figures, or searches for
 settings.
 
     python -m disco_trl.evaluation.compare_run FOLDER/run.json
@@ -34,7 +33,7 @@ from .held_out import HeldOut
 
 BRADLEY_TERRY = "bradley-terry"
 TRAINERS = ("trl", "disco")
-"""Whose trainer Bradley–Terry is trained with."""
+"""The trainers that can train Bradley–Terry."""
 FIGURES_FILE = "metrics.json"
 REWARDS_FILE = "rewards.safetensors"
 DRAWS = 300
@@ -42,22 +41,40 @@ DRAWS = 300
 
 @dataclass(frozen=True)
 class Run:
-    """
-    What to train, on what, and where to leave the figures.
+    """Specification of a run, as written to `run.json`.
 
-    Attributes:
-        base: `bradley-terry`, or a family.
-        bradley_terry: one of :data:`TRAINERS`.
-        settings: fields of the trainer's config.
-        seed: of the order of the data and of all that is random in training.
-        model, dtype: what to start from.
-        data, train_split, test_split: a file, a folder or a Hub id.
-        max_train: how many rows to train on, of a shuffle by the seed.
-        max_length: rows with a longer answer, in tokens, are left out of both splits.
-        lora_r: rank of adapters on all linear layers; 0 trains the whole model.
-        keep_model: whether to save what was trained.
-        search: instead, try so many settings on a tenth of the training rows, and leave the best.
-        output: folder.
+    Args:
+        base (`str`):
+            `"bradley-terry"` or the name of a family.
+        bradley_terry (`str`):
+            Trainer of Bradley–Terry, one of [`TRAINERS`].
+        settings (`dict`):
+            Fields of the trainer's config.
+        seed (`int`):
+            Seed of the order of the data and of all randomness in training.
+        model (`str`):
+            Path or Hub id of the model to start from.
+        data (`str`):
+            File, folder or Hub id of the data.
+        train_split (`str`):
+            Name of the training split.
+        test_split (`str`):
+            Name of the held-out split.
+        max_train (`int` or `None`):
+            Maximum number of training rows, taken from a shuffle by the seed.
+        max_length (`int` or `None`):
+            Maximum number of tokens of an answer. Longer ones are left out of both splits.
+        lora_r (`int`):
+            Rank of LoRA adapters on all linear layers. 0 trains the whole model.
+        dtype (`str`):
+            Dtype in which the model is loaded.
+        keep_model (`bool`):
+            Whether to save the trained model.
+        search (`int`):
+            If greater than 0, this number of settings is tried on 90 % of the training rows, and the best is written
+            instead of an evaluation.
+        output (`str`):
+            Folder of the run.
     """
 
     base: str
@@ -78,13 +95,24 @@ class Run:
 
 
 def read_data(run: Run, processing_class: PreTrainedTokenizerBase) -> tuple[Dataset, HeldOut]:
-    """The rows to train on, and the held-out data."""
+    """Reads the training rows and the held-out data of a run.
+
+    Args:
+        run ([`Run`]):
+            Specification of the run.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, for `max_length` and the held-out data.
+
+    Returns:
+        `tuple[Dataset, HeldOut]`: Training rows and held-out data.
+    """
     splits = load_preferences(run.data, argument="DATA")
     train = choose_split(splits, run.train_split, "--train-split")
     test = choose_split(splits, run.test_split, "--test-split")
     if run.max_length is not None:
         longest = run.max_length
         train = train.filter(lambda row: max(map(len, tokenize_pair(row, processing_class))) <= longest)
+    # After the filter, so that runs with a limit on length train on as many rows as the others.
     if run.max_train is not None:
         train = train.shuffle(seed=run.seed).select(range(min(run.max_train, len(train))))
     return train, HeldOut.read(test, processing_class, max_length=run.max_length)
@@ -93,10 +121,24 @@ def read_data(run: Run, processing_class: PreTrainedTokenizerBase) -> tuple[Data
 def make_trainer(
     run: Run, train: Dataset, processing_class: PreTrainedTokenizerBase, validation: Dataset | None = None
 ) -> RewardTrainer:
-    """
-    The trainer of a run. TRL's reads forced choices alone, so where the data say more Bradley–Terry is the same
-    likelihood in ours (the logistic family with every scale at 1/√2). Settings that TRL's config does not have are not
-    for Bradley–Terry.
+    """Creates the trainer of a run.
+
+    TRL's trainer reads forced choices only. If the data contain other judgements, Bradley–Terry is trained by ours
+    with the same likelihood: the logistic family with every scale at 1/√2. Settings that TRL's config does not have
+    are not applied to Bradley–Terry.
+
+    Args:
+        run ([`Run`]):
+            Specification of the run.
+        train ([`~datasets.Dataset`]):
+            Training rows.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        validation ([`~datasets.Dataset`], *optional*, defaults to `None`):
+            Evaluation rows.
+
+    Returns:
+        [`~trl.RewardTrainer`]: The trainer, TRL's or ours.
     """
     settings: dict[str, Any] = {
         "save_strategy": "no",
@@ -121,6 +163,7 @@ def make_trainer(
     }
     if run.base != BRADLEY_TERRY:
         return DiscoRewardTrainer(run.model, DiscoRewardConfig(reward_family=run.base, **settings), **common)
+    # All variants of a command get the same settings; those of the distribution do not apply to Bradley–Terry.
     settings = {name: settings[name] for name in RewardConfig.__dataclass_fields__ if name in settings}
     if run.bradley_terry == "disco" or run.search or has_judgements(train.column_names):
         config = DiscoRewardConfig(reward_family="logistic", fixed_scale=2**-0.5, location_error=False, **settings)
@@ -129,7 +172,21 @@ def make_trainer(
 
 
 def search(run: Run, train: Dataset, processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The best settings of so many trials, by the NLL of a tenth of the training rows."""
+    """Searches for the settings with the lowest negative log-likelihood on a tenth of the training rows.
+
+    The held-out data take no part, so that the figures of the runs that use the settings stay unbiased.
+
+    Args:
+        run ([`Run`]):
+            Specification of the run, with the number of trials in `search`.
+        train ([`~datasets.Dataset`]):
+            Training rows.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `dict`: `best`, the settings; `nll`, their negative log-likelihood in nats; and `trials`, all that were tried.
+    """
     parts = train.train_test_split(test_size=0.1, seed=run.seed)
     trainer = make_trainer(run, parts["train"], processing_class, parts["test"])
     trials: list[dict[str, Any]] = []
@@ -139,6 +196,8 @@ def search(run: Run, train: Dataset, processing_class: PreTrainedTokenizerBase) 
         trials.append({**tried, "nll": metrics["eval_nll"]})
         return metrics["eval_nll"]
 
+    # transformers' hook reports only the best trial, so that the objective records all. A seeded sampler makes a
+    # repeated search try the same settings.
     from optuna.samplers import TPESampler
 
     best: Any = trainer.hyperparameter_search(
@@ -150,12 +209,28 @@ def search(run: Run, train: Dataset, processing_class: PreTrainedTokenizerBase) 
 def train_and_evaluate(
     run: Run, train: Dataset, held_out: HeldOut, processing_class: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The figures of a run; its rewards of the held-out answers, and perhaps its model, are left in its folder."""
+    """Trains and evaluates the model of a run. The rewards of the held-out answers and, with `keep_model`, the model
+    are written to its folder.
+
+    Args:
+        run ([`Run`]):
+            Specification of the run.
+        train ([`~datasets.Dataset`]):
+            Training rows.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            Held-out data.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `dict`: Figures of the run, as written to `metrics.json`.
+    """
     start = time.perf_counter()
     trainer = make_trainer(run, train, processing_class)
     trainer.train()
     minutes = (time.perf_counter() - start) / 60
-    # In training accelerate runs the model in another dtype; it is measured as it will be loaded, in its own.
+    # accelerate wraps the forward of the model in mixed precision. The model is measured as it will be loaded, without
+    # that wrapper and in its own dtype.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     rewards = score(model, held_out.sequences, description="Scoring")
     output = Path(run.output)
@@ -168,7 +243,7 @@ def train_and_evaluate(
         if tensor is not None
     }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / REWARDS_FILE)
-    # Linux counts in KiB, macOS in bytes.
+    # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -183,7 +258,12 @@ def train_and_evaluate(
 
 
 def main(path: str) -> None:
-    """Do the run that a file describes."""
+    """Executes a run.
+
+    Args:
+        path (`str`):
+            Path of the `run.json` with the specification.
+    """
     run = Run(**json.loads(Path(path).read_text(encoding="utf-8")))
     processing_class = AutoTokenizer.from_pretrained(run.model, trust_remote_code=False)
     train, held_out = read_data(run, processing_class)
@@ -192,7 +272,7 @@ def main(path: str) -> None:
     else:
         figures = train_and_evaluate(run, train, held_out, processing_class)
     output = Path(run.output)
-    # Last, and at once: a folder with this file is a finished run.
+    # Written last and renamed atomically, because a folder with this file counts as a finished run.
     unfinished = output / f"{FIGURES_FILE}.unfinished"
     unfinished.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(output / FIGURES_FILE)

@@ -1,7 +1,7 @@
-"""
-`disco-trl evaluate`: how good a reward model is on held-out data, with intervals, and a report to look at.
+"""Evaluation of a reward model on held-out data, with bootstrap intervals: the computation behind `disco-trl
+evaluate`.
 
-Any scalar reward model is evaluated by the same code as ours: a classifier with one label counts as Bradley–Terry.
+Any scalar reward model is evaluated by the same code: a classifier with one label counts as Bradley–Terry.
 """
 
 from __future__ import annotations
@@ -40,7 +40,16 @@ CURVE_POINTS = 200
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with an interval of the bootstrap, `nan` where there is none."""
+    """Number with its bootstrap interval.
+
+    Attributes:
+        value (`float`):
+            The number, `nan` where it is undefined.
+        low (`float`):
+            Lower end of the 95 % interval, `nan` where there is none.
+        high (`float`):
+            Upper end of the 95 % interval, `nan` where there is none.
+    """
 
     value: float
     low: float
@@ -48,7 +57,17 @@ class Figure:
 
     @classmethod
     def of(cls, value: float, draws: list[float]) -> Figure:
-        """From the value and those of the resamples."""
+        """Figure from its value and the values of the resamples.
+
+        Args:
+            value (`float`):
+                Value on the data.
+            draws (`list[float]`):
+                Values on the resamples.
+
+        Returns:
+            [`Figure`]: The figure.
+        """
         return cls(value, *interval(draws))
 
     def __str__(self) -> str:
@@ -57,18 +76,25 @@ class Figure:
 
 @dataclass
 class Evaluation:
-    """
-    What was found.
+    """Results of an evaluation.
 
     Attributes:
-        counts: items, comparisons, people asked, ties.
-        metrics: those of `disco_trl.evaluation.metrics.METRICS`.
-        subsets: some of them by subset, where there are several.
-        benchmark: the benchmark's own figures, where the data are one.
-        agreement: with soft labels and with people's ratings, where the data have them.
-        scale: quantiles of the scales, and of the location errors.
-        reliability: `predicted`, `observed` and `count` of bins.
-        risk_coverage: `coverage` and `risk`, thinned.
+        counts (`dict[str, float]`):
+            Numbers of items, answers, comparisons and ties.
+        metrics (`dict[str, Figure]`):
+            Values of [`~disco_trl.evaluation.metrics.METRICS`].
+        subsets (`dict[str, dict[str, Figure]]`):
+            Some of the metrics by subset. Empty if there is only one subset.
+        benchmark (`dict[str, Figure]`):
+            The benchmark's own figures. Empty if the data are no known benchmark.
+        agreement (`dict[str, Figure]`):
+            Rank correlations with soft labels and with people's ratings, where the data have them.
+        scale (`dict[str, float]`):
+            Quantiles of the scales and of the location errors (the epistemic uncertainty), in units of the reward.
+        reliability (`dict[str, list[float]]`):
+            `predicted`, `observed` and `count` of each bin.
+        risk_coverage (`dict[str, list[float]]`):
+            `coverage` and `risk`, thinned to at most 200 points.
     """
 
     counts: dict[str, float]
@@ -82,21 +108,29 @@ class Evaluation:
 
 
 def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS, seed: int = 0) -> Evaluation:
-    """
-    Everything there is to say of a model's rewards on held-out data.
+    """Evaluates the rewards of a model on held-out data.
 
     Args:
-        rewards: of `held_out.sequences`.
-        held_out: the data.
-        draws: resamples of the bootstrap, over `held_out.groups`.
-        seed: of the bootstrap, and of the random orientations in calibration.
+        rewards ([`RewardDistribution`]):
+            Rewards of `held_out.sequences`, of shape `(N,)`.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            The data.
+        draws (`int`, *optional*, defaults to `1000`):
+            Number of bootstrap resamples over `held_out.groups`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the bootstrap, and of the random orientations of the calibration metrics.
+
+    Returns:
+        [`Evaluation`]: The results.
     """
     forecasts = held_out.forecasts(rewards)
+    # All metrics see the same resamples, so that their intervals describe one and the same bootstrap.
     counts = resamples(held_out.groups, draws, seed)
     subset_of = np.array([item.subset for item in held_out.items])[held_out.item]
     subsets = np.unique(subset_of)
     curve = reliability_curve(forecasts, seed=seed)
     coverage, risk = risk_coverage_curve(forecasts)
+    # A curve of tens of thousands of points makes the report slow to open, and 200 look the same.
     thin = np.unique(np.linspace(0, len(coverage) - 1, CURVE_POINTS).astype(int))
     return Evaluation(
         counts={
@@ -130,13 +164,15 @@ def _benchmark(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed:
     items, of_items = held_out.items, held_out.rewards_of_items(rewards.location.numpy())
     summarize = held_out.benchmark.summarize
     figures = summarize(items, of_items, np.ones(len(items)))
+    # A benchmark defines its figures over items, often as means of means, so that items are drawn and not comparisons.
     drawn = [summarize(items, of_items, weight) for weight in resamples(np.arange(len(items)), draws, seed)]
     return {name: Figure.of(value, [draw[name] for draw in drawn]) for name, value in figures.items()}
 
 
 def _with_soft_labels(forecasts: Forecasts, draws: int, seed: int) -> dict[str, Figure]:
-    """Agreement with the share of people who prefer the first, where it is not all or none."""
+    """Rank correlation with the share of people who prefer the first answer, where people disagree."""
     soft = np.flatnonzero((forecasts.target > 0) & (forecasts.target < 1) & (forecasts.weight > 0))
+    # A rank correlation of fewer than ten values has an interval that spans nearly everything.
     if len(soft) < 10 or np.ptp(forecasts.target[soft]) == 0:
         return {}
     correlation = _correlation(forecasts.prob[soft], forecasts.target[soft], draws, seed)
@@ -146,6 +182,7 @@ def _with_soft_labels(forecasts: Forecasts, draws: int, seed: int) -> dict[str, 
 def _with_raters(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed: int) -> dict[str, Figure]:
     """Rank correlations with the mean and the standard deviation of people's ratings of each answer."""
     ratings = held_out.ratings()
+    # One rating has a mean but no spread.
     several = {position: values for position, values in ratings.items() if len(values) > 1}
     figures = {}
     if len(ratings) >= 10:
@@ -157,6 +194,7 @@ def _with_raters(rewards: RewardDistribution, held_out: HeldOut, draws: int, see
         location, scale = (values.numpy()[list(several)] for values in (rewards.location, rewards.scale))
         if np.ptp(scale) > 0:
             figures["scale, with people's standard deviation"] = _correlation(scale, deviations, draws, seed)
+        # Always reported beside the scale: extremity alone correlates with the standard deviation of bounded ratings.
         name = "−|location − median|, with people's standard deviation"
         figures[name] = _correlation(centrality(location), deviations, draws, seed)
     return figures
@@ -180,7 +218,15 @@ def _summary(rewards: RewardDistribution) -> dict[str, float]:
 
 
 def plain_view(rewards: RewardDistribution) -> RewardDistribution:
-    """What a tool that knows only scalar rewards makes of a model: Bradley–Terry with the locations."""
+    """The model as a tool sees it that knows only scalar rewards: Bradley–Terry with the same locations.
+
+    Args:
+        rewards ([`RewardDistribution`]):
+            Rewards of shape `(N,)`.
+
+    Returns:
+        [`RewardDistribution`]: Rewards of the logistic family with every scale at 1/√2.
+    """
     return RewardDistribution(rewards.location, torch.full_like(rewards.location, 2**-0.5), "logistic")
 
 
@@ -188,7 +234,18 @@ def plain_view(rewards: RewardDistribution) -> RewardDistribution:
 
 
 def save_scores(path: Path, rewards: RewardDistribution, held_out: HeldOut) -> None:
-    """Write the reward of every answer: `item`, `answer`, `subset`, `name`, `location`, `scale`, as Parquet."""
+    """Writes the reward of every answer to a Parquet file with the columns `item`, `answer`, `subset`, `name`,
+    `location`, `scale` and, if the model has it, `location_error`.
+
+    Args:
+        path (`Path`):
+            File to write.
+        rewards ([`RewardDistribution`]):
+            Rewards of `held_out.sequences`.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            The data.
+    """
+    # A sequence that occurs in several items was scored once; here it gets a row for each.
     positions = np.concatenate(held_out.answers)
     columns: dict[str, Any] = {
         "item": np.repeat(np.arange(len(held_out.items)), list(map(len, held_out.answers))),
@@ -204,7 +261,17 @@ def save_scores(path: Path, rewards: RewardDistribution, held_out: HeldOut) -> N
 
 
 def as_text(found: Evaluation, title: str) -> str:
-    """The figures for a person to read."""
+    """Formats the results for the terminal.
+
+    Args:
+        found ([`Evaluation`]):
+            Results to format.
+        title (`str`):
+            First line.
+
+    Returns:
+        `str`: The text.
+    """
     counts = found.counts
     lines = [
         title,
@@ -222,7 +289,17 @@ def as_text(found: Evaluation, title: str) -> str:
 
 
 def as_markdown(found: Evaluation, data: str) -> str:
-    """The figures for a model card."""
+    """Formats the results for a model card.
+
+    Args:
+        found ([`Evaluation`]):
+            Results to format.
+        data (`str`):
+            Path or Hub id of the data. Only its last part is shown.
+
+    Returns:
+        `str`: A Markdown table.
+    """
     lines = [
         f"{found.counts['comparisons']:,} comparisons of `{Path(data).name}`; 95 % intervals of the bootstrap.",
         "",
@@ -235,10 +312,24 @@ def as_markdown(found: Evaluation, data: str) -> str:
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:
-    """The figures for a program to read, each `{"value": ..., "low": ..., "high": ...}`, null where undefined."""
+    """Converts the results to JSON values, as written to `metrics.json`.
+
+    Args:
+        found ([`Evaluation`]):
+            Results to convert.
+
+    Returns:
+        `dict`: Fields of [`Evaluation`]. Each figure is `{"value": ..., "low": ..., "high": ...}`; an undefined number
+        is `None`.
+    """
+    # JSON has no NaN: Python writes it all the same, and `parse_constant` makes it null.
     return json.loads(json.dumps(vars(found), default=vars), parse_constant=lambda _: None)
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a figure may depend on."""
+    """Versions of the packages that results may depend on.
+
+    Returns:
+        `dict[str, str]`: Versions by package name.
+    """
     return {name: version(name) for name in VERSIONS}

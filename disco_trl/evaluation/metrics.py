@@ -1,8 +1,9 @@
-"""How good is a reward model on comparisons that it has not seen, and how honest is its error bar?
+"""Metrics of a reward model on held-out comparisons: accuracy, calibration and selective prediction, with bootstrap
+intervals.
 
-Every metric is a pure function of `Forecasts`: what a model said of each comparison and what people said, whichever
-model it was and wherever the comparisons come from (`disco_trl.evaluation.evaluate` runs models over data). A plain
-scalar reward model is read as Bradley–Terry, that is the logistic family with every scale at 1/√2, so that
+Every metric is a pure function of [`Forecasts`]: what a model predicted for each comparison and what people said. It
+depends neither on the model nor on the source of the comparisons (`disco_trl.evaluation.evaluate` runs models over
+data). A scalar reward model is read as Bradley–Terry, which is the logistic family with every scale at 1/√2, so that
 `RewardDistribution.log_prob_greater` serves both.
 """
 
@@ -25,15 +26,21 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Forecasts:
-    """
-    Comparisons of two answers each, forecast by a model and judged by people. All arrays `[N]`, float64.
+    """Forecasts of a model for comparisons of two answers, with people's judgements. All arrays are float64 of shape
+    `(N,)`.
 
     Attributes:
-        log_prob: log P(first ≻ second) in nats.
-        log_prob_reverse: log P(second ≻ first); given, as 1 − P loses what is left of it near 1.
-        margin: location of the first less that of the second.
-        target: the share of people who preferred the first; 1 for a forced choice of it, 0.5 for a tie.
-        weight: how many people were asked; with 0 a comparison counts nowhere.
+        log_prob (`np.ndarray`):
+            log P(first ≻ second) in nats.
+        log_prob_reverse (`np.ndarray`):
+            log P(second ≻ first) in nats. It is stored because computing it as log(1 − P) loses all precision near P =
+            1.
+        margin (`np.ndarray`):
+            Location of the first answer minus that of the second, in units of the reward.
+        target (`np.ndarray`):
+            Share of people who preferred the first answer: 1 for a forced choice of it, 0.5 for a tie.
+        weight (`np.ndarray`):
+            Number of people who were asked. A comparison of weight 0 is not counted by any metric.
     """
 
     log_prob: np.ndarray
@@ -50,7 +57,21 @@ class Forecasts:
         target: ArrayLike = 1.0,
         weight: ArrayLike = 1.0,
     ) -> Forecasts:
-        """Forecasts by the rewards of the first and the second answers, `[N]` each."""
+        """Forecasts from the rewards of the first and second answers.
+
+        Args:
+            first ([`RewardDistribution`]):
+                Rewards of the first answers, of shape `(N,)`.
+            second ([`RewardDistribution`]):
+                Rewards of the second answers, of shape `(N,)`.
+            target (`float` or array-like of shape `(N,)`, *optional*, defaults to `1.0`):
+                Share of people who preferred the first answer.
+            weight (`float` or array-like of shape `(N,)`, *optional*, defaults to `1.0`):
+                Number of people who were asked.
+
+        Returns:
+            [`Forecasts`]: `N` forecasts.
+        """
         columns = (
             first.log_prob_greater(second),
             second.log_prob_greater(first),
@@ -62,9 +83,21 @@ class Forecasts:
 
     @classmethod
     def of_probabilities(cls, prob: ArrayLike, target: ArrayLike = 1.0, weight: ArrayLike = 1.0) -> Forecasts:
-        """Forecasts that are known as probabilities `[N]` that the first wins; the better side is the likelier one."""
+        """Forecasts from probabilities, for models that have no locations.
+
+        Args:
+            prob (array-like of shape `(N,)`):
+                P(first ≻ second). The margin is the probability minus 0.5.
+            target (`float` or array-like of shape `(N,)`, *optional*, defaults to `1.0`):
+                Share of people who preferred the first answer.
+            weight (`float` or array-like of shape `(N,)`, *optional*, defaults to `1.0`):
+                Number of people who were asked.
+
+        Returns:
+            [`Forecasts`]: `N` forecasts.
+        """
         prob = np.asarray(prob, dtype=float)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore"):  # A probability of 0 or 1 is a log-probability of −∞, and a valid forecast.
             columns = (np.log(prob), np.log1p(-prob), prob - 0.5, target, weight)
         return cls(*(np.broadcast_to(np.asarray(column, dtype=float), len(prob)) for column in columns))
 
@@ -75,27 +108,37 @@ class Forecasts:
         return Forecasts(*(column[index] for column in vars(self).values()))
 
     def times(self, counts: np.ndarray) -> Forecasts:
-        """The same with each comparison counted that often, `[N]`."""
+        """The same forecasts with multiplied weights, such as the counts of a bootstrap resample.
+
+        Args:
+            counts (`np.ndarray` of shape `(N,)`):
+                Factor of each comparison's weight.
+
+        Returns:
+            [`Forecasts`]: `N` forecasts.
+        """
         return Forecasts(self.log_prob, self.log_prob_reverse, self.margin, self.target, self.weight * counts)
 
     @property
     def prob(self) -> np.ndarray:
-        """P(first ≻ second)."""
+        """P(first ≻ second), of shape `(N,)`."""
         return np.exp(self.log_prob)
 
     @property
     def confidence(self) -> np.ndarray:
-        """Probability of the side that the model thinks likelier, 0.5 to 1."""
+        """Probability of the answer that the model considers more likely to be preferred, from 0.5 to 1, of shape
+        `(N,)`.
+        """
         return np.exp(np.maximum(self.log_prob, self.log_prob_reverse))
 
     @property
     def right(self) -> np.ndarray:
-        """The share of people who agree with the sign of the margin; half of them where it is 0."""
+        """Share of people who agree with the sign of the margin, of shape `(N,)`. It is 0.5 where the margin is 0."""
         return 0.5 + np.sign(self.margin) * (self.target - 0.5)
 
     @property
     def nll(self) -> np.ndarray:
-        """−log likelihood of a person's choice, in nats."""
+        """Negative log-likelihood of one person's choice in nats, of shape `(N,)`."""
         return -_mix(self.target, self.log_prob, self.log_prob_reverse)
 
 
@@ -105,27 +148,61 @@ def _mix(share: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return share * parts[0] + (1 - share) * parts[1]
 
 
-# Comparisons to figures
+# Metrics of comparisons
 
 
 def accuracy(forecasts: Forecasts) -> float:
-    """Share of people who agree with the sign of the margin. Equal locations count half; people's ties not at all."""
+    """Share of people who agree with the sign of the margin.
+
+    Equal locations count half. People's ties are left out.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+
+    Returns:
+        `float`: Accuracy from 0 to 1; `nan` without comparisons.
+    """
     return _mean(forecasts.right, np.where(forecasts.target == 0.5, 0.0, forecasts.weight))
 
 
 def negative_log_likelihood(forecasts: Forecasts) -> float:
-    """Mean −log P(what a person said) in nats; with soft labels, the cross-entropy. Knowing nothing, log 2 = 0.693."""
+    """Mean negative log-likelihood of a person's choice in nats. With soft labels it is the cross-entropy.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+
+    Returns:
+        `float`: Negative log-likelihood. An uninformed forecast of 0.5 scores log 2 = 0.693.
+    """
     return _mean(forecasts.nll, forecasts.weight)
 
 
 def brier_score(forecasts: Forecasts) -> float:
-    """Mean squared error of the forecast of a person's choice. Unknowing it is 0.25."""
+    """Mean squared error of the forecast probability against a person's choice.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+
+    Returns:
+        `float`: Brier score. An uninformed forecast of 0.5 scores 0.25.
+    """
     prob = forecasts.prob
     return _mean(_mix(forecasts.target, (1 - prob) ** 2, prob**2), forecasts.weight)
 
 
 def mean_confidence(forecasts: Forecasts) -> float:
-    """Sharpness: the mean probability of the likelier side. Above the accuracy, the model is sure of too much."""
+    """Sharpness: the mean probability of the more likely answer.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+
+    Returns:
+        `float`: Mean confidence from 0.5 to 1. A model whose confidence exceeds its accuracy is overconfident.
+    """
     return _mean(forecasts.confidence, forecasts.weight)
 
 
@@ -136,92 +213,154 @@ def _mean(values: np.ndarray, weight: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class ReliabilityCurve:
-    """Comparisons in bins of equal mass, by the probability that was forecast; each field is an array `[bins]`."""
+    """Predicted and observed frequencies in bins of equal mass.
 
-    predicted: np.ndarray  # mean forecast probability that the first side wins
-    observed: np.ndarray  # share of people in the bin for whom it did
-    count: np.ndarray  # people in the bin
+    Attributes:
+        predicted (`np.ndarray` of shape `(bins,)`):
+            Mean forecast probability that the first answer is preferred.
+        observed (`np.ndarray` of shape `(bins,)`):
+            Share of people in the bin who preferred it.
+        count (`np.ndarray` of shape `(bins,)`):
+            Number of people in the bin.
+    """
+
+    predicted: np.ndarray
+    observed: np.ndarray
+    count: np.ndarray
 
 
 def reliability_curve(forecasts: Forecasts, bins: int = BINS, seed: int = 0) -> ReliabilityCurve:
-    """
-    Predicted against observed frequency.
+    """Predicted against observed frequency.
 
-    In most data the chosen side always wins, so that P(chosen ≻ rejected) has nothing to be calibrated against. Hence
-    each comparison gets a random orientation first.
+    In most datasets the chosen answer is always the first, so that P(first ≻ second) has nothing to be calibrated
+    against. Each comparison is therefore given a random orientation first.
 
     Args:
-        forecasts: the comparisons.
-        bins: bins of equal mass; fewer than asked for if there are fewer comparisons.
-        seed: seed of the orientations.
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+        bins (`int`, *optional*, defaults to `15`):
+            Number of bins of equal mass. There are fewer if there are fewer comparisons.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the random orientations.
+
+    Returns:
+        [`ReliabilityCurve`]: The curve, in ascending order of the predicted probability.
     """
+    # A fixed seed gives all models on the same data the same orientations, so that their errors can be compared.
     flipped = np.random.default_rng(seed).random(len(forecasts)) < 0.5
     predicted = np.where(flipped, np.exp(forecasts.log_prob_reverse), forecasts.prob)
     observed = np.where(flipped, 1 - forecasts.target, forecasts.target)
     order = np.argsort(predicted, kind="stable")
     order = order[forecasts.weight[order] > 0]
-    # By the middle of each comparison's own mass, so that no mass is in two bins.
+    # Bins have equal mass rather than equal width: forecasts crowd in the middle or at the ends, and bins of equal
+    # width would be nearly empty elsewhere. A comparison belongs to the bin that holds the middle of its mass, so that
+    # the votes of one comparison are never split.
     weight = forecasts.weight[order]
     middle = (np.cumsum(weight) - weight / 2) / weight.sum()
     bins = min(bins, len(order))
     bin_ = np.minimum((middle * bins).astype(int), bins - 1)
     count = np.bincount(bin_, weight, bins)
-    filled = count > 0  # a comparison of many people can fill several
+    filled = count > 0  # One comparison with many votes can span several bins and leave all but one of them empty.
     sums = [np.bincount(bin_, weight * column[order], bins)[filled] for column in (predicted, observed)]
     return ReliabilityCurve(sums[0] / count[filled], sums[1] / count[filled], count[filled])
 
 
 def calibration_error(forecasts: Forecasts, bins: int = BINS, seed: int = 0) -> float:
-    """
-    Expected calibration error: the mean over people of |observed − predicted| in their bin of the `reliability_curve`.
+    """Expected calibration error: the mean over people of |observed − predicted| in their bin of the
+    [`reliability_curve`].
 
-    Perfect forecasts score above 0 as well, by chance: about 0.3/√(N / bins), which is 0.007 at 30,000 votes.
+    By chance alone, perfect forecasts also score above 0: about 0.3 / √(N / bins), which is 0.007 for 30,000 votes.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+        bins (`int`, *optional*, defaults to `15`):
+            Number of bins.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the random orientations.
+
+    Returns:
+        `float`: Calibration error from 0 to 1.
     """
     curve = reliability_curve(forecasts, bins, seed)
     return _mean(np.abs(curve.observed - curve.predicted), curve.count)
 
 
 def debiased_calibration_error(forecasts: Forecasts, bins: int = BINS, seed: int = 0) -> float:
-    """
-    Root mean square of observed − predicted, less what chance alone would bring; 0 where chance explains all.
+    """Root mean square of observed − predicted, with the contribution of chance removed.
 
-    The variance of each bin's share is estimated and taken off its squared difference (A. Kumar et al., 2019,
-    arXiv 1909.10155).
+    The variance of the observed share of each bin is estimated and subtracted from its squared difference (A. Kumar et
+    al., 2019, arXiv 1909.10155).
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+        bins (`int`, *optional*, defaults to `15`):
+            Number of bins.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the random orientations.
+
+    Returns:
+        `float`: Calibration error from 0 to 1; 0 if chance explains all of the difference.
     """
     curve = reliability_curve(forecasts, bins, seed)
+    # Unbiased estimate of a binomial share's variance. Its sum can exceed that of the squared differences, in which
+    # case the root is clipped at 0.
     chance = curve.observed * (1 - curve.observed) / np.maximum(curve.count - 1, 1)
     return math.sqrt(max(_mean((curve.observed - curve.predicted) ** 2 - chance, curve.count), 0.0))
 
 
 def risk_coverage_curve(forecasts: Forecasts) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The error rate among the comparisons that the model is surest of, as more of them are taken.
+    """Error rate on the comparisons that the model is most confident of, as a function of how many are kept (R.
+    El-Yaniv and Y. Wiener, 2010). People's ties are left out.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
 
     Returns:
-        Coverage, ascending to 1, and risk, both `[N]`: the share of people in the surest comparisons, and the share of
-        these people who disagree (R. El-Yaniv and Y. Wiener, 2010). People's ties are left out.
+        `tuple[np.ndarray, np.ndarray]`: Coverage and risk, both of shape `(N,)`. Coverage, ascending to 1, is the
+        share of people in the comparisons that are kept; risk is the share of these people who disagree with the
+        model.
     """
+    # A stable sort, so that the curve does not depend on the platform where forecasts are equally confident.
     order = np.argsort(-forecasts.confidence, kind="stable")
     weight = np.where(forecasts.target == 0.5, 0.0, forecasts.weight)[order]
     order, weight = order[weight > 0], weight[weight > 0]
+    # Coverage counts people, so that a comparison with many votes covers more than one with a single vote.
     covered = np.cumsum(weight)
     wrong = np.cumsum(weight * (1 - forecasts.right[order]))
     return covered / covered[-1:], wrong / covered
 
 
 def area_under_risk_coverage(forecasts: Forecasts) -> float:
-    """The mean risk over all coverages: small if the model is right, and knows when it is."""
+    """Area under the risk–coverage curve: the mean risk over all coverages.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+
+    Returns:
+        `float`: Area from 0 to 1. It is small if the model is accurate and its confidence separates errors from hits;
+        `nan` without comparisons.
+    """
     coverage, risk = risk_coverage_curve(forecasts)
     return float(risk @ np.diff(coverage, prepend=0.0)) if len(risk) else math.nan
 
 
 def auroc_of_errors(forecasts: Forecasts) -> float:
-    """
-    How well doubt tells wrong forecasts from right ones: the probability that the model was less confident of a
-    comparison that it had wrong than of one that it had right. 0.5 is chance; nan where all are right or all wrong.
+    """AUROC of doubt: the probability that the model is less confident on a comparison that it gets wrong than on one
+    that it gets right. People's ties and equal locations are left out.
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+
+    Returns:
+        `float`: AUROC from 0 to 1, where 0.5 is chance; `nan` if all forecasts are right, or all are wrong.
     """
     weight = np.where((forecasts.target == 0.5) | (forecasts.margin == 0), 0.0, forecasts.weight)
-    # Of people who were of two minds, some make it right and the others wrong.
+    # Each comparison is listed twice, as wrong and as right, weighted by the number of people for whom it is so.
     weights = np.concatenate([weight * (1 - forecasts.right), weight * forecasts.right])
     wrong = np.repeat([True, False], len(forecasts))
     counts = weights > 0
@@ -244,34 +383,63 @@ METRICS: dict[str, Callable[[Forecasts], float]] = {
 
 
 def pair_metrics(forecasts: Forecasts) -> dict[str, float]:
-    """All :data:`METRICS` of comparisons."""
+    """Computes all [`METRICS`].
+
+    Args:
+        forecasts ([`Forecasts`]):
+            Forecasts to evaluate.
+
+    Returns:
+        `dict[str, float]`: Values by the name of the metric.
+    """
     return {name: metric(forecasts) for name, metric in METRICS.items()}
 
 
-# How far to trust the figures
+# Bootstrap intervals
 
 
 def resamples(groups: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
-    """
-    How often each of N comparisons counts in each resample of the bootstrap (B. Efron, 1979), `[draws, N]`.
+    """Counts of the comparisons in each resample of the bootstrap (B. Efron, 1979).
+
+    Comparisons that share a prompt or an answer are not independent, so groups of them are drawn. If every side of a
+    comparison has a group of its own, a comparison of two groups is counted as often as the product of their counts,
+    because both have to be drawn (A. Owen's pigeonhole bootstrap, 2007).
 
     Args:
-        groups: `[N]`, what is drawn together: the number of each comparison's prompt, say. Or `[N, 2]`, one for each
-            of its sides, where the same answers stand in many comparisons: a comparison of two groups then counts as
-            often as both were drawn, the product (A. Owen's pigeonhole bootstrap, 2007).
-        draws: resamples.
-        seed: of the draws.
+        groups (`np.ndarray` of shape `(N,)` or `(N, 2)`):
+            Identifier of the group that is drawn together, such as the prompt, for each comparison or for each of its
+            two sides. Two columns are for data in which the same answers occur in many comparisons.
+        draws (`int`):
+            Number of resamples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resamples.
+
+    Returns:
+        `np.ndarray` of shape `(draws, N)`: Counts, int16.
     """
     _, group = np.unique(groups, return_inverse=True)
     sides = group.reshape(len(groups), -1)
     count = group.max() + 1
+    # Counts of groups drawn with replacement are multinomial. int16 keeps `draws` rows of N counts affordable.
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.int16)
     first, last = sides[:, 0], sides[:, -1]
     return np.where(first == last, drawn[:, first], drawn[:, first] * drawn[:, last])
 
 
 def interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of bootstrap values (percentile method); nan if any of them is nan."""
+    """Percentile interval of bootstrap values.
+
+    Args:
+        values (array-like):
+            Values of the resamples.
+        level (`float`, *optional*, defaults to `0.95`):
+            Share of the values inside the interval.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper end; `nan` if any value is `nan`.
+    """
+    # The percentile method needs no variance and stays within the range of bounded metrics. `np.quantile` propagates
+    # NaN, so that a metric that is undefined in a resample gets no interval rather than one of the remaining values.
     low, high = np.quantile(np.asarray(values, dtype=float), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -284,47 +452,72 @@ def paired_bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """
-    The mean difference of two models on the same pairs, and an interval for it.
+    """Mean difference of two models on the same pairs, with a bootstrap interval.
+
+    Resampling pairs rather than models removes what both models have in common, the difficulty of a pair, so that much
+    smaller differences can be detected than by comparing two separate intervals.
 
     Args:
-        ours, theirs: a figure of each pair, such as its negative log-likelihood, of one model and of the other: `[N]`,
-            or `[seeds, N]` for runs that were made in pairs.
-        groups: of the pairs, as in `resamples`; without them each pair is drawn by itself.
-        draws: of the bootstrap. Each resamples the groups, and the seeds if there are several.
-        level: of the interval (percentile method; B. Efron, 1979).
-        seed: of the draws.
+        ours (array-like of shape `(N,)` or `(seeds, N)`):
+            Figure of each pair by the first model, such as its negative log-likelihood.
+        theirs (array-like of the same shape):
+            The same by the second model. Row `i` of both is a run with the same seed.
+        groups (`np.ndarray`, *optional*, defaults to `None`):
+            Groups of the pairs, see [`resamples`]. If `None`, each pair is drawn by itself.
+        draws (`int`, *optional*, defaults to `2000`):
+            Number of resamples. Each resamples the groups, and the seeds if there are several.
+        level (`float`, *optional*, defaults to `0.95`):
+            Level of the percentile interval.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resamples.
 
     Returns:
-        The mean of ours − theirs, and the lower and upper end of its interval.
+        `tuple[float, float, float]`: Mean of `ours - theirs`, and the lower and upper end of its interval.
     """
     difference = np.atleast_2d(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))
     runs, count = difference.shape
     generator = np.random.default_rng(seed)
     counts = resamples(np.arange(count) if groups is None else groups, draws, seed)
+    # Seeds are drawn as well as pairs: an interval over pairs alone describes these training runs, not the method.
     means = [
         (difference[generator.integers(runs, size=runs)] @ weight).mean() / max(weight.sum(), 1) for weight in counts
     ]
     return float(difference.mean()), *interval(means, level)
 
 
-# Texts to figures, where people's own ratings of each text are known
+# Rank correlations with people's ratings
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's rank correlation of `a` `[N]` and `b` `[N]`, ties at their mean rank; nan if either is constant."""
+    """Spearman's rank correlation, with ties at their mean rank.
+
+    Args:
+        a (array-like of shape `(N,)`):
+            First variable.
+        b (array-like of shape `(N,)`):
+            Second variable.
+
+    Returns:
+        `float`: Correlation from −1 to 1; `nan` if a variable is constant.
+    """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:  # SciPy returns NaN as well, with a warning each time.
         return math.nan
     return float(stats.spearmanr(a, b).statistic)
 
 
 def centrality(location: ArrayLike) -> np.ndarray:
-    """
-    −|μ − median(μ)|, `[N]`: the baseline that any claim about learned scales must beat.
+    """−|μ − median(μ)|: the baseline that any claim about learned scales has to beat.
 
-    People disagree least about extreme texts (and a bounded rating leaves them no room to), so that this alone, with
-    no scale learned, ranks with their standard deviation.
+    People disagree least about extreme texts, and a bounded rating scale leaves them little room to. This baseline,
+    without any learned scale, therefore correlates with the standard deviation of their ratings.
+
+    Args:
+        location (array-like of shape `(N,)`):
+            Locations of the rewards.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: The baseline, in units of the reward.
     """
     location = np.asarray(location, dtype=float)
     return -np.abs(location - np.median(location))

@@ -1,9 +1,8 @@
-"""
-The page that shows an evaluation: one self-contained HTML file, and its pictures as PNG.
+"""Report of an evaluation: one self-contained HTML file, and its charts as PNG.
 
-It works offline, in light and dark, on a phone and on paper; nothing in it is fetched or run. What flows: the figures
-of each model (`disco_trl.evaluation.evaluate.as_json`) and, for the examples, one model's rewards of the held-out data
-→ tables and pictures → `report.html` of this package, filled in.
+The page works offline, in light and dark mode, on a phone and on paper. It neither loads nor runs anything. What
+flows: the figures of each model (`disco_trl.evaluation.evaluate.as_json`) and, for the examples, one model's rewards
+of the held-out data → tables and charts → `report.html` of this package, filled in.
 """
 
 from __future__ import annotations
@@ -28,28 +27,34 @@ EXAMPLES = 2
 LONGEST_TEXT = 600
 
 EXPLAINED = {
-    "accuracy": ("Accuracy", "share of people's choices on the model's side; higher is better"),
-    "nll": ("NLL", "−log probability of a person's choice, in nats; lower is better, 0.693 knows nothing"),
-    "brier": ("Brier score", "squared error of the probability; lower is better, 0.25 knows nothing"),
-    "calibration_error": ("Calibration error", "how far probabilities are from frequencies, 15 bins; lower is better"),
-    "debiased_calibration_error": ("Calibration error, debiased", "root mean square, less what chance brings"),
-    "confidence": ("Confidence", "mean probability of the likelier side; above the accuracy is too sure"),
-    "risk_coverage_area": ("Risk–coverage area", "mean error rate as the doubtful are left out; lower is better"),
-    "auroc_of_errors": ("AUROC of doubt", "how well doubt tells errors from hits; 0.5 is chance"),
+    "accuracy": ("Accuracy", "share of people who agree with the model; higher is better"),
+    "nll": ("NLL", "−log probability of a person's choice, in nats; lower is better, 0.693 is uninformed"),
+    "brier": ("Brier score", "squared error of the probability; lower is better, 0.25 is uninformed"),
+    "calibration_error": ("Calibration error", "distance of probabilities from frequencies, 15 bins; lower is better"),
+    "debiased_calibration_error": ("Calibration error, debiased", "root mean square, with chance subtracted"),
+    "confidence": ("Confidence", "mean probability of the more likely answer; above the accuracy is overconfident"),
+    "risk_coverage_area": (
+        "Risk–coverage area",
+        "mean error rate as doubtful comparisons are left out; lower is better",
+    ),
+    "auroc_of_errors": ("AUROC of doubt", "how well doubt separates errors from hits; 0.5 is chance"),
 }
-"""What a person calls each metric, and what it means."""
+"""Title and explanation of each metric."""
 
 
 @dataclass
 class Model:
-    """
-    A model in a report.
+    """Model in a report.
 
-    Attributes:
-        name: what the page calls it.
-        found: its figures, as in metrics.json.
-        history: (epoch, NLL) in training, where that is known.
-        facts: anything to list of it: minutes, memory, settings.
+    Args:
+        name (`str`):
+            Name of the model on the page.
+        found (`dict`):
+            Its figures, in the form of `metrics.json`.
+        history (`list[tuple[float, float]]`, *optional*, defaults to `[]`):
+            Epoch and negative log-likelihood during training.
+        facts (`dict[str, str]`, *optional*, defaults to `{}`):
+            Further facts to list, such as minutes, memory and settings.
     """
 
     name: str
@@ -60,12 +65,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Verdict:
-    """
-    How a figure of a model differs from the reference's.
+    """Difference of a figure from that of the reference model.
 
     Attributes:
-        word: better, worse or undecided.
-        mean, low, high: the difference and its interval.
+        word (`str`):
+            `"better"`, `"worse"` or `"undecided"`.
+        mean (`float`):
+            The difference.
+        low (`float`):
+            Lower end of its interval.
+        high (`float`):
+            Upper end of its interval.
     """
 
     word: str
@@ -75,7 +85,7 @@ class Verdict:
 
     @property
     def difference(self) -> str:
-        """In digits."""
+        """The difference and its interval as text."""
         return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})".replace("-", "−")
 
     def __str__(self) -> str:
@@ -84,7 +94,22 @@ class Verdict:
 
 @dataclass
 class Example:
-    """A comparison to look at, with what people said of it in words."""
+    """Comparison to show in a report.
+
+    Attributes:
+        kind (`str`):
+            Why it is shown.
+        prompt (`str`):
+            Text that both answers follow.
+        answers (`list[str]`):
+            The two answers.
+        prob (`float`):
+            P(first ≻ second).
+        said (`str`):
+            What people said, in words.
+        picture (`Markup`):
+            Chart of the two rewards' densities, as SVG.
+    """
 
     kind: str
     prompt: str
@@ -105,19 +130,30 @@ def write_report(
     brackets: str = "95 % intervals of the bootstrap",
     examples: int = EXAMPLES,
 ) -> Path:
-    """
-    Write `report.html` and its pictures.
+    """Writes `report.html` and its charts.
 
     Args:
-        folder: where to.
-        title: of the page.
-        models: the first is whose subsets and examples are shown.
-        rewards: of the first model for `held_out.sequences`.
-        held_out: the data.
-        verdicts: by model, and by figure, how it differs from the reference.
-        setup: what to list of the run: data, command, versions.
-        brackets: what `low` and `high` of the figures are.
-        examples: as for :func:`pick_examples`.
+        folder (`Path`):
+            Folder to write to.
+        title (`str`):
+            Title of the page.
+        models (`list[Model]`):
+            Models to show. Subsets and examples are those of the first.
+        rewards ([`RewardDistribution`]):
+            Rewards of the first model for `held_out.sequences`.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            The data.
+        verdicts (`dict[str, dict[str, Verdict]]`, *optional*, defaults to `None`):
+            Differences from the reference model, by model and figure.
+        setup (`dict[str, str]`, *optional*, defaults to `None`):
+            Facts of the run to list, such as data, command and versions.
+        brackets (`str`, *optional*, defaults to `"95 % intervals of the bootstrap"`):
+            What the numbers in brackets mean.
+        examples (`int`, *optional*, defaults to `2`):
+            Number of examples of each kind, see [`pick_examples`].
+
+    Returns:
+        `Path`: Path of the page.
     """
     drawings = {
         "reliability": (
@@ -136,6 +172,7 @@ def write_report(
         )
     for name, (draw, _) in drawings.items():
         charts.save_png(draw, folder / f"{name}.png")
+    # Texts of the data end up in the page, so that everything is escaped except the SVG made here.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
@@ -153,16 +190,29 @@ def write_report(
 
 
 def pick_examples(rewards: RewardDistribution, held_out: HeldOut, each: int = EXAMPLES) -> list[Example]:
-    """`each` comparisons that a model is surest of and right, most torn about, and wrong on with confidence."""
+    """Picks comparisons to show: those that the model is most confident of and right about, those that it is least
+    confident of, and those that it is most confidently wrong about.
+
+    Args:
+        rewards ([`RewardDistribution`]):
+            Rewards of `held_out.sequences`.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            The data.
+        each (`int`, *optional*, defaults to `2`):
+            Maximum number of examples of each kind.
+
+    Returns:
+        `list[Example]`: The examples, kind by kind.
+    """
     forecasts = held_out.forecasts(rewards)
     judged = np.flatnonzero(forecasts.weight > 0)
     is_right = forecasts.right[judged] > 0.5
-    is_wrong = forecasts.right[judged] < 0.5
+    is_wrong = forecasts.right[judged] < 0.5  # Not the complement: a tie is neither right nor wrong.
     by_confidence = np.argsort(-forecasts.confidence[judged], kind="stable")
     kinds = {
-        "Surest, and right": by_confidence[is_right[by_confidence]],
-        "Most torn": by_confidence[::-1],
-        "Wrong, with confidence": by_confidence[is_wrong[by_confidence]],
+        "Most confident, and right": by_confidence[is_right[by_confidence]],
+        "Least confident": by_confidence[::-1],
+        "Most confident, and wrong": by_confidence[is_wrong[by_confidence]],
     }
     examples = []
     for kind, order in kinds.items():
@@ -186,6 +236,7 @@ def _in_words(share: float, people: float) -> str:
 
 
 def _of_different_items(order: np.ndarray, held_out: HeldOut, most: int) -> list[int]:
+    # No answer is shown twice: in a ranking, the same answer would fill most of the examples.
     seen: set[int] = set()
     chosen: list[int] = []
     for index in order:
@@ -205,7 +256,7 @@ def _answer_of(held_out: HeldOut, comparison: int, sequence: int) -> Row:
 
 
 def _split(answers: list[Row]) -> tuple[str, list[str]]:
-    """What two answers follow, and each of them, as text of bounded length."""
+    """The text that two answers follow, and each answer, both as text of bounded length."""
     contents = [answer.get("content", f"{len(answer.get('ids', ()))} tokens") for answer in answers]
     prompt = ""
     if all(isinstance(content, list) for content in contents):

@@ -1,4 +1,4 @@
-"""The best of several answers to each prompt, by transformed reward."""
+"""Best of N: the answer with the highest transformed reward, for each prompt."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from .reward_function import Content
 
 @dataclass(frozen=True)
 class Best:
-    """The best of the answers to one prompt, and what all of them are worth.
+    """Best answer to one prompt, with the rewards of all its candidates.
 
     Attributes:
-        index: position of the best answer.
-        candidate: that answer.
-        rewards: Tensor `[N]`, the transformed rewards of all.
-        distribution: their locations and scales, `[N]`.
+        index (`int`):
+            Position of the best answer among the candidates.
+        candidate (`str` or `list[dict]`):
+            The best answer.
+        rewards (`torch.Tensor` of shape `(N,)`):
+            Transformed rewards of all candidates.
+        distribution ([`RewardDistribution`]):
+            Distributions of the rewards of all candidates, of shape `(N,)`.
     """
 
     index: int
@@ -42,19 +46,30 @@ def best_of_n(
     columns: dict[str, Sequence[Any]] | None = None,
     **options: Any,
 ) -> list[Best]:
-    """The best answer to each prompt, by transformed reward.
+    """Selects the best answer to each prompt by its transformed reward.
 
     Args:
-        prompts: `P` texts or lists of messages.
-        candidates: for each prompt its answers, at least one, of the prompt's kind.
-        transform, model, processing_class, **options: as for `DiscoReward`.
-        columns: `tools` and `chat_template_kwargs`, `P` of each.
+        prompts (`Sequence`):
+            `P` texts or `P` lists of messages.
+        candidates (`Sequence[Sequence]`):
+            For each prompt a non-empty list of answers, of the same kind as the prompt.
+        transform (`str`, *optional*, defaults to `"mean"`):
+            Name of the transform, see [`DiscoReward`].
+        model (`str`, `os.PathLike`, [`DiscoRewardModel`] or [`~peft.PeftModel`]):
+            Reward model, see [`DiscoReward`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*, defaults to `None`):
+            Tokenizer of the training, see [`DiscoReward`].
+        columns (`dict[str, Sequence]`, *optional*, defaults to `None`):
+            `tools` and `chat_template_kwargs`, `P` values of each.
+        **options:
+            Further arguments of [`DiscoReward`].
 
     Returns:
-        A `Best` for each prompt; of equal rewards the first wins.
+        `list[Best]`: One [`Best`] for each prompt. Of equal rewards the first wins.
 
     Raises:
-        ValueError: if a prompt has no candidates (it names the row), and as `DiscoReward` does.
+        `ValueError`: If a prompt has no candidates (the message contains the row), and in the cases of
+        [`DiscoReward`].
     """
     if len(prompts) != len(candidates):
         raise ValueError(f"{len(prompts)} prompts but {len(candidates)} lists of candidates; they go together by row")
@@ -71,6 +86,7 @@ def best_of_n(
             for name, values in (columns or {}).items()
         },
     )
+    # Groups are the rows and not equal prompts: a prompt that occurs twice is two tasks with candidates of their own.
     group = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts, dtype=torch.long))
     rewards = reward.transform(distribution, group)
     return [

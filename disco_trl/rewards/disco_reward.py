@@ -1,12 +1,12 @@
-"""The hand-off: a reward model in the place where a policy is optimized.
+"""The hand-off: a reward model as the reward function of a policy trainer.
 
-A `RewardFunction` is what TRL calls in GRPO, RLOO and wherever else it takes one. It turns the distribution of each
-row's reward into one number by a transform (`disco_trl.distributions.transforms`), by default `"mean"`, the location.
-`DiscoReward` has its model at hand; `disco_trl.serving.client.RemoteReward` has it behind a server. `best_of_n` picks
-an answer.
+TRL calls a [`~disco_trl.rewards.reward_function.RewardFunction`] in GRPO, RLOO and every other trainer that accepts
+one. It maps the distribution of each row's reward to a number by a transform (`disco_trl.distributions.transforms`),
+by default `"mean"`, the location. [`DiscoReward`] runs the model in this process.
+[`disco_trl.serving.client.RemoteReward`] queries a server.
 
-What flows: prompts and completions → location, scale and traits of each row → the same of all processes' rows, in the
-order of the processes → groups of equal prompts → metrics and rewards → this process's own.
+What flows: prompts and completions → location, scale and traits of each row → the rows of all processes, in the order
+of the processes → groups of equal prompts → metrics and rewards → the rewards of this process's rows.
 """
 
 from __future__ import annotations
@@ -38,51 +38,66 @@ from .reward_function import Content, RewardFunction
 logger = logging.getLogger(__name__)
 
 FAR = 3.0
-"""Standard deviations of the training rows beyond which the mean of a batch is not like them any more."""
+"""Distance of a batch's mean from the mean of the training data, in standard deviations of the training data, beyond
+which a warning is logged."""
 
 
 class DiscoReward(RewardFunction):
-    """A disco reward model as a TRL reward function: ``reward(prompts, completions, **columns) -> list[float]``.
+    """Disco reward model as a TRL reward function: `reward(prompts, completions, **columns) -> list[float]`.
 
-    Texts are tokenized exactly as in training: a plain text gets the end-of-text token, a conversation goes through
-    the chat template, with the row's `tools` and `chat_template_kwargs` where the dataset has such columns; other
-    columns are ignored. (TRL's own path for a model in `reward_funcs` gives plain texts neither that token nor the
-    beginning-of-text token of tokenizers that have one, which makes another reward; for conversations the two agree.)
-    Nothing is truncated; what is longer than the model has positions for is an error. The model runs in evaluation
-    mode and without gradients, whatever the policy is doing.
+    Texts are tokenized exactly as in training. A plain text gets the end-of-text token. A conversation goes through
+    the chat template, with the row's `tools` and `chat_template_kwargs` if the dataset has these columns. Other
+    columns are ignored. TRL's own path for a model in `reward_funcs` adds neither the end-of-text token nor, where the
+    tokenizer has one, the beginning-of-text token to a plain text, which changes its reward; for conversations both
+    agree.
 
-    Beside the metrics of `RewardFunction` it reports how the answers compare with those that the model was trained on:
+    Nothing is truncated: a text that is longer than the number of the model's positions is an error. The model runs in
+    evaluation mode and without gradients, whatever the mode of the policy.
 
-    - ``scale/drift``: mean log(σ / u), whose mean over the training rows is 0; in nats;
-    - ``shift/location``, ``shift/scale``, ``shift/distance``: how far the batch's mean location, log scale and
-      distance (see `ScaleHead.traits`) are from the training rows', in their standard deviations.
+    In addition to the metrics of [`~disco_trl.rewards.reward_function.RewardFunction`], the batch is compared with the
+    training data:
 
-    The first time that a shift exceeds 3 it warns: the model is asked about answers unlike those it was trained on,
-    and its rewards, and its scales too, are guesses there.
+    - `scale/drift`: the mean of log(σ / u) in nats, which is 0 on the training data.
+    - `shift/location`, `shift/scale`, `shift/distance`: the distance of the batch's mean location, log scale and
+      distance (see `ScaleHead.traits`) from those of the training data, in standard deviations of the training data.
+
+    If a shift exceeds 3, a warning is logged once: the answers are unlike those that the model was trained on, and its
+    rewards and scales are unreliable there.
 
     Args:
-        model: a path or Hub id, loaded onto this process's device; or a live disco model or `PeftModel` around one,
-            left where it is. Of several adapters the active one is asked.
-        processing_class: tokenizer; by default the one saved with the checkpoint at that path, or at the path that a
-            live model was loaded from. Pass the one of training for a model that was trained or merged in this
-            process, and for any live `PeftModel`: these only know the path of their base model, whose chat template
-            may be another.
-        transform: `"mean"`, `"lower_bound"`, `"quantile"`, `"certainty_equivalent"`, `"win_rate"` or `"sample"`.
-        dtype: of a model that is loaded; by default the checkpoint's.
-        device: where to move the model.
-        tokens_per_batch: tokens that go through the model at once, padding counted.
-        name: as for `RewardFunction`.
-        **options: of the transform: `k`, `q`, `beta` or `seed`, and `total`.
+        model (`str`, `os.PathLike`, [`DiscoRewardModel`] or [`~peft.PeftModel`]):
+            Path or Hub id of a reward model, which is loaded onto this process's device, or a live disco model, which
+            stays where it is. If a `PeftModel` has several adapters, the active one is used.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*, defaults to `None`):
+            Tokenizer of the training. If `None`, it is loaded from the checkpoint, or from the path that a live model
+            was loaded from. It has to be passed for a model that was trained or merged in this process and for a live
+            `PeftModel`, which only know the path of their base model, whose chat template may differ.
+        transform (`str`, *optional*, defaults to `"mean"`):
+            One of `"mean"`, `"lower_bound"`, `"quantile"`, `"certainty_equivalent"`, `"win_rate"` and `"sample"`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Dtype in which a model is loaded. `"auto"` is the dtype of the checkpoint.
+        device (`str` or `torch.device`, *optional*, defaults to `None`):
+            Device to move the model to.
+        tokens_per_batch (`int`, *optional*, defaults to `TOKENS_PER_BATCH`):
+            Maximum number of tokens in one batch, padding included.
+        name (`str`, *optional*, defaults to `None`):
+            Name in TRL's logs. If `None`, `disco_` followed by the name of the transform.
+        **options:
+            Options of the transform: `k`, `q`, `beta` or `seed`, and `total`.
 
     Raises:
-        ValueError: if a transform or option is unknown or out of its domain, or does not exist for the model's family;
-            if the path holds a language model without a reward head; or if no tokenizer is passed or found.
-        TypeError: if the model is not a disco model.
+        `ValueError`: If the transform or an option is unknown, out of its domain, or undefined for the model's family,
+        if the path contains a language model without a reward head, or if no tokenizer is passed or found.
+        `TypeError`: If the model is not a disco model.
 
     Example:
-        >>> from disco_trl import DiscoReward
-        >>> reward = DiscoReward("my-reward-model", transform="lower_bound", k=1.0)
-        >>> trainer = GRPOTrainer(model=policy, reward_funcs=reward, args=args, train_dataset=prompts)
+
+    ```python
+    >>> from disco_trl import DiscoReward
+
+    >>> reward = DiscoReward("my-reward-model", transform="lower_bound", k=1.0)
+    >>> trainer = GRPOTrainer(model=policy, reward_funcs=reward, args=args, train_dataset=prompts)
+    ```
     """
 
     def __init__(
@@ -97,7 +112,8 @@ class DiscoReward(RewardFunction):
         name: str | None = None,
         **options: Any,
     ):
-        reward_transform = get_transform(transform, **options)  # before a model is loaded
+        # Options are validated before a model is loaded, which may take minutes.
+        reward_transform = get_transform(transform, **options)
         if isinstance(model, str | os.PathLike):
             if processing_class is None:
                 processing_class = _saved_tokenizer(os.fspath(model))
@@ -123,11 +139,28 @@ class DiscoReward(RewardFunction):
         self.processing_class = processing_class
         self.tokens_per_batch = tokens_per_batch
         if inner.config.get_text_config().pad_token_id is None:
-            # Texts are padded with it, and the stock code looks for it from the right to find the last token.
+            # Batches are padded with it, and transformers' pooling searches for it from the right to find the last
+            # token of each text.
             inner.config.get_text_config().pad_token_id = _pad_token_id(processing_class)
 
     def tokenize(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[list[int]]:
-        """Token ids of each prompt with its completion; arguments and errors are those of `distribution`."""
+        """Token ids of each prompt with its completion.
+
+        Args:
+            prompts (`Sequence`):
+                `B` texts or `B` lists of messages.
+            completions (`Sequence`):
+                `B` texts or `B` lists of messages, of the same kind as `prompts`.
+            **columns:
+                Lists of `B` values. `tools` and `chat_template_kwargs` are read, the others are ignored.
+
+        Returns:
+            `list[list[int]]`: `B` sequences of token ids.
+
+        Raises:
+            `ValueError`: If prompts and completions do not match, or a row cannot be tokenized. The message contains
+            the row.
+        """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; they go together row by row")
         read = {name: columns[name] for name in ("tools", "chat_template_kwargs") if columns.get(name) is not None}
@@ -157,6 +190,7 @@ class DiscoReward(RewardFunction):
         return SpecialTokens(self.processing_class)
 
     def _warn_of_special_token(self, content: Content, row: int) -> None:
+        # The search reads every text, so it ends with the first find.
         if "special token" in self._warned:
             return
         token = self._special_tokens.find(content)
@@ -169,29 +203,36 @@ class DiscoReward(RewardFunction):
             )
 
     def map(self, dataset: Any, prefix: str = "") -> Any:
-        """A `datasets.Dataset` or `IterableDataset` with columns added that say what its answers are worth.
+        """Adds columns with the rewards of its answers to a dataset.
 
-        For one answer to a row they are ``location``, ``scale`` and ``reward_TRANSFORM``; for a pair each of these for
-        both, as in ``location_chosen``, and ``prob_chosen``, P(chosen ≻ rejected). A stream is scored as it is read.
+        A row with one answer gets the columns `location`, `scale` and `reward_TRANSFORM`. A pair gets each of them for
+        both answers, as in `location_chosen`, and `prob_chosen`, P(chosen ≻ rejected). A stream is scored as it is
+        read.
 
         Args:
-            dataset: of any type with answers that TRL documents: preference, unpaired preference, prompt-completion,
-                language modeling, tokenized pairs.
-            prefix: put before the names of the new columns.
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Dataset with answers, of any type that TRL documents: preference, unpaired preference,
+                prompt-completion, language modeling, or tokenized pairs.
+            prefix (`str`, *optional*, defaults to `""`):
+                Prefix of the names of the new columns.
+
+        Returns:
+            [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with the new columns.
 
         Raises:
-            ValueError: if the dataset has no answers, something is wrong with a row, a column of a new name is there
-                already, or the transform needs all the answers to a prompt at once.
+            `ValueError`: If the dataset has no answers, a row is invalid, a new column exists already, or the
+            transform needs all answers to a prompt at once.
         """
         return map_dataset(dataset, Annotator(self, prefix=prefix))
 
     def _rewards_and_traits(
         self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
     ) -> tuple[RewardDistribution, Tensor]:
-        """Distributions `[B]` and `ScaleHead.traits` `[B, 3]`."""
+        """Distributions of shape `(B,)` and `ScaleHead.traits` of shape `(B, 3)`."""
         sequences = self.tokenize(prompts, completions, **columns)
         order: list[int] = []
         parts = []
+        # NaN for models that have no statistics of their training data. `_report_shift` does not read them then.
         traits = torch.full((len(sequences), 3), math.nan)
         head, knows_training_rows = self._scale_head, self._knows_training_rows()
         for indices, output in run_in_batches(self.model, sequences, self.tokens_per_batch):
@@ -199,10 +240,11 @@ class DiscoReward(RewardFunction):
             parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
             if knows_training_rows:
                 traits[indices] = head.traits(output.pooled_hidden_state, output.logits, output.scale).cpu()
-        if not parts:
+        if not parts:  # An empty batch keeps the family's number of shape parameters, which `gather` relies on.
             none = torch.empty(0)
             shape = torch.empty(0, len(self.family.shape_names)) if self.family.shape_names else None
             return RewardDistribution(none, none, self.family.name, shape), traits
+        # `run_in_batches` sorts the rows by length; here they return to the order of the arguments.
         rewards = RewardDistribution.cat(parts)[torch.tensor(order).argsort()]
         bad = torch.nonzero(~(rewards.location.isfinite() & rewards.scale.isfinite())).flatten().tolist()
         if bad:
@@ -218,6 +260,7 @@ class DiscoReward(RewardFunction):
         if not self._knows_training_rows():
             return {}
         head = self._scale_head
+        # The variance of a trait is 0 if the training data were alike in it; the bound keeps the division finite.
         mean, std = head.mean_traits.cpu(), head.var_traits.cpu().sqrt().clamp_min(1e-6)
         metrics = {"scale/drift": traits[:, 1].mean()}
         for name, shift in zip(("location", "scale", "distance"), (traits.mean(dim=0) - mean) / std, strict=True):
@@ -234,7 +277,7 @@ class DiscoReward(RewardFunction):
 
     @property
     def has_location_error(self) -> bool:
-        """Whether the model's rewards have a `location_error`."""
+        """Whether the rewards have a `location_error`, the epistemic uncertainty of the location."""
         return self._inner.has_location_error
 
     @property
@@ -243,7 +286,7 @@ class DiscoReward(RewardFunction):
 
     @property
     def _scale_head(self) -> ScaleHead:
-        # Looked up each time: of a PeftModel another adapter may have become the active one.
+        # Looked up at each use, because another adapter of a PeftModel may have become the active one.
         return self._inner.scale_head
 
     def _knows_training_rows(self) -> bool:
@@ -254,7 +297,7 @@ def _saved_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if not path:
         raise ValueError("this model was not loaded from a path; pass processing_class, the tokenizer of its training")
     try:
-        # Not None, the default: with it a tokenizer with code of its own asks at the terminal whether to run it.
+        # With None, the default, transformers asks at the terminal whether to run a tokenizer's custom code.
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
@@ -264,7 +307,7 @@ def _saved_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def _check_messages(messages: list[Any], row: int) -> None:
-    """Raise a `ValueError` for what most chat templates would write out as Python prints it."""
+    """Raises a `ValueError` for messages that most chat templates would render as Python prints them."""
     for turn, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(

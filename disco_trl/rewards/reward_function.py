@@ -1,7 +1,8 @@
-"""What TRL calls for a reward: groups of equal prompts, transforms and metrics, whoever computes the distribution.
+"""Base class of TRL reward functions: groups of equal prompts, transforms and metrics, independent of where the
+distribution is computed.
 
-What flows: prompts and completions → location, scale and traits of each row → the same of all processes' rows, in the
-order of the processes → groups of equal prompts → metrics and rewards → this process's own.
+What flows: prompts and completions → location, scale and traits of each row → the rows of all processes, in the order
+of the processes → groups of equal prompts → metrics and rewards → the rewards of this process's rows.
 """
 
 from __future__ import annotations
@@ -25,37 +26,43 @@ from ..models.distributed import process_state
 logger = logging.getLogger(__name__)
 
 Content = str | list[dict[str, Any]]
-"""A text, or a list of messages."""
+"""Prompt or completion: a text, or a list of messages."""
 
 
 class RewardFunction(ABC):
-    """A TRL reward function with a distribution behind it: ``reward(prompts, completions, **columns) -> list[float]``.
+    """TRL reward function with a distribution behind it: `reward(prompts, completions, **columns) -> list[float]`.
 
-    With several processes every process has to call it, as TRL's trainers do: rewards of equal prompts are compared
-    across processes, in the order of the processes. For `"win_rate"` set ``scale_rewards="none"`` in GRPO: the default
-    divides by the group's standard deviation, which undoes a bounded reward.
+    In a distributed run every process has to call it, as TRL's trainers do, because the answers to one prompt are
+    compared across processes. For the transform `"win_rate"` set `scale_rewards="none"` in GRPO: the default divides
+    rewards by the standard deviation of their group, which undoes a bounded reward.
 
-    Through TRL's `log_metric` it reports, beside the reward that TRL logs itself, over the batch of all processes:
+    In addition to the reward, which TRL logs itself, these metrics are reported through TRL's `log_metric`, computed
+    over the batch of all processes:
 
-    - ``location/mean``, ``scale/mean``;
-    - ``within_noise``: the share of differences between siblings (answers to one prompt) that are smaller than the
-      scale of their difference, so that a person might well see them the other way round.
+    - `location/mean` and `scale/mean`: the mean location and the mean scale, in units of the reward.
+    - `within_noise`: the share of pairs of siblings (answers to the same prompt) whose locations differ by less than
+      the scale of their difference. A person could easily rank such a pair the other way round.
 
-    Each name begins with that of the reward function. Through `log_extra` it adds location and scale to the table of
-    completions.
+    Metric names are prefixed with the name of the reward function. Location and scale are added to the table of
+    completions through `log_extra`.
 
     Args:
-        family: of the distributions.
-        transform: what becomes of them.
-        name: the name in TRL's logs; by default `disco_` and the transform. TRL mixes the logs of rewards of one name.
+        family (`str`):
+            Name of the family of the distributions.
+        transform ([`~disco_trl.distributions.transforms.Transform`]):
+            Transform that maps each distribution to a reward.
+        name (`str` or `None`):
+            Name in TRL's logs. If `None`, `disco_` followed by the name of the transform. TRL merges the logs of
+            reward functions of the same name.
 
     Raises:
-        ValueError: if the transform does not exist for the family.
+        `ValueError`: If the transform is undefined for the family.
     """
 
     def __init__(self, family: str, transform: Transform, name: str | None):
         self.family = get_family(family)
         self.transform = transform
+        # An undefined reward (a certainty equivalent of Cauchy) is an error now, not after the first rollout.
         self.transform.check_family(family)
         self.__name__ = name or f"disco_{transform.name}"
         self._warned: set[str] = set()
@@ -63,20 +70,42 @@ class RewardFunction(ABC):
     def distribution(
         self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
     ) -> RewardDistribution:
-        """The distributions of the rewards of this process's rows, `[B]`, float32 on the CPU.
+        """Distributions of the rewards of this process's rows.
 
         Args:
-            prompts, completions: `B` texts or `B` lists of messages each.
-            **columns: lists of `B`; `tools` and `chat_template_kwargs` are read.
+            prompts (`Sequence`):
+                `B` texts or `B` lists of messages.
+            completions (`Sequence`):
+                `B` texts or `B` lists of messages, of the same kind as `prompts`.
+            **columns:
+                Lists of `B` values. `tools` and `chat_template_kwargs` are read, the others are ignored.
+
+        Returns:
+            [`RewardDistribution`]: Rewards of shape `(B,)`, float32 on the CPU.
 
         Raises:
-            ValueError: if prompts and completions do not match; it names the row.
-            FloatingPointError: if a reward is not finite; it names the row.
+            `ValueError`: If prompts and completions do not match. The message contains the row.
+            `FloatingPointError`: If a reward is not finite. The message contains the row.
         """
         return self._rewards_and_traits(prompts, completions, columns)[0]
 
     def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[float]:
-        """The transformed rewards of this process's rows, and metrics for TRL; see the class."""
+        """Transformed rewards of this process's rows. TRL's trainers call this method.
+
+        Args:
+            prompts (`Sequence`):
+                `B` texts or `B` lists of messages.
+            completions (`Sequence`):
+                `B` texts or `B` lists of messages, of the same kind as `prompts`.
+            **columns:
+                Columns of the dataset, lists of `B` values, and the callbacks `log_metric` and `log_extra` of TRL.
+
+        Returns:
+            `list[float]`: `B` rewards.
+
+        Raises:
+            `ValueError` or `FloatingPointError`: As in [`~RewardFunction.distribution`].
+        """
         own, own_traits = self._rewards_and_traits(prompts, completions, columns)
         state = process_state()
         counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
@@ -87,7 +116,8 @@ class RewardFunction(ABC):
         if columns.get("log_extra") is not None:
             columns["log_extra"](f"{self.__name__}/location", own.location.tolist())
             columns["log_extra"](f"{self.__name__}/scale", own.scale.tolist())
-        # Of all rows in every process: groups and draws then do not depend on how rows are spread over processes.
+        # Every process transforms the rows of all processes and keeps its own. Groups and draws of `"sample"` then do
+        # not depend on how the rows are distributed.
         first = sum(counts[: state.process_index])
         return self.transform(rewards, group)[first : first + len(own)].tolist()
 
@@ -95,16 +125,18 @@ class RewardFunction(ABC):
     def _rewards_and_traits(
         self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
     ) -> tuple[RewardDistribution, Tensor]:
-        """Distributions `[B]` and, for `_report_shift`, any further numbers `[B, ...]` of each row, on the CPU."""
+        """Distributions of shape `(B,)` and, for `_report_shift`, traits of shape `(B, ...)`, both on the CPU."""
 
     def _report_shift(self, traits: Tensor) -> dict[str, Tensor]:
-        """Metrics that compare a batch of all processes with the training rows, where these are known."""
+        """Metrics that compare the batch of all processes with the training data, where the model has statistics of
+        it.
+        """
         return {}
 
     def _report(self, rewards: RewardDistribution, traits: Tensor, group: Tensor, **columns: Any) -> None:
-        """Log and warn about a batch of all processes."""
+        """Logs metrics of the batch of all processes, and warns about it."""
         if len(rewards) == 0:
-            return
+            return  # The means of nothing would be logged as NaN.
         members = group_members(group)
         metrics = {"location/mean": rewards.location.mean(), "scale/mean": rewards.scale.mean()}
         within_noise = [self._within_noise(rewards[rows]) for rows in members if len(rows) > 1]
@@ -128,22 +160,32 @@ class RewardFunction(ABC):
         return difference.abs() < self.family.difference_scale(siblings.scale[first], siblings.scale[second])
 
     def _warn_once(self, what: str, message: str) -> None:
+        # Every process remembers the warning, and only the main one logs it.
         if what not in self._warned and process_state().is_main_process:
             logger.warning(f"{self.__name__}: {message}.")
         self._warned.add(what)
 
 
 def prompt_key(prompt: Content) -> int:
-    """A number of 63 bits that equal prompts share, in every process and run."""
+    """Hashes a prompt. Python's own `hash` differs between processes, so that it cannot identify a group across them.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            Text or list of messages. The order of a message's keys does not matter.
+
+    Returns:
+        `int`: Non-negative 63-bit key that equal prompts share in every process and run.
+    """
     canonical = json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
     digest = hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+    return int.from_bytes(digest) >> 1  # 63 bits fit a signed int64 tensor.
 
 
 def _gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all processes, in the order of the processes; `counts` says how many each has."""
+    """The rows of all processes in the order of the processes, where `counts` has the number of rows of each."""
     if len(counts) == 1:
         return rows
+    # `gather` requires tensors of one shape, and the processes may have different numbers of rows.
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     gathered = gather(padded.to(process_state().device)).cpu().split(max(counts))

@@ -1,1 +1,1 @@
-"""A reward model behind HTTP, and its clients."""
+"""HTTP server for a reward model, and its clients."""

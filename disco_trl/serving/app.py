@@ -1,8 +1,8 @@
-"""A reward model behind HTTP: `disco-trl serve`.
+"""HTTP server for a reward model: the application behind `disco-trl serve`.
 
-What flows: a body that :class:`Gate` has let in → a request that `wire` has checked → token ids, made in one thread →
-location and scale, by the :class:`~disco_trl.serving.batching.Batcher` in another → rewards. Nothing is truncated, no
-place in the queue is held for a client that has gone, and a reward that is not a number is an error and not an answer.
+What flows: a body that [`Gate`] has let in → a request that `schemas` has validated → token ids, made in one thread →
+location and scale, computed by the [`~disco_trl.serving.batching.Batcher`] in another → rewards. Nothing is truncated.
+A client that disconnects gives up its place in the queue. A reward that is not finite is an error.
 
     disco-trl serve my-reward-model --port 8000
     curl localhost:8000/score -H 'Content-Type: application/json' -d '{"items": ["An answer.", "Another."]}'
@@ -53,15 +53,20 @@ except ImportError as error:
 
 
 class RenderedTexts:
-    """Token ids of texts that a chat template has already rendered, as an RLHF engine sends them.
+    """Token ids of texts that a chat template has already rendered, as RLHF engines send them.
 
-    A text in which an answer begins as the tokenizer's chat template has it is a rendered conversation. It gets no
-    special token beyond those it shows (a second beginning-of-text token would be one), and it is brought to the
-    template's ending, because a policy stops at its end-of-turn token and training went on to what the template writes
-    after it, often a line break. Any other text is tokenized as training does with plain text.
+    A text is taken for a rendered conversation if it contains the string with which the tokenizer's chat template
+    opens an answer. Such a text gets no special tokens beyond those that it already contains, because the template has
+    written the beginning-of-text token where there is one. Its end is replaced by the template's own ending: a policy
+    stops at its end-of-turn token, whereas training continued to whatever the template writes after it, often a line
+    break. Any other text is tokenized as plain text, as in training.
 
-    The ids equal those of training if the template writes messages as they are; where it trims them or drops their
-    reasoning, the text as the policy wrote it counts.
+    The ids equal those of training if the template writes messages unchanged. If the template trims messages or drops
+    their reasoning, the text that the policy wrote counts.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the reward model. Without a chat template every text is plain text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -77,13 +82,23 @@ class RenderedTexts:
         self._adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of one text."""
+        """Tokenizes one text.
+
+        Args:
+            text (`str`):
+                Rendered conversation or plain text. Padding tokens at its end are removed.
+
+        Returns:
+            `list[int]`: Token ids.
+        """
         eos, pad = self.tokenizer.eos_token, self.tokenizer.pad_token
+        # Where padding and end of text are one token, trailing ones cannot be told apart from the text's own end.
         while pad and pad != eos and text.endswith(pad):
             text = text.removesuffix(pad)
         if not self.start or self.start not in text:
-            # Tokenizing adds it.
+            # The tokenizer adds the beginning-of-text token itself; one in the text would be a second.
             return tokenize(self.tokenizer, text.removeprefix(self.tokenizer.bos_token) if self._adds_bos else text)
+        # The longest ending first, so that what is removed is all of the ending that the text has.
         for mark in (self.ending, self.ending.rstrip(), eos):
             if mark and text.endswith(mark):
                 text = text.removesuffix(mark)
@@ -92,33 +107,61 @@ class RenderedTexts:
 
 
 class Scorer:
-    """Between the endpoints and the model: tokens, limits, transforms and groups; see `create_app`."""
+    """Connects the endpoints to the model: tokenization, limits, transforms and groups.
+
+    Args:
+        reward ([`DiscoReward`]):
+            Reward function with the model, its tokenizer and the default transform.
+        limits ([`~disco_trl.serving.middleware.Limits`]):
+            Limits of the server.
+        metrics ([`~disco_trl.serving.middleware.Metrics`]):
+            Where batches and the length of the queue are reported.
+    """
 
     def __init__(self, reward: DiscoReward, limits: Limits, metrics: Metrics):
         self.reward = reward
         self.limits = limits
+        # A text longer than the model's positions would fail in the model, at the cost of a batch.
         bounds = filter(None, (limits.max_tokens, most_positions(reward.model)))
         self.max_tokens = min(bounds, default=TOKENS_PER_BATCH)
         self.batcher = Batcher(reward.model, limits.max_queue, limits.max_batch_tokens, metrics.observe_batch)
         metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
-        # One thread: tokenizers do not promise to be safe in several, and the event loop must not wait for one.
+        # One thread: tokenizers are not documented as thread-safe, and the event loop must not block on one.
         self._tokenizing = ThreadPoolExecutor(1, "disco-tokenizer")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While it lasts, there are threads to tokenize and to run the model; at its end what waits is scored."""
+        """Context in which the tokenizer and model threads run. On exit, texts that are still queued are scored."""
         self.batcher.start()
         try:
             yield
         finally:
+            # In the order of the flow: what is being tokenized still reaches the batcher.
             self._tokenizing.shutdown()
             self.batcher.close()
 
     async def distribution(self, field: str, contents: Sequence[Any], encode: Callable[[Any], list[int]]) -> Any:
-        """The rewards of the contents of a request's field, `[N]`; a `RefusalError` says why there are none."""
+        """Scores the contents of one field of a request.
+
+        Args:
+            field (`str`):
+                Name of the field, for error messages.
+            contents (`Sequence`):
+                `N` contents, such as texts or items.
+            encode (`Callable`):
+                Function that maps one content to its token ids.
+
+        Returns:
+            [`RewardDistribution`]: Rewards of shape `(N,)`, in the order of `contents`.
+
+        Raises:
+            `RefusalError`: If there are too many texts (413), a text cannot be tokenized or is too long (422), the
+            queue is full (503), or the model fails or returns values that are not finite (500).
+        """
         if len(contents) > self.limits.max_texts_per_request:
             reason = f"{len(contents)} texts, and {self.limits.max_texts_per_request} are the most in one request"
             raise RefusalError(413, reason, field)
+        # All of a request is tokenized before any of it is queued, so that an invalid text costs no time of the model.
         sequences = await asyncio.get_running_loop().run_in_executor(
             self._tokenizing, self._tokenize, field, contents, encode
         )
@@ -128,7 +171,7 @@ class Scorer:
             raise RefusalError(503, str(error), headers={"Retry-After": str(error.retry_after)}) from None
         except TooLargeError as error:
             raise RefusalError(413, str(error), field) from None
-        except Exception as error:  # the batcher has logged it
+        except Exception as error:  # The batcher has logged it with its traceback.
             raise RefusalError(500, f"the model failed: {type(error).__name__}", field) from None
         self._check_finite(field, torch.stack([rewards.location, rewards.scale]), "is not finite; load it in float32")
         return rewards
@@ -139,7 +182,7 @@ class Scorer:
             name = f"{field}[{index}]"
             try:
                 ids = encode(content)
-            except Exception as error:  # templates raise what they like, and all of it is about the client's input
+            except Exception as error:  # A template may raise anything, and its only input is the client's.
                 raise RefusalError(422, f"cannot be tokenized: {error}", name) from None
             if len(ids) > self.max_tokens:
                 raise RefusalError(422, f"{len(ids)} tokens, and {self.max_tokens} are the most in one text", name)
@@ -149,8 +192,17 @@ class Scorer:
         return sequences
 
     def encode_item(self, item: str | list[Message] | Answer) -> list[int]:
-        """Token ids of an item of `/score`, as training makes them."""
+        """Tokenizes an item of `/score` exactly as in training.
+
+        Args:
+            item (`str`, `list[Message]` or [`~disco_trl.serving.schemas.Answer`]):
+                Validated item.
+
+        Returns:
+            `list[int]`: Token ids.
+        """
         if not isinstance(item, Answer):
+            # Its parts have been validated as parts of the request, so that it is built without validation.
             item = Answer.model_construct(completion=item)
         completion: Any = _plain(item.completion)
         prompt: Any = type(completion)() if item.prompt is None else _plain(item.prompt)
@@ -160,13 +212,27 @@ class Scorer:
         return ids
 
     def transform(self, request: ScoreRequest) -> Transform:
-        """The transform that a request asks for."""
+        """Resolves the transform of a request.
+
+        Args:
+            request ([`~disco_trl.serving.schemas.ScoreRequest`]):
+                Request, which may name a transform and its options.
+
+        Returns:
+            [`~disco_trl.distributions.transforms.Transform`]: The requested transform. A request that names neither a
+            transform nor an option gets the server's own.
+
+        Raises:
+            `RefusalError`: If the transform or an option is unknown, out of its domain, or undefined for the model's
+            family (422).
+        """
         default = self.reward.transform
         name, options = request.transform or default.name, request.options()
         if name == default.name and not options:
             return default
         if name == "sample":
-            options.setdefault("seed", secrets.randbits(63))  # else every request would draw the same noise
+            # A transform is built anew for each request: with a fixed seed, all of them would draw the same noise.
+            options.setdefault("seed", secrets.randbits(63))
         try:
             transform = get_transform(name, **options)
             transform.check_family(self.reward.family.name)
@@ -177,7 +243,26 @@ class Scorer:
     def rewards(
         self, field: str, transform: Transform, distribution: RewardDistribution, keys: Sequence[Any]
     ) -> list[float]:
-        """Transformed rewards; rows with equal `keys` answer the same prompt, and None is a row without one."""
+        """Applies a transform to the rewards of a request.
+
+        Args:
+            field (`str`):
+                Name of the field, for error messages.
+            transform ([`~disco_trl.distributions.transforms.Transform`]):
+                Transform to apply.
+            distribution ([`RewardDistribution`]):
+                Rewards of shape `(N,)`.
+            keys (`Sequence`):
+                `N` hashable keys. Rows with equal keys answer the same prompt; `None` marks a row whose prompt is
+                unknown.
+
+        Returns:
+            `list[float]`: `N` transformed rewards.
+
+        Raises:
+            `RefusalError`: If a transform that compares the answers to one prompt finds no prompt, or no two answers
+            to one prompt, or if a transformed reward is not finite (422).
+        """
         group = None
         if transform.needs_groups:
             if None in keys:
@@ -186,6 +271,7 @@ class Scorer:
                     f"transform {transform.name!r} compares the answers to one prompt: name it by 'prompt' or 'group'",
                     f"{field}[{keys.index(None)}]",
                 )
+            # Keys may be strings or hashes of prompts; the transform compares small integers.
             numbers: dict[Any, int] = {}
             group = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
             if len(numbers) == len(keys):
@@ -199,7 +285,7 @@ class Scorer:
             rewards = transform(distribution, group)
         except ValueError as error:
             raise RefusalError(422, str(error), "transform") from None
-        # Location and scale are finite, so it is the transform's option that takes them out of bounds.
+        # Location and scale are finite here, so a value that is not comes from the client's option: 422, not 500.
         self._check_finite(field, rewards[None], f"is not finite after the transform {transform.name!r}", 422)
         return rewards.tolist()
 
@@ -220,14 +306,21 @@ def _group_key(item: str | list[Message] | Answer) -> Any:
 
 
 def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, name: str = "reward model") -> FastAPI:
-    """
-    The server's ASGI application.
+    """Creates the ASGI application of the server.
 
     Args:
-        reward: the model, its tokenizer and the transform that requests get if they do not name one.
-        limits: see `Limits`.
-        token: what clients must show, as a bearer token (or as the password of basic authentication).
-        name: what `/health` calls the model.
+        reward ([`DiscoReward`]):
+            Reward function with the model, its tokenizer and the transform of requests that name none.
+        limits ([`~disco_trl.serving.middleware.Limits`]):
+            Limits on bodies, texts and the queue.
+        token (`str`, *optional*, defaults to `None`):
+            Token that clients have to send, as a bearer token or as the password of basic authentication. If `None`,
+            every client is served.
+        name (`str`, *optional*, defaults to `"reward model"`):
+            Name of the model in the answer of `/health`.
+
+    Returns:
+        `fastapi.FastAPI`: The application. Its lifespan starts and stops the model's thread.
     """
     metrics = Metrics()
     scorer = Scorer(reward, limits, metrics)
@@ -238,7 +331,7 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
         with scorer.running():
             yield
 
-    # No pages of documentation: they load scripts from elsewhere. /openapi.json is there.
+    # FastAPI's documentation pages load scripts from a CDN, so they are off. /openapi.json is served.
     app = FastAPI(title="disco-trl", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, limits=limits, metrics=metrics, token=token)
 
@@ -261,7 +354,7 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
     async def refuse_plainly(request: Request, error: Any) -> JSONResponse:
         return refusal_response(RefusalError(error.status_code, error.detail, headers=error.headers))
 
-    for status in (400, 404, 405):  # FastAPI's own: an odd body, a wrong path or method
+    for status in (400, 404, 405):  # FastAPI's own errors: an unreadable body, a wrong path or method
         app.add_exception_handler(status, refuse_plainly)
 
     @app.post("/score")

@@ -1,7 +1,8 @@
-"""Many requests, one model: texts wait in a bounded queue and go through the model together.
+"""Dynamic batching: texts of many requests wait in a bounded queue and go through the model together.
 
-One thread runs the model. Whenever it is free it takes what has come in meanwhile, first come first served, up to a
-budget of tokens. So a batch is as large as the load makes it, and nobody waits for a batch to fill up.
+A single thread runs the model. Whenever it is idle it takes the texts that have arrived in the meantime, in order of
+arrival, up to a budget of tokens. The batch size therefore follows the load, and no request waits for a batch to fill
+up.
 """
 
 import asyncio
@@ -21,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
-    """There is no room for more texts; `retry_after` is in how many seconds there may be, a whole number."""
+    """Raised when the queue has no room for the texts of a request at the moment.
+
+    Args:
+        retry_after (`int`):
+            Estimated number of seconds until there is room.
+    """
 
     def __init__(self, retry_after: int):
         super().__init__(f"the queue is full; try again in {retry_after} s")
@@ -29,30 +35,39 @@ class QueueFullError(Exception):
 
 
 class TooLargeError(Exception):
-    """A request that the queue could not hold even if it were empty."""
+    """Raised when a request exceeds the capacity of the queue, even an empty one."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """The texts of one request, on their way through the model."""
+    """The texts of one request on their way through the model."""
 
     sequences: list[list[int]]
     answer: asyncio.Future[RewardDistribution]
-    taken: int = 0  # how many of the sequences, from the front, have left the queue
-    scored: list[RewardDistribution] = field(default_factory=list)  # of those that are through, in parts
+    taken: int = 0  # number of sequences, from the front, that have left the queue
+    scored: list[RewardDistribution] = field(default_factory=list)  # rewards of finished sequences, part by part
 
     def tokens_waiting(self) -> int:
         return sum(map(len, self.sequences[self.taken :]))
 
 
 class Batcher:
-    """Scores token sequences for many callers at once; use it in one event loop, between `start` and `close`.
+    """Scores token sequences for many concurrent callers.
+
+    A batcher belongs to one event loop and is used between [`~Batcher.start`] and [`~Batcher.close`]. Two threads
+    share it: the event loop's, which queues texts, and the model's, which scores them. A condition variable
+    guards the queue. `waiting_tokens` is also read without it, for reporting.
 
     Args:
-        model: as for `disco_trl.models.inference.score`.
-        max_queue_tokens: tokens that may wait for the model.
-        max_batch_tokens: tokens that go through the model at once, padding counted; a longer text goes alone.
-        on_batch: called from the model's thread with the number of texts, of tokens, and the seconds they took.
+        model ([`~transformers.PreTrainedModel`]):
+            Model as accepted by [`disco_trl.models.inference.score`].
+        max_queue_tokens (`int`):
+            Maximum number of tokens that wait for the model.
+        max_batch_tokens (`int`, *optional*, defaults to `TOKENS_PER_BATCH`):
+            Maximum number of tokens in one batch, padding included. A longer text is scored alone.
+        on_batch (`Callable[[int, int, float], None]`, *optional*):
+            Callback invoked in the model's thread after each batch, with the number of texts, the number of tokens and
+            the seconds that the batch took.
     """
 
     def __init__(
@@ -67,19 +82,20 @@ class Batcher:
         self.max_batch_tokens = max_batch_tokens
         self.waiting_tokens = 0
         self._on_batch = on_batch
-        self._seconds_per_token = 0.0  # running mean, for `retry_after`
-        self._jobs: dict[_Job, None] = {}  # those with sequences in the queue, in order of arrival
+        self._seconds_per_token = 0.0  # exponential moving average, for `retry_after`
+        # Jobs with sequences in the queue, in order of arrival. A dict serves as an ordered set with fast removal.
+        self._jobs: dict[_Job, None] = {}
         self._changed = threading.Condition()
         self._is_closing = False
-        # A daemon: whoever kills the server does not wait for a batch.
+        # A daemon thread, so that killing the server does not wait for a batch.
         self._thread = threading.Thread(target=self._run, name="disco-model", daemon=True)
 
     def start(self) -> None:
-        """Start the model's thread."""
+        """Starts the model's thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Score what is waiting, then stop the model's thread."""
+        """Scores the texts that are queued, then stops the model's thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -87,18 +103,24 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the model's thread runs."""
+        """Whether the model's thread is running."""
         return self._thread.is_alive()
 
     async def score(self, sequences: list[list[int]]) -> RewardDistribution:
-        """
-        Rewards of token sequences, one or more, `[N]`, in their order. Cancelling it takes out of the queue what still
-        waits there.
+        """Scores token sequences. If the call is cancelled, those of its sequences that are still queued are removed.
+
+        Args:
+            sequences (`list[list[int]]`):
+                `N >= 1` sequences of token ids.
+
+        Returns:
+            [`RewardDistribution`]: Rewards of shape `(N,)`, in the order of `sequences`.
 
         Raises:
-            QueueFullError: if there is no room at the moment.
-            TooLargeError: if there never will be.
-            Exception: whatever the model raises on these sequences. (What it raises on those of others is theirs.)
+            `QueueFullError`: If the queue has no room at the moment.
+            `TooLargeError`: If the sequences exceed the capacity of the queue.
+            `Exception`: Any error that the model raises on these sequences. An error on the sequences of another
+            request is raised there only.
         """
         job = _Job(sequences, asyncio.get_running_loop().create_future())
         tokens = job.tokens_waiting()
@@ -116,6 +138,7 @@ class Batcher:
         try:
             return await job.answer
         finally:
+            # Also reached by cancellation: a client that has left must not hold its place in the queue.
             self._forget(job)
 
     def _forget(self, job: _Job) -> None:
@@ -124,20 +147,24 @@ class Batcher:
                 del self._jobs[job]
                 self.waiting_tokens -= job.tokens_waiting()
 
-    # From here on, the model's thread
+    # The methods below run in the model's thread.
 
     def _run(self) -> None:
         while parts := self._take():
             self._score(parts)
 
     def _take(self) -> list[tuple[_Job, list[list[int]]]]:
-        """The next sequences up to the budget, by job; none when the queue is empty and closing."""
+        """The next sequences within the budget, grouped by job. Empty only when the batcher is closing and the queue
+        is empty.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closing)
             parts: list[tuple[_Job, list[list[int]]]] = []
             budget = self.max_batch_tokens
             for job in list(self._jobs):
                 first = job.taken
+                # A large request may straddle batches: what does not fit stays first in the queue. The first sequence
+                # of a batch is always taken, or one longer than the budget would block the queue for ever.
                 for sequence in job.sequences[first:]:
                     if len(sequence) > budget and (parts or job.taken > first):
                         break
@@ -159,7 +186,7 @@ class Batcher:
             rewards = score(self.model, sequences, self.max_batch_tokens)
         except Exception as error:
             if len(parts) > 1:
-                # One request's fault (or size) is not to cost the others their answers.
+                # Score each request alone, so that one request's error, or its size, does not fail the others.
                 for single in parts:
                     self._score([single])
             else:
@@ -168,6 +195,7 @@ class Batcher:
                 self._deliver(parts[0][0], error)
             return
         seconds = time.perf_counter() - start
+        # The first batch sets the average; later ones move it by a tenth.
         share = 0.1 if self._seconds_per_token else 1.0
         self._seconds_per_token += share * (seconds / tokens - self._seconds_per_token)
         self._on_batch(len(sequences), tokens, seconds)
@@ -180,11 +208,12 @@ class Batcher:
 
     def _deliver(self, job: _Job, result: RewardDistribution | Exception) -> None:
         def settle() -> None:
-            if job.answer.done():  # its caller is gone
+            if job.answer.done():  # The caller has cancelled it.
                 return
             if isinstance(result, Exception):
                 job.answer.set_exception(result)
             else:
                 job.answer.set_result(result)
 
+        # asyncio futures are not thread-safe: they may be settled by the thread of their event loop only.
         job.answer.get_loop().call_soon_threadsafe(settle)

@@ -1,8 +1,8 @@
-"""A reward model on another machine: the client of `disco-trl serve`.
+"""Client of `disco-trl serve`: a reward model on another machine.
 
-`RemoteReward` is a TRL reward function like `DiscoReward`. It asks the server for locations and scales only; rewards,
-groups and metrics are worked out here, by the same code, so that a group of answers may straddle requests and
-processes.
+[`RemoteReward`] is a TRL reward function like [`DiscoReward`]. It requests only locations and scales from the server.
+Rewards, groups and metrics are computed in the client by the same code as in [`DiscoReward`], so that the answers to
+one prompt may be spread over requests and processes.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ from ..rewards.reward_function import Content, RewardFunction
 
 
 class ServerError(RuntimeError):
-    """The server did not answer, or refused; the message says which and why."""
+    """Raised when the server does not answer or refuses a request. The message contains the URL and the reason."""
 
 
 class ScoreClient:
-    """A connection to `disco-trl serve`, which several threads may use.
+    """Connection to `disco-trl serve`. It may be shared by threads.
 
-    A busy server (503) is asked again when its `Retry-After` says; scoring changes nothing, so a broken connection is
-    tried again as well.
+    If the server is busy (503), the request is repeated after the time given in its `Retry-After` header. Scoring has
+    no side effects, so a request is also repeated after a broken connection.
 
     Args:
-        url: of the server, such as `http://127.0.0.1:8000`.
-        token: what the server was started with.
-        timeout: seconds to wait for each answer.
-        retries: how often a busy server is asked again.
+        url (`str`):
+            URL of the server, such as `http://127.0.0.1:8000`.
+        token (`str`, *optional*, defaults to `None`):
+            Token that the server was started with.
+        timeout (`float`, *optional*, defaults to `180.0`):
+            Number of seconds to wait for each answer.
+        retries (`int`, *optional*, defaults to `10`):
+            Maximum number of times that a request is repeated.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 180.0, retries: int = 10):
@@ -44,6 +48,9 @@ class ScoreClient:
         self._session = requests.Session()
         if token is not None:
             self._session.headers["Authorization"] = f"Bearer {token}"
+        # By default urllib3 repeats only idempotent methods. `allowed_methods=None` includes POST, which is safe here
+        # because scoring has no side effects. With `raise_on_status=False` the last 503 is returned as a response,
+        # whose body holds the server's reason.
         retry = Retry(
             total=retries,
             connect=3,
@@ -58,11 +65,29 @@ class ScoreClient:
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=retry))
 
     def health(self) -> dict[str, Any]:
-        """What the server says of itself: its model, family and limits."""
+        """Requests `/health`.
+
+        Returns:
+            `dict`: Model name, family, default transform and limits of the server.
+
+        Raises:
+            `ServerError`: If the server cannot be reached or refuses the request.
+        """
         return self._request("GET", "/health")
 
     def score(self, **request: Any) -> dict[str, Any]:
-        """The answer to POST /score; the arguments are the request's fields."""
+        """Posts a request to `/score`.
+
+        Args:
+            **request:
+                Fields of [`~disco_trl.serving.schemas.ScoreRequest`].
+
+        Returns:
+            `dict`: Fields of [`~disco_trl.serving.schemas.ScoreResponse`].
+
+        Raises:
+            `ServerError`: If the server cannot be reached or refuses the request.
+        """
         return self._request("POST", "/score", json=request)
 
     def _request(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
@@ -74,7 +99,7 @@ class ScoreClient:
             ) from error
         try:
             answer = response.json()
-        except (requests.JSONDecodeError, RecursionError):
+        except (requests.JSONDecodeError, RecursionError):  # A proxy's error page, for instance
             answer = None
         if not isinstance(answer, dict):
             if response.ok:
@@ -88,25 +113,40 @@ class ScoreClient:
 
 
 class RemoteReward(RewardFunction):
-    """`DiscoReward` with its model behind `disco-trl serve`: ``reward(prompts, completions, **columns)``.
+    """[`DiscoReward`] whose model is behind `disco-trl serve`: `reward(prompts, completions, **columns)`.
 
-    The server tokenizes as training did, with its own tokenizer. Transforms, groups across processes, metrics and
-    completions' logs are those of `DiscoReward`, except what needs the model at hand: `scale/drift` and `shift/...`,
-    the warning about answers unlike the training rows, and the methods `tokenize` and `map`.
+    The server tokenizes with its own tokenizer, exactly as in training. Transforms, groups across processes, metrics
+    and the logs of completions are those of [`DiscoReward`]. What requires the model in this process is missing: the
+    metrics `scale/drift` and `shift/...`, the warning about answers unlike the training data, and the methods
+    `tokenize` and `map`.
 
     Args:
-        url: of the server.
-        transform, name, **options: as for `DiscoReward`.
-        token, timeout: as for `ScoreClient`.
+        url (`str`):
+            URL of the server.
+        transform (`str`, *optional*, defaults to `"mean"`):
+            Name of the transform, see [`DiscoReward`].
+        token (`str`, *optional*, defaults to `None`):
+            Token that the server was started with.
+        timeout (`float`, *optional*, defaults to `180.0`):
+            Number of seconds to wait for each answer.
+        name (`str`, *optional*, defaults to `None`):
+            Name in TRL's logs, see [`~disco_trl.rewards.reward_function.RewardFunction`].
+        **options:
+            Options of the transform, see [`DiscoReward`].
 
     Raises:
-        ValueError: as `DiscoReward` does, on a wrong transform or option.
-        ServerError: if the server cannot be reached, here or when called, or refuses.
+        `ValueError`: If the transform or an option is unknown, out of its domain, or undefined for the family of the
+        server's model.
+        `ServerError`: If the server cannot be reached or refuses a request, on creation or when called.
 
     Example:
-        >>> from disco_trl.serving.client import RemoteReward
-        >>> reward = RemoteReward("http://10.0.0.2:8000", transform="lower_bound", k=1.0, token="...")
-        >>> trainer = GRPOTrainer(model=policy, reward_funcs=reward, args=args, train_dataset=prompts)
+
+    ```python
+    >>> from disco_trl.serving.client import RemoteReward
+
+    >>> reward = RemoteReward("http://10.0.0.2:8000", transform="lower_bound", k=1.0, token="...")
+    >>> trainer = GRPOTrainer(model=policy, reward_funcs=reward, args=args, train_dataset=prompts)
+    ```
     """
 
     def __init__(
@@ -119,7 +159,8 @@ class RemoteReward(RewardFunction):
         name: str | None = None,
         **options: Any,
     ):
-        reward_transform = get_transform(transform, **options)  # before a server is asked
+        # Options are validated before the server is contacted.
+        reward_transform = get_transform(transform, **options)
         self.client = ScoreClient(url, token, timeout)
         self.server = self.client.health()
         super().__init__(self.server["family"], reward_transform, name)
@@ -135,17 +176,18 @@ class RemoteReward(RewardFunction):
                 for name, values in found.items():
                     values.append(result.get(name))
         location, scale = (torch.tensor(found.pop(name)) for name in ("location", "scale"))
-        # What this family or model has no number for
+        # A family without shape parameters and a model without a location error leave these fields null.
         known = {name: torch.tensor(values) for name, values in found.items() if values and None not in values}
         rewards = RewardDistribution(location, scale, self.family.name, **known)
+        # The traits of the training rows are in the server's checkpoint: nothing to compare with here.
         return rewards, torch.empty(len(rewards), 0)
 
     def _requests(
         self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
     ) -> Iterator[list[dict[str, Any]]]:
-        """The rows as items of `/score`, as many at once as the server takes."""
+        """The rows as items of `/score`, in requests as large as the server accepts."""
         most_texts, most_bytes = self.server["max_texts_per_request"], self.server["max_body_bytes"]
-        room = most_bytes - 200  # for what stands around the items
+        room = most_bytes - 200  # leaves room for the JSON around the items
         items: list[dict[str, Any]] = []
         size = 0
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -153,9 +195,10 @@ class RemoteReward(RewardFunction):
             for column in ("tools", "chat_template_kwargs"):
                 if columns.get(column) is not None and columns[column][row] is not None:
                     item[column] = columns[column][row]
+            # A column of tools may hold JSON, because Arrow cannot store schemas of different shapes in one column.
             if isinstance(item.get("tools"), str):
                 item["tools"] = json.loads(item["tools"])
-            item_size = len(json.dumps(item)) + 2
+            item_size = len(json.dumps(item)) + 2  # with the separator
             if items and (len(items) == most_texts or size + item_size > room):
                 yield items
                 items, size = [], 0

@@ -1,4 +1,6 @@
-"""What stands before the server's endpoints: the token, limits on bodies, a watch for clients that leave, metrics."""
+"""What a request passes before it reaches the endpoints: authentication, limits on bodies, detection of disconnects,
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,24 @@ PATHS = ("/score", "/get_reward", "/health", "/metrics")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes on. Beyond them it refuses, and says so.
+    """Limits of the server. A request beyond them is refused with a reason.
 
-    Attributes:
-        max_queue: tokens that may wait for the model, of all clients together.
-        max_batch_tokens: tokens that go through the model at once, padding counted; a longer text goes alone.
-        max_body_bytes: of one request.
-        max_texts_per_request: items or queries of one request.
-        max_tokens: of one text; longer ones are refused and not truncated. None: what the model's positions allow.
-        body_seconds: time for a request's body to arrive.
-        max_bodies_bytes: of all requests that are being read or answered.
+    Args:
+        max_queue (`int`, *optional*, defaults to `2**20`):
+            Maximum number of tokens that wait for the model, over all clients.
+        max_batch_tokens (`int`, *optional*, defaults to `TOKENS_PER_BATCH`):
+            Maximum number of tokens in one batch, padding included. A longer text is scored alone.
+        max_body_bytes (`int`, *optional*, defaults to `2**20`):
+            Maximum size of one request's body in bytes.
+        max_texts_per_request (`int`, *optional*, defaults to `1024`):
+            Maximum number of items or queries in one request.
+        max_tokens (`int`, *optional*, defaults to `None`):
+            Maximum number of tokens of one text. A longer text is refused, not truncated. If `None`, the number of
+            positions of the model is the limit.
+        body_seconds (`float`, *optional*, defaults to `30.0`):
+            Number of seconds in which the body of a request has to arrive.
+        max_bodies_bytes (`int`, *optional*, defaults to `2**26`):
+            Maximum total size in bytes of the bodies of all requests that are being read or answered.
     """
 
     max_queue: int = 2**20
@@ -46,7 +56,10 @@ class Limits:
 
 
 class Metrics:
-    """What Prometheus is told."""
+    """Prometheus metrics of the server.
+
+    They live in a registry of their own, so that several applications in one process do not share them.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -75,7 +88,16 @@ class Metrics:
         self.queue = Gauge("disco_queue_tokens", "Tokens waiting for the model.", registry=self.registry)
 
     def observe_batch(self, texts: int, tokens: int, seconds: float) -> None:
-        """Count what went through the model."""
+        """Records a batch.
+
+        Args:
+            texts (`int`):
+                Number of texts in the batch.
+            tokens (`int`):
+                Number of tokens in the batch, without padding.
+            seconds (`float`):
+                Number of seconds that the model took.
+        """
         self.texts.inc(texts)
         self.tokens.inc(tokens)
         self.batch_texts.observe(texts)
@@ -83,16 +105,27 @@ class Metrics:
 
 
 class ClientLeft(Exception):
-    """The client closed its connection before the end of its request."""
+    """Raised when a client closes its connection before it has sent its whole request."""
 
 
 class Gate:
-    """ASGI middleware: lets in requests of known clients whose body is within the limits, and watches them leave.
+    """ASGI middleware that authenticates clients, enforces the limits on bodies, and cancels the requests of clients
+    that disconnect.
 
-    A body is read whole before anything else sees it, and counted while it is read: `Content-Length` may be missing or
-    wrong. A client that disconnects has its request cancelled. One that is refused may go on sending for what is left
-    of `body_seconds`, and nobody looks at it: a connection closed on bytes that were not read is reset, and the answer
-    may be lost with it (RFC 9112, 9.6).
+    A body is read completely before the application sees it. Its bytes are counted as they arrive, because
+    `Content-Length` may be missing or wrong. A refused client may continue to send for the rest of `body_seconds`, and
+    what it sends is discarded: closing a connection with unread bytes resets it, and a reset may destroy the answer
+    (RFC 9112, section 9.6).
+
+    Args:
+        app (ASGI application):
+            Application to protect.
+        limits ([`Limits`]):
+            Limits to enforce.
+        metrics ([`Metrics`]):
+            Where requests are counted and timed.
+        token (`str` or `None`):
+            Token that clients have to send. If `None`, every client is served.
     """
 
     def __init__(self, app: Any, limits: Limits, metrics: Metrics, token: str | None):
@@ -100,14 +133,16 @@ class Gate:
         self.limits = limits
         self.metrics = metrics
         self.token = token
+        # Changed by the event loop's thread alone, and never across an `await`, so that it needs no lock.
         self._bodies_bytes = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one connection's request."""
+        """Serves one connection's request, as the ASGI specification prescribes."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
+        # Every label value is a time series of its own in Prometheus, so that unknown paths share one.
         path = scope["path"] if scope["path"] in PATHS else "other"
         status = "disconnected"
 
@@ -117,13 +152,15 @@ class Gate:
                 status = str(message["status"])
             await send(message)
 
+        # One iterator for both readers: a refusal may discard the rest of a body that was read in part, within the
+        # same deadline.
         chunks = _chunks(receive, asyncio.get_running_loop().time() + self.limits.body_seconds)
         try:
             await self._admit(scope, receive, send_and_note_status, chunks)
         except RefusalError as refusal:
             await _refuse(refusal, send_and_note_status, chunks)
         except ClientLeft:
-            pass
+            pass  # Nobody is left to answer. The request is counted as disconnected.
         except Exception:
             status = "500"
             raise
@@ -133,23 +170,26 @@ class Gate:
 
     async def _admit(self, scope: Any, receive: Any, send: Any, chunks: AsyncIterator[bytes]) -> None:
         headers = dict(scope["headers"])
+        # Before the body is read, so that a stranger cannot occupy memory.
         self._check_token(scope["path"], headers)
         body = bytearray()
         try:
             await self._read(chunks, headers, body)
             await self._answer(scope, receive, send, bytes(body))
         finally:
+            # `body` is filled in place, so that its length is what `_read` has counted, even if that was interrupted.
             self._bodies_bytes -= len(body)
 
     def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self.token is None or path == "/health":
+        if self.token is None or path == "/health":  # Load balancers query the health without a token.
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"basic":  # https://any:TOKEN@host, for engines that take a URL and nothing else
+        if scheme.lower() == b"basic":  # https://any:TOKEN@host, for engines that accept a URL but no headers
             with contextlib.suppress(binascii.Error):
                 given = base64.b64decode(given).partition(b":")[2]
         elif scheme.lower() != b"bearer":
             given = b""
+        # Compared in constant time: an ordinary comparison reveals by its duration how many bytes are right.
         if not hmac.compare_digest(given.strip(), self.token.encode()):
             raise RefusalError(
                 401,
@@ -160,6 +200,7 @@ class Gate:
     async def _read(self, chunks: AsyncIterator[bytes], headers: dict[bytes, bytes], body: bytearray) -> None:
         limit = self.limits.max_body_bytes
         too_large = RefusalError(413, f"the body is larger than {limit} bytes; send fewer texts at once")
+        # A body that is announced as too large is refused without waiting for it. Otherwise its bytes are counted.
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
             raise too_large
@@ -178,14 +219,16 @@ class Gate:
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_body() -> Any:
+            # The application gets the whole body at once. Further messages never come: a disconnect is handled below.
             return messages.pop() if messages else await asyncio.Future()
 
         answering = asyncio.create_task(self.app(scope, receive_body, send))
-        leaving = asyncio.create_task(receive())  # after its body a client can only disconnect
+        leaving = asyncio.create_task(receive())  # After its body a client has nothing left to send but a disconnect.
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                answering.cancel()
+                answering.cancel()  # The client has left, and its texts leave the queue (see `Batcher.score`).
+            # Awaited, so that an error of the application is raised here and the cancellation has run to its end.
             with contextlib.suppress(asyncio.CancelledError):
                 await answering
         finally:
@@ -194,11 +237,11 @@ class Gate:
 
 
 async def _chunks(receive: Any, deadline: float) -> AsyncIterator[bytes]:
-    """A request's body as it arrives; who iterates again goes on where the last one stopped.
+    """The body of a request as it arrives. Iterating again continues where the previous iteration stopped.
 
     Raises:
-        TimeoutError: the event loop's clock reached `deadline` before the body's end.
-        ClientLeft: the client left before its end.
+        `TimeoutError`: If the event loop's clock reaches `deadline` before the body is complete.
+        `ClientLeft`: If the client disconnects before the body is complete.
     """
     more = True
     while more:
@@ -211,9 +254,10 @@ async def _chunks(receive: Any, deadline: float) -> AsyncIterator[bytes]:
 
 
 async def _refuse(refusal: RefusalError, send: Any, chunks: AsyncIterator[bytes]) -> None:
-    """Send all of the refusal, let the rest of the body go by, and only then end the answer and the connection."""
+    """Sends the refusal, discards the rest of the body, and only then ends the answer and the connection."""
     response = refusal_response(refusal, {"Connection": "close"})
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    # `more_body` keeps the connection open: the server closes it when the last part of the answer is sent.
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     with contextlib.suppress(TimeoutError, ClientLeft):
         async for _ in chunks:
@@ -222,5 +266,15 @@ async def _refuse(refusal: RefusalError, send: Any, chunks: AsyncIterator[bytes]
 
 
 def refusal_response(refusal: RefusalError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """A refusal as an HTTP response."""
+    """Converts a refusal to an HTTP response.
+
+    Args:
+        refusal ([`~disco_trl.serving.schemas.RefusalError`]):
+            Refusal to convert.
+        headers (`dict[str, str]`, *optional*, defaults to `None`):
+            Headers to add to those of the refusal.
+
+    Returns:
+        `fastapi.responses.JSONResponse`: The response.
+    """
     return JSONResponse(refusal.content(), refusal.status, {**(refusal.headers or {}), **(headers or {})})

@@ -1,7 +1,7 @@
-"""What goes over the wire: the server's requests and answers, and the words in which it refuses.
+"""Schemas of the server's requests and answers, and of its refusals.
 
-A request is checked whole before anything is scored. A refusal is a status, a reason, and the field that it is about,
-written as one would in Python: ``items[3].completion[0].role``.
+A request is validated completely before anything is scored. A refusal consists of a status, a reason and the field
+that it concerns, written as in Python: `items[3].completion[0].role`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from transformers import PreTrainedTokenizerBase
 
 
 class RefusalError(Exception):
-    """The server's answer to a request that it does not serve."""
+    """Raised for a request that the server does not serve.
+
+    Args:
+        status (`int`):
+            HTTP status of the answer.
+        reason (`str`):
+            Explanation for the client.
+        field (`str`, *optional*, defaults to `None`):
+            Field of the request that the refusal concerns.
+        headers (`Mapping[str, str]`, *optional*, defaults to `None`):
+            Headers of the answer.
+    """
 
     def __init__(self, status: int, reason: str, field: str | None = None, headers: Mapping[str, str] | None = None):
         super().__init__(reason)
@@ -35,17 +46,29 @@ class RefusalError(Exception):
         self.headers = headers
 
     def content(self) -> dict[str, str | None]:
-        """The body of the answer."""
+        """The body of the answer.
+
+        Returns:
+            `dict`: `error`, the reason, and `field`, the field or `None`.
+        """
         return {"error": self.reason, "field": self.field}
 
 
 def field_name(location: Sequence[int | str]) -> str | None:
-    """`("body", "items", 3, "<answer>", "prompt")`, as pydantic puts it, to `items[3].prompt`; None for the body."""
+    """Writes the location of a validation error as a path.
+
+    Args:
+        location (`Sequence[int | str]`):
+            Location as pydantic reports it, such as `("body", "items", 3, "<answer>", "prompt")`.
+
+    Returns:
+        `str` or `None`: The path, such as `items[3].prompt`; `None` for the body itself.
+    """
     name = ""
     for part in location:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif part != "body" and not part.startswith("<"):  # <...> is the kind of an item and not a field
+        elif part != "body" and not part.startswith("<"):  # <...> is the tag of a union member, not a field
             name += f".{part}" if name else part
     return name or None
 
@@ -55,7 +78,9 @@ class _Strict(BaseModel):
 
 
 class Message(BaseModel):
-    """A message of a conversation. Further keys (`tool_calls`, `name`) go to the chat template as they are."""
+    """Message of a conversation. Further keys, such as `tool_calls` and `name`, are passed to the chat template
+    unchanged.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -93,18 +118,23 @@ Content = Annotated[
 
 
 class Answer(_Strict):
-    """An answer with what goes with it; `completion` holds the whole conversation where there is no `prompt`."""
+    """Answer to score, with the prompt, the tools and the template arguments that belong to it.
+
+    Without a `prompt`, `completion` is the whole text or conversation.
+    """
 
     completion: Content
     prompt: Content | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    group: str | None = Field(None, description="equal for answers to one prompt; by default the prompt itself is")
+    group: str | None = Field(
+        None, description="Identifier that the answers to one prompt share. By default the prompt identifies them."
+    )
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def _only_what_templates_read(cls, kwargs: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        # A template of the client's own could loop for ever, and `tokenize` or `truncation` would change the answer.
+        # A chat template from the client could loop for ever, and `tokenize` or `truncation` would change the result.
         for name in set(kwargs or ()) & _OTHER_ARGUMENTS:
             raise PydanticCustomError(
                 "chat_template_kwargs", f"{name!r} is no variable of the chat template and cannot be set here"
@@ -118,6 +148,7 @@ class Answer(_Strict):
         return self
 
 
+# Arguments of `apply_chat_template` that are not variables of the template, as of the installed transformers.
 _OTHER_ARGUMENTS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "add_generation_prompt",
     "continue_final_message",
@@ -135,18 +166,22 @@ Item = Annotated[
 
 
 class ScoreRequest(_Strict):
-    """POST /score."""
+    """Body of `POST /score`."""
 
     items: list[Item] = Field(min_length=1)
     pairs: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
-        [], description="indices of two items each, to compare the first with the second"
+        [], description="Pairs of item indices. For each, the probability that the first is better is returned."
     )
-    transform: str | None = Field(None, description="by default the one that the server was started with")
+    transform: str | None = Field(
+        None, description="Name of the transform. By default, the one that the server was started with."
+    )
     k: float | None = None
     q: float | None = None
     beta: float | None = None
     seed: int | None = None
-    total: bool | None = Field(None, description="whether the scale counts the error of the location too")
+    total: bool | None = Field(
+        None, description="Whether the scale includes the epistemic uncertainty of the location."
+    )
 
     @field_validator("pairs")
     @classmethod
@@ -158,22 +193,30 @@ class ScoreRequest(_Strict):
         return pairs
 
     def options(self) -> dict[str, float | int]:
-        """The transform's options that the request gives."""
+        """Options of the transform that the request contains.
+
+        Returns:
+            `dict[str, float | int]`: Values by name, without those that are absent.
+        """
         return self.model_dump(include={"k", "q", "beta", "seed", "total"}, exclude_none=True)
 
 
 class Result(BaseModel):
-    """The reward of one item."""
+    """Reward of one item."""
 
     location: float
     scale: float
-    reward: float = Field(description="the transformed reward")
-    shape: list[float] | None = Field(None, description="the family's shape parameters, if it has any")
-    location_error: float | None = Field(None, description="the model's own error of the location, if it learned one")
+    reward: float = Field(description="Transformed reward.")
+    shape: list[float] | None = Field(None, description="Shape parameters of the family, if it has any.")
+    location_error: float | None = Field(
+        None, description="Epistemic uncertainty of the location (a standard deviation), if the model has one."
+    )
 
 
 class ScoreResponse(BaseModel):
-    """The rewards of the items, in their order, and P(first > second) of the pairs, in theirs."""
+    """Answer of `POST /score`: the rewards of the items and `P(first > second)` of the pairs, both in the order of the
+    request.
+    """
 
     family: str
     transform: str
@@ -182,9 +225,11 @@ class ScoreResponse(BaseModel):
 
 
 class RewardRequest(BaseModel):
-    """POST /get_reward, OpenRLHF's remote reward contract: prompts with their answers, rendered to text."""
+    """Body of `POST /get_reward`, OpenRLHF's contract for remote rewards: prompts with their answers, rendered to
+    text.
+    """
 
-    model_config = ConfigDict(strict=True)  # what else an engine sends is not for us
+    model_config = ConfigDict(strict=True)  # Unknown fields are allowed: engines send more than the server needs.
 
     query: list[str] = Field(min_length=1)
     prompts: list[Any] | None = None
@@ -199,7 +244,7 @@ class RewardRequest(BaseModel):
 
 
 class RewardResponse(BaseModel):
-    """OpenRLHF's: a number for each query, in their order."""
+    """Answer of `POST /get_reward`, in OpenRLHF's form: one number for each query, in the order of the request."""
 
     rewards: list[float]
     scores: list[float]

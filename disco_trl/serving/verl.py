@@ -1,7 +1,7 @@
-"""A custom reward function for verl that asks `disco-trl serve`.
+"""Custom reward function for verl that queries `disco-trl serve`.
 
-verl calls it with one answer at a time, in many threads or coroutines at once; the server puts what waits together.
-The prompt must be in the dataset's `extra_info`, as `prompt`: a text, or a list of messages. The answer comes as text,
+verl calls it with one answer at a time, from many threads or coroutines at once, and the server batches the calls. The
+dataset's `extra_info` has to contain the prompt as `prompt`: a text, or a list of messages. The answer arrives as text
 without special tokens.
 
     DISCO_TRL_URL=http://10.0.0.2:8000 python -m verl.trainer.main_ppo ... \\
@@ -10,7 +10,7 @@ without special tokens.
         +reward.custom_reward_function.reward_kwargs.transform=lower_bound \\
         +reward.custom_reward_function.reward_kwargs.k=1.0
 
-(verl loads the file by its path as well, outside the package: hence the absolute imports.)
+The imports are absolute because verl may also load this file by its path, outside the package.
 """
 
 import asyncio
@@ -37,25 +37,38 @@ def compute_score(
     beta: float | None = None,
     **unused: Any,
 ) -> dict[str, float]:
-    """
-    The reward of one answer.
+    """Scores one answer.
 
     Args:
-        data_source, ground_truth: verl's; a reward model needs neither.
-        solution_str: the answer.
-        extra_info: the row's, of which `prompt` is read.
-        url, token: of the server; by default the environment's DISCO_TRL_URL and DISCO_TRL_TOKEN.
-        timeout: seconds to wait for the answer.
-        transform, k, q, beta: see `disco_trl.distributions.transforms`; by default the server's own. Not `"win_rate"`,
-        for which verl would have to send the answers to a prompt together.
-        **unused: what verl passes to every reward function (which arguments these are changes with its version).
+        data_source (`str`):
+            Name of verl's data source. Not used.
+        solution_str (`str`):
+            Answer, without special tokens.
+        ground_truth (`Any`):
+            Reference answer of the dataset. Not used: a reward model needs none.
+        extra_info (`Mapping[str, Any]`):
+            Extra columns of the row, of which `prompt` is read.
+        url (`str`, *optional*, defaults to `None`):
+            URL of the server. If `None`, the environment variable `DISCO_TRL_URL`.
+        token (`str`, *optional*, defaults to `None`):
+            Token of the server. If `None`, the environment variable `DISCO_TRL_TOKEN`.
+        timeout (`float`, *optional*, defaults to `180.0`):
+            Number of seconds to wait for the answer.
+        transform (`str`, *optional*, defaults to `None`):
+            Name of a transform, see `disco_trl.distributions.transforms`. If `None`, the server's own. `"win_rate"` is
+            not supported, because verl sends the answers to one prompt separately.
+        k, q, beta (`float`, *optional*, defaults to `None`):
+            Options of the transform.
+        **unused:
+            Further arguments that verl passes to every reward function. They vary between its releases.
 
     Returns:
-        `score`, the transformed reward, which verl takes, with `location` and `scale`, which it logs.
+        `dict[str, float]`: `score`, the transformed reward, which verl uses, and `location` and `scale`, which it
+        logs.
 
     Raises:
-        ValueError: if there is no prompt or no URL.
-        disco_trl.serving.client.ServerError: if the server cannot be reached or refuses.
+        `ValueError`: If the prompt or the URL is missing.
+        `disco_trl.serving.client.ServerError`: If the server cannot be reached or refuses the request.
     """
     if extra_info is None or extra_info.get("prompt") is None:
         raise ValueError("extra_info['prompt'] is missing: put the prompt there (a text, or messages) in the dataset")
@@ -68,7 +81,7 @@ def compute_score(
     prompt = extra_info["prompt"]
     completion: Any = solution_str
     if not isinstance(prompt, str):
-        # Out of Parquet a list is an array, and every message has the keys of all.
+        # Parquet returns a list as an array, and fills up each message with the keys of the others, set to None.
         prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
         completion = [{"role": "assistant", "content": solution_str}]
     options = {"transform": transform, "k": k, "q": q, "beta": beta}
@@ -87,10 +100,11 @@ async def compute_score_async(
     extra_info: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, float]:
-    """`compute_score` for verl's asynchronous reward loop; arguments and errors are the same."""
+    """[`compute_score`] for verl's asynchronous reward loop. Arguments, result and errors are the same."""
+    # `requests` blocks, so that the call runs in a thread and the event loop stays free for the other answers.
     return await asyncio.to_thread(compute_score, data_source, solution_str, ground_truth, extra_info, **kwargs)
 
 
-@functools.cache
+@functools.cache  # verl calls for each answer anew; the connection pool is to be shared.
 def _client(url: str, token: str | None, timeout: float) -> ScoreClient:
     return ScoreClient(url, token, timeout)

@@ -346,4 +346,4 @@ def test_files(said, tmp_path, monkeypatch):
 def test_flipping_is_for_choices(tmp_path, capsys):
     with pytest.raises(SystemExit):
         human_ratings.main(["--said", "votes", "--flipped", "0.1", "--output", str(tmp_path)])
-    assert "--flipped turns forced choices round" in capsys.readouterr().err
+    assert "--flipped exchanges the sides of forced choices" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_run_from_a_path(tmp_path, tiny_llama_dir, kind, optimizer):
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {"gradient_checkpointing": True},
         # Whole batches: TRL's means are over batches, in which the pairs of an incomplete one weigh more, and ours are
-        # over pairs (tests/test_metrics.py). The last batch of every training epoch is smaller.
+        # over pairs (tests/trainer/test_metrics.py). The last batch of every training epoch is smaller.
         {"eval_dataset": preferences(rows=8, seed=1, margin=True), "eval_strategy": "steps", "eval_steps": 4},
     ],
     ids=["centred", "accumulated", "checkpointed", "evaluated"],

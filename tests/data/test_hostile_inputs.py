@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import requests
 from datasets import Dataset
-from hostile_inputs import HOSTILE, WAYS, Answers, Call, Checkpoint, Hostile, Request, document
+from hostile.inputs import Answers, Call, Checkpoint, Hostile, Request
+from hostile_inputs import HOSTILE, WAYS, document
 from preference_rows import map_style, streamed
 from reward_server import serve, tiny_reward
 from tiny_models import edited_copy

@@ -82,7 +82,9 @@ def test_is_self_contained_and_runs_nothing(page):
 def test_examples_are_the_surest_the_most_torn_and_the_wrong(held_out):
     examples = pick_examples(rewards_of(held_out, MARGINS), held_out)
     assert [example.kind for example in examples] == [
-        kind for kind in ("Surest, and right", "Most torn", "Wrong, with confidence") for _ in range(2)
+        kind
+        for kind in ("Most confident, and right", "Least confident", "Most confident, and wrong")
+        for _ in range(2)
     ]
     assert [example.answers[0] for example in examples] == [f"this {i}" for i in (23, 0, 2, 3, 1, 22)]
     assert examples[0].prompt == "user: Which?" and len(examples[0].answers[1]) < 700

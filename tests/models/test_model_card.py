@@ -1,4 +1,4 @@
-"""The text of the model card. (What the trainer puts in it: `contracts/test_c4_trl_options.py`.)"""
+"""The text of the model card. (What the trainer puts in it: `contracts/test_c4_checkpoints.py`.)"""
 
 import ast
 import re

@@ -1,5 +1,7 @@
-"""`disco_trl.rewards.disco_reward` on its own: `DiscoReward`, `ScalarReward` and `best_of_n`. (TRL's trainers:
-`tests/handoff`.)"""
+"""`DiscoReward`: the tokens that it reads, the rewards that it gives, and what it is made of.
+
+TRL's trainers use it in `tests/handoff`.
+"""
 
 import copy
 import json
@@ -8,37 +10,16 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from tiny_models import load, load_stock, lora, randomize_heads, save_adapter
+from reward_rows import COMPLETIONS, PROMPTS, assistant, close, distribution_of, user
+from tiny_models import load, load_stock, lora, save_adapter
 from transformers import AutoTokenizer
 
-from disco_trl import DiscoReward, DiscoRewardModel, RewardDistribution, best_of_n
+from disco_trl import DiscoReward, DiscoRewardModel, best_of_n
 from disco_trl.distributions.transforms import TRANSFORMS
 from disco_trl.rewards.reward_function import prompt_key
 
 
 TOOL = {"type": "function", "function": {"name": "search", "description": "Look it up.", "parameters": {}}}
-PROMPTS = ["Do you like it? ", "Who? ", "Do you like it? ", "Why? ", "Who? ", "Do you like it? "]
-COMPLETIONS = ["a lot", "people", "not at all", "the film is short", "a user", "the answer is short"]
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
-
-
-def distribution_of(model, sequences):
-    """One by one, by the model itself."""
-    with torch.no_grad():
-        rewards = [model.reward_distribution(input_ids=torch.tensor([ids])) for ids in sequences]
-    location = torch.cat([reward.location for reward in rewards])
-    return RewardDistribution(location, torch.cat([reward.scale for reward in rewards]), rewards[0].family)
-
-
-def close(tensor):
-    return pytest.approx(tensor.tolist(), rel=1e-5, abs=1e-5)
 
 
 # Tokens
@@ -348,208 +329,3 @@ def test_certainty_equivalents_end_where_the_scale_reaches_beta(reward_dir):
     narrow = DiscoReward(path, transform="certainty_equivalent", beta=scales.median().item())
     with pytest.raises(ValueError, match="largest scale is"):
         narrow(prompts=PROMPTS, completions=COMPLETIONS)
-
-
-# Metrics and warnings
-
-
-def test_metrics_by_hand(reward_dir):
-    model = randomize_heads(load(reward_dir()))
-    reward = DiscoReward(model, transform="lower_bound", name="film")
-    sequences = reward.tokenize(PROMPTS, COMPLETIONS)
-    own = distribution_of(model, sequences)
-    with torch.no_grad():
-        hidden_states = torch.cat([model(input_ids=torch.tensor([ids])).pooled_hidden_state for ids in sequences])
-    head = model.scale_head
-    head.mean_traits.copy_(torch.tensor([0.5, 0.1, 0.2]))
-    head.var_traits.copy_(torch.tensor([4.0, 0.25, 9.0]))
-    head.var_hidden.fill_(2.0)
-    head.rows_seen.fill_(64)
-
-    metrics, extra = {}, {}
-    reward(prompts=PROMPTS, completions=COMPLETIONS, log_metric=metrics.__setitem__, log_extra=extra.__setitem__)
-    log_scale = (own.scale / (2 / math.sqrt(math.pi))).log()
-    distance = ((hidden_states - head.mean_hidden).square() / 2).mean(dim=1).log()
-    pairs = [(0, 2), (0, 5), (2, 5), (1, 4)]
-    gaps = [abs(own.location[i] - own.location[j]).item() for i, j in pairs]
-    near = [gap < math.hypot(own.scale[i], own.scale[j]) for gap, (i, j) in zip(gaps, pairs, strict=True)]
-    assert metrics == pytest.approx(
-        {
-            "film/location/mean": own.location.mean().item(),
-            "film/scale/mean": own.scale.mean().item(),
-            "film/within_noise": sum(near) / 4,
-            "film/scale/drift": log_scale.mean().item(),
-            "film/shift/location": (own.location.mean().item() - 0.5) / 2,
-            "film/shift/scale": (log_scale.mean().item() - 0.1) / 0.5,
-            "film/shift/distance": (distance.mean().item() - 0.2) / 3,
-        },
-        rel=1e-4,
-        abs=1e-5,
-    )
-    assert extra == {"film/location": close(own.location), "film/scale": close(own.scale)}
-
-
-@pytest.mark.parametrize("settings", [{"fixed_scale": 0.5}, {}], ids=["fixed scale", "never trained"])
-def test_without_training_rows_there_is_nothing_to_shift_from(settings, reward_dir, caplog):
-    model = load(reward_dir(**settings))
-    if not settings:
-        model.scale_head.rows_seen.zero_()
-    metrics = {}
-    DiscoReward(model)(prompts=["a", "b"], completions=["c", "d"], log_metric=metrics.__setitem__)
-    assert metrics.keys() == {"disco_mean/location/mean", "disco_mean/scale/mean"}
-    assert not caplog.records
-
-
-def warnings_of(caplog):
-    return [record.message for record in caplog.records if record.name.startswith("disco_trl.rewards.")]
-
-
-@pytest.fixture
-def trained_on_short_texts(reward_dir):
-    """A reward model whose head has been shown the rows of `COMPLETIONS` as its training rows."""
-    model = load(reward_dir())
-    reward = DiscoReward(model)
-    head = model.scale_head
-    with torch.no_grad():
-        for tensor in (head.mean_hidden, head.var_hidden, head.mean_traits, head.var_traits, head.rows_seen):
-            tensor.zero_()
-        for _ in range(2):
-            outputs = [model(input_ids=torch.tensor([ids])) for ids in reward.tokenize(PROMPTS, COMPLETIONS)]
-            hidden_states = torch.cat([output.pooled_hidden_state for output in outputs])
-            head.track(hidden_states, torch.cat([output.logits for output in outputs]))
-    return model
-
-
-def test_leaving_the_training_region_is_warned_of_once(trained_on_short_texts, caplog):
-    reward = DiscoReward(trained_on_short_texts)
-    metrics = {}
-    reward(prompts=PROMPTS, completions=COMPLETIONS, log_metric=metrics.__setitem__)
-    assert abs(metrics["disco_mean/shift/location"]) < 1
-    assert abs(metrics["disco_mean/shift/distance"]) < 1
-    assert not warnings_of(caplog)
-
-    # Tokens whose hidden states lie elsewhere
-    with torch.no_grad():
-        trained_on_short_texts.model.norm.weight.mul_(10)
-    for _ in range(3):
-        reward(prompts=["x"] * 4, completions=["0", "1", "2", "3"], log_metric=metrics.__setitem__)
-    assert max(abs(metrics[f"disco_mean/shift/{name}"]) for name in ("location", "scale", "distance")) > 3
-    (warning,) = warnings_of(caplog)
-    assert "standard deviations from that of the answers that the reward model was trained on" in warning
-
-
-def test_an_answer_without_siblings_is_warned_of_once(reward_dir, caplog):
-    reward = DiscoReward(reward_dir(fixed_scale=1.0), transform="win_rate")
-    assert reward(prompts=["a", "a"], completions=["b", "c"])[0] != 0.5
-    assert not warnings_of(caplog)
-    for _ in range(3):
-        assert reward(prompts=["a", "b"], completions=["c", "d"]) == [0.5, 0.5]
-    (warning,) = warnings_of(caplog)
-    assert "one answer only" in warning
-    # Other transforms need no siblings.
-    DiscoReward(reward_dir(fixed_scale=1.0))(prompts=["a", "b"], completions=["c", "d"])
-    assert len(warnings_of(caplog)) == 1
-
-
-# A module for PPO
-
-
-@pytest.mark.parametrize(("transform", "options"), [("mean", {}), ("lower_bound", {"k": 1}), ("quantile", {"q": 0.3})])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
-def test_as_scalar(transform, options, architecture, disco_dir):
-    model = load(disco_dir(architecture))
-    scalar = model.as_scalar(transform, **options)
-    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-    backbone = getattr(scalar, scalar.base_model_prefix)
-    assert backbone is getattr(model, model.base_model_prefix)
-    assert scalar.config is model.config
-    with torch.no_grad():
-        hidden_states = backbone(input_ids=ids).last_hidden_state
-        scores = scalar.score(hidden_states)
-        reward = model.reward_distribution(input_ids=ids)
-        output = scalar(input_ids=ids)
-    k = {"mean": 0, "lower_bound": 1, "quantile": 0.5244005}[transform]  # Φ⁻¹(0.7)
-    expected = reward.location - k * reward.scale
-    assert scores.shape == (2, 4, 1)
-    assert scores[:, -1, 0].tolist() == close(expected)
-    assert output.logits.shape == (2, 1)
-    assert output.logits[:, 0].tolist() == close(expected)
-    # The model's own parameters, each of them once
-    assert {id(parameter) for parameter in scalar.parameters()} == {id(parameter) for parameter in model.parameters()}
-    assert not any(module.training for module in scalar.modules())
-
-
-def test_as_scalar_of_an_adapter(tiny_llama_dir):
-    model = lora(load(tiny_llama_dir))
-    ids = torch.tensor([[5, 6, 7, 2]])
-    with torch.no_grad():
-        reward = model.get_base_model().reward_distribution(input_ids=ids)
-        scalar = model.as_scalar("lower_bound", k=3.0)
-        hidden_states = getattr(scalar, scalar.base_model_prefix)(input_ids=ids).last_hidden_state
-        assert scalar.score(hidden_states)[:, -1, 0].tolist() == close(reward.location - 3 * reward.scale)
-
-
-def test_as_scalar_has_the_mode_of_its_model(reward_dir):
-    assert all(module.training for module in load(reward_dir()).train().as_scalar().modules())
-
-
-@pytest.mark.parametrize(
-    ("architecture", "settings", "transform", "options", "message"),
-    [
-        ("llama", {}, "win_rate", {}, "PPO scores each answer alone"),
-        ("llama", {}, "lower_bound", {"k": -1}, "k=-1 must be"),
-        ("llama", {"reward_family": "cauchy"}, "certainty_equivalent", {}, "-∞"),
-        # PPO transforms the rewards at all tokens of a text, where the scale may be anything.
-        ("llama", {"reward_family": "logistic"}, "certainty_equivalent", {"beta": 5.0}, "-∞"),
-        ("bert", {}, "lower_bound", {}, "is an encoder"),
-        ("modernbert", {}, "mean", {}, "is an encoder"),
-    ],
-)
-def test_as_scalar_refuses(architecture, settings, transform, options, message, disco_dir):
-    with pytest.raises(ValueError, match=message):
-        load(disco_dir(architecture, **settings)).as_scalar(transform, **options)
-
-
-def test_a_certainty_equivalent_that_is_always_finite(disco_dir):
-    scalar = load(disco_dir("llama", reward_family="logistic", fixed_scale=0.5)).as_scalar("certainty_equivalent")
-    assert scalar(input_ids=torch.tensor([[5, 6, 2]])).logits.isfinite().all()
-
-
-# Best of N
-
-
-@pytest.mark.parametrize("kind", ["text", "messages"])
-@pytest.mark.parametrize("transform", ["mean", "lower_bound", "win_rate"])
-def test_best_of_n(kind, transform, reward_dir):
-    prompts = ["Who? ", "Who? ", "Why? "]  # equal prompts of two rows are two tasks
-    candidates = [["people", "a user", "the film"], ["people", "not at all"], ["the answer is short"]]
-    if kind == "messages":
-        prompts = [user(prompt) for prompt in prompts]
-        candidates = [[assistant(answer) for answer in answers] for answers in candidates]
-    found = best_of_n(prompts, candidates, transform, model=reward_dir())
-    assert len(found) == 3
-    for prompt, answers, best in zip(prompts, candidates, found, strict=True):
-        # The same as each task on its own
-        alone = DiscoReward(reward_dir(), transform=transform)([prompt] * len(answers), answers)
-        assert best.rewards.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-5)
-        assert best.index == max(range(len(answers)), key=alone.__getitem__)
-        assert best.candidate is answers[best.index]
-        assert len(best.distribution) == len(answers)
-        if transform == "lower_bound":
-            expected = best.distribution.location - best.distribution.scale
-            assert best.rewards.tolist() == close(expected)
-
-
-def test_best_of_n_of_equal_rewards_takes_the_first(reward_dir):
-    (best,) = best_of_n(["Who? "], [["people", "people", "people"]], model=reward_dir())
-    assert best.index == 0
-
-
-def test_best_of_n_of_nothing(reward_dir):
-    assert best_of_n([], [], model=reward_dir()) == []
-    with pytest.raises(ValueError, match="row 1: candidates must be a list of at least one"):
-        best_of_n(["a", "b"], [["c"], []], model=reward_dir())
-    with pytest.raises(ValueError, match="row 0: candidates must be a list"):
-        best_of_n(["a"], ["c"], model=reward_dir())
-    with pytest.raises(ValueError, match="2 prompts but 1 lists"):
-        best_of_n(["a", "b"], [["c"]], model=reward_dir())

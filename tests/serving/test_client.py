@@ -1,5 +1,6 @@
 """`disco_trl.serving.client` and `disco_trl.serving.verl` with a real server: the rewards are those of the model in
-this process."""
+this process.
+"""
 
 import asyncio
 import importlib.util

@@ -1,6 +1,6 @@
 """What `DiscoRewardTrainer` adds to TRL's trainer: the loss and its metrics, worked out by hand, and the guards.
 
-That all else is TRL's is in `contracts/test_c3_bradley_terry.py` and `contracts/test_c4_trl_options.py`; the unit
+That all else is TRL's is in `contracts/test_c3_bradley_terry.py` and `contracts/test_c4_*.py`; the unit
 of the scales is in `test_gauge.py`.
 """
 

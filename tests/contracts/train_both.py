@@ -1,0 +1,36 @@
+"""Both trainers with the same arguments, ours as the special case of contract C3.
+
+TRL's own trainer is the definition of what an option means, in whichever version is installed: both have to make the
+same tokens, the same logs and the same weights.
+"""
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, IterableDataset
+from tiny_training import bradley_terry_trainer, furthest, logged, reward_trainer, weights
+from trl import RewardTrainer
+
+from disco_trl import DiscoRewardTrainer
+
+
+TOKENS = ("chosen_ids", "rejected_ids", "margin")
+
+
+def tokens(dataset: Dataset | IterableDataset) -> list[dict]:
+    return [{name: row[name] for name in TOKENS if name in row} for row in dataset]
+
+
+def train_both(folder: Path, **arguments) -> tuple[DiscoRewardTrainer, RewardTrainer]:
+    """Run both trainers and ask for the same tokens, logs and weights; returns them for further questions."""
+    trainers = []
+    for build, name in ((bradley_terry_trainer, "ours"), (reward_trainer, "theirs")):
+        trainer = build(folder / name, **{"max_steps": 2, **arguments})
+        trainer.train()
+        trainers.append(trainer)
+    ours, theirs = trainers
+    assert tokens(ours.train_dataset) == tokens(theirs.train_dataset)
+    for our_log, their_log in zip(logged(ours), logged(theirs), strict=True):
+        assert their_log == pytest.approx({name: our_log[name] for name in their_log}, abs=1e-4, rel=1e-4)
+    assert furthest(weights(ours.model), weights(theirs.model)) < 1e-4
+    return ours, theirs

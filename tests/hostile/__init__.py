@@ -1,0 +1,1 @@
+"""Tables of bad data, one for each way in; `hostile_inputs` puts them together."""
