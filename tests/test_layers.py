@@ -112,3 +112,19 @@ def test_documented_imports_resolve():
             if rest and not is_attribute:
                 wrong.append(f"{path.name}: {dotted}")
     assert not wrong
+
+
+def test_documented_files_exist():
+    """Paths of the checkout that documents, docstrings and comments name."""
+    root = PACKAGE.parent
+    sources = [*DOCUMENTS, *MODULES.values(), *(root / "tests").rglob("*.py"), *(root / "scripts").glob("*")]
+    missing = {
+        f"{source.relative_to(root)}: {path}"
+        for source in sources
+        for path in re.findall(
+            r"(?<![\w/.])(?:tests|docs|examples|scripts|benchmarks)/[\w/]+\.(?:py|md|sh|yaml|json)\b",
+            source.read_text(encoding="utf-8"),
+        )
+        if not (root / path).is_file()
+    }
+    assert not missing

@@ -116,8 +116,8 @@ class DiscoRewardConfig(RewardConfig):
     tie_width: float | None = field(
         default=None,
         metadata={
-            "help": "Half-width, in reward units, of the band within which two rewards are called equal. If `None`, it "
-            "is learned if the training data have ties."
+            "help": "Half-width, in reward units, of the band within which two rewards are called equal. If `None`, "
+            "it is learned if the training data have ties."
         },
     )
     label_noise: float | None = field(
