@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import disco_trainer, preferences
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, RewardDistribution
-from disco_trl.distributions.families import FAMILIES, Cauchy, Family, Normal, get_family, register_family
+from disco_trl.distributions.families import FAMILIES, Cauchy, Family, Normal, base, get_family, register_family
 from disco_trl.distributions.transforms import get_transform
 from disco_trl.simulation.population import heteroscedastic
 
@@ -119,6 +120,24 @@ def test_a_family_is_given_by_name_or_as_it_is():
     by_name, as_it_is = (RewardDistribution(one, one, family) for family in ("cauchy", get_family("cauchy")))
     for reward in (by_name, as_it_is, as_it_is[:1], RewardDistribution.cat([as_it_is, by_name])):
         assert reward.family == "cauchy" and reward.kind is get_family("cauchy")
+
+
+def test_a_training_step_looks_no_family_up(tmp_path, tiny_llama_dir, tiny_tokenizer, monkeypatch):
+    class Counting(dict):
+        lookups = 0
+
+        def __getitem__(self, name):
+            Counting.lookups += 1
+            return super().__getitem__(name)
+
+    monkeypatch.setattr(base, "FAMILIES", Counting(FAMILIES))
+    trainer = disco_trainer(
+        tmp_path, model=tiny_llama_dir, processing_class=tiny_tokenizer, train_dataset=preferences(), max_steps=1
+    )
+    assert Counting.lookups > 0  # when the model is made
+    Counting.lookups = 0
+    trainer.train()
+    assert Counting.lookups == 0
 
 
 # Refusals
