@@ -1,1 +1,1 @@
-"""Simulated populations of annotators, and planning how much to ask of real ones."""
+"""Simulated populations of annotators, and plans for how much to ask of real ones."""

@@ -1,12 +1,11 @@
-"""How much do votes tell? Exact fits of linear models in seconds, the error no method can beat, and votes needed.
+"""How much votes reveal: exact fits of linear models in seconds, the error that no method can beat, and votes needed.
 
-The model is the package's own, with given features in the place of a language model's hidden states: location and log
+The model is the package's own, with given features in place of a language model's hidden states: location and log
 scale are linear in the features of a text, the geometric mean of the scales is the family's unit (as in
 `disco_trl.models.heads.ScaleHead`), and a location may have an error τ that all votes on a pair share. The likelihood
-is the one that the trainer maximizes. With tens of features and tens of thousands of votes its maximum can be found to
-the last digit, and its Fisher information written down. By both a setup is judged before labels are paid for and
-before a
-GPU is rented: what fails here, where features and family are right, will not do better with a language model.
+is the one that the trainer maximizes. With tens of features and tens of thousands of votes, its maximum can be found
+to the last digit and its Fisher information written down. Both judge a setup before labels are paid for and a GPU is
+rented: what fails here, where features and family are right, will not do better with a language model.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ from torch import Tensor
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import RewardDistribution, get_family
-from .population import Population, Votes, vote
+from .judging import Votes, vote
+from .population import Population
 
 
 class _Basis:
-    """The features' own coordinates: centred, uncorrelated, of variance 1, without directions in which nothing varies.
+    """
+    The features' own coordinates: centred, uncorrelated, of variance 1, without directions in which nothing varies.
 
-    In these the likelihood is well scaled, whatever the units of the features are.
+    In these coordinates the likelihood is well scaled, whatever the units of the features are.
     """
 
     def __init__(self, features: np.ndarray):
@@ -37,11 +38,11 @@ class _Basis:
         _, singular, directions = np.linalg.svd(features - self.mean, full_matrices=False)
         kept = singular > 1e-9 * singular.max(initial=0)
         if not kept.any():
-            raise ValueError("the features are the same for every text, so that nothing can be told of any of them")
-        self.axes = directions[kept].T * (math.sqrt(len(features)) / singular[kept])  # [D, r]
+            raise ValueError("the features are the same for every text, so that nothing can be inferred from them")
+        self.axes = directions[kept].T * (math.sqrt(len(features)) / singular[kept])  # (D, r)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """`[N, D]` to `[N, r]`."""
+        """From features `(N, D)` to coordinates `(N, r)`, with r the rank."""
         return (features - self.mean) @ self.axes
 
 
@@ -53,12 +54,19 @@ class LinearFit:
     """
     A linear reward model: μ = location_weight · (x − mean), log(σ / unit) = log_scale_weight · (x − mean).
 
-    Attributes:
-        location_weight, log_scale_weight, mean: `[D]`; the mean is that of the features it was fitted on.
-        unit_scale: the geometric mean of the scales.
-        location_error: τ, or None for a model without it.
-        tie_half_width: δ, or None if all votes were forced choices.
-        nll: mean of −log P of a vote, in nats.
+    Args:
+        location_weight, log_scale_weight (`numpy.ndarray` of shape `(D,)`):
+            Weights of the features.
+        mean (`numpy.ndarray` of shape `(D,)`):
+            The mean of the features that the model was fitted on.
+        unit_scale (`float`):
+            The geometric mean of the scales.
+        location_error (`float`, *optional*):
+            τ, in reward units. If `None`, the model has no such error.
+        tie_half_width (`float`, *optional*):
+            δ, in reward units. If `None`, all votes were forced choices.
+        nll (`float`):
+            The mean of −log P of a vote, in nats.
     """
 
     location_weight: np.ndarray
@@ -70,7 +78,16 @@ class LinearFit:
     nll: float
 
     def predict(self, features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-        """Location and scale, `[N]` each, of texts with features `[N, D]`."""
+        """
+        Predicts rewards.
+
+        Args:
+            features (`ArrayLike` of shape `(N, D)`):
+                Features of texts, which need not be those of the fit.
+
+        Returns:
+            `tuple[numpy.ndarray, numpy.ndarray]`: Locations and scales, `(N,)` each, in reward units.
+        """
         deviation = np.asarray(features, dtype=float) - self.mean
         return deviation @ self.location_weight, self.unit_scale * np.exp(deviation @ self.log_scale_weight)
 
@@ -79,18 +96,25 @@ def fit_linear(
     features: ArrayLike, votes: Votes, family: str = "normal", *, with_location_error: bool = False
 ) -> LinearFit:
     """
-    The linear model under which the votes are likeliest.
+    Fits the linear model under which the votes are most likely.
 
     Args:
-        features: of all texts, `[N, D]`.
-        votes: on pairs of them. Where people could say that a pair was a tie, the tie band is fitted too.
-        family: `"normal"`, `"laplace"`, `"cauchy"` or `"logistic"`.
-        with_location_error: learn τ as well, the error of a location that the features do not tell. It takes several
-            votes on a pair: with one, disagreement among people looks much the same.
+        features (`ArrayLike` of shape `(N, D)`):
+            Features of all texts.
+        votes ([`Votes`]):
+            Votes on pairs of texts. If people could call a pair a tie, the tie band is fitted too.
+        family (`str`, *optional*, defaults to `"normal"`):
+            A family without shape parameters.
+        with_location_error (`bool`, *optional*, defaults to `False`):
+            Whether to fit τ as well, the error of a location that the features do not explain. It takes several votes
+            on a pair: with one, disagreement among people looks much the same.
+
+    Returns:
+        [`LinearFit`]: The maximum of the likelihood.
 
     Raises:
-        ValueError: if nobody voted, or the features are the same for every text.
-        RuntimeError: if no maximum is found: too few votes for so many features.
+        `ValueError`: If nobody voted, or if the features are the same for every text.
+        `RuntimeError`: If no maximum is found, because there are too few votes for so many features.
     """
     features = np.asarray(features, dtype=float)
     count = int(votes.wins.sum() + votes.losses.sum() + votes.ties.sum())
@@ -99,7 +123,7 @@ def fit_linear(
     basis, unit = _Basis(features), get_family(family).unit_scale
     inputs = torch.tensor(basis(features))
     rank = inputs.shape[1]
-    # τ and δ, where there are any, by their logarithms
+    # τ and δ, where there are any, by their logarithms, which are free to be any number
     extras = torch.full((with_location_error + (not votes.forced),), math.log(unit / 2), dtype=torch.float64)
     parameters = torch.cat([torch.zeros(2 * rank, dtype=torch.float64), extras]).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -148,7 +172,7 @@ def _log_probs(
     votes: Votes,
     tie_width: Tensor | None = None,
 ) -> Tensor:
-    """log P of the votes on each pair, `[P]`, from location and scale of both sides, `[P, 2]`."""
+    """Evaluates log P of the votes on each pair, `(P,)`, from locations and scales of both sides, `(P, 2)` each."""
     first, second = (
         RewardDistribution(
             location[:, side],
@@ -176,12 +200,14 @@ def _log_probs(
 @dataclass(frozen=True)
 class Precision:
     """
-    How far a fit is, or has to be expected to be, from the truth.
+    How far a fit is, or is expected to be, from the truth.
 
-    Attributes:
-        scale_error: root mean square over texts of the error of log σ; 0.1 is about 10 % of σ. The unit of reward is
-            not part of it: the geometric mean of all scales is taken to be right.
-        location_spearman, scale_spearman: rank correlations over texts of what is fitted with the truth.
+    Args:
+        scale_error (`float`):
+            Root mean square over texts of the error of log σ; 0.1 is about 10 % of σ. The unit of reward is not part
+            of it: the geometric mean of all scales is taken to be right.
+        location_spearman, scale_spearman (`float`):
+            Rank correlations over texts between fit and truth.
     """
 
     scale_error: float
@@ -190,7 +216,7 @@ class Precision:
 
 
 def measured_precision(population: Population, fit: LinearFit) -> Precision:
-    """How far a fit is from the population's true locations and scales."""
+    """Compares a fit with the population's true locations and scales."""
     location, scale = fit.predict(population.features)
     return Precision(
         scale_error=float(np.std(np.log(scale / population.scale))),
@@ -204,11 +230,15 @@ class AsymptoticErrors:
     """
     The standard errors of an efficient fit: the Cramér–Rao bound, which maximum likelihood reaches with many votes.
 
-    Attributes:
-        location: `[N]`, in the gauge in which the geometric mean of the scales is the family's unit.
-        log_scale: `[N]`.
-        location_error: of τ, in the location's unit; None where the features tell the locations in full.
-        precision: what to expect of a fit on the whole.
+    Args:
+        location (`numpy.ndarray` of shape `(N,)`):
+            Those of the locations, in the gauge in which the geometric mean of the scales is the family's unit.
+        log_scale (`numpy.ndarray` of shape `(N,)`):
+            Those of log σ.
+        location_error (`float`, *optional*):
+            That of τ, in the unit of the locations. If `None`, the features explain the locations in full.
+        precision ([`Precision`]):
+            What to expect of a fit overall.
     """
 
     location: np.ndarray
@@ -221,26 +251,32 @@ def asymptotic_errors(
     population: Population, pairs: np.ndarray, votes_per_pair: int = 1, seed: int = 0
 ) -> AsymptoticErrors:
     """
-    The errors that a linear fit to votes on these pairs has to be expected to make, from its Fisher information.
+    Evaluates the errors that a linear fit to votes on these pairs is expected to make, from its Fisher information.
 
-    What the features do not tell of the true locations is taken for the model's own error τ, to be learned as well.
-    They are sampling errors alone, of a model whose form is right. Where it is not (the scales of `simulation.camps`
-    and `simulation.tastes` are not log-linear in the features), a fit stays further from the truth, however many votes
-    there are.
+    What the features do not explain of the true locations counts as the model's own error τ, which is learned as well.
+    The errors are sampling errors alone, of a model whose form is right. If it is not (the scales of [`camps`] and
+    [`tastes`] are not log-linear in the features), a fit stays further from the truth, however many votes there are.
 
     Args:
-        population: the truth, `N` texts. The model's family is that of its noise.
-        pairs: indices of texts, `[P, 2]`.
-        votes_per_pair: forced choices of each.
-        seed: of 100 draws of the errors, by which rank correlations are found.
+        population ([`Population`]):
+            The truth about N texts. The family of the model is that of the noise.
+        pairs (`numpy.ndarray` of shape `(P, 2)`):
+            Indices of texts.
+        votes_per_pair (`int`, *optional*, defaults to `1`):
+            The number of forced choices for each pair.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of 100 draws of the errors, from which rank correlations are computed.
+
+    Returns:
+        [`AsymptoticErrors`]: For every text and overall.
 
     Raises:
-        ValueError: if the pairs do not determine the parameters at all.
+        `ValueError`: If the pairs do not determine the parameters at all.
     """
     pairs, basis, family = np.asarray(pairs), _Basis(population.features), population.noise_family
     inputs = basis(population.features)
     rank = inputs.shape[1]
-    # The truth in the gauge of the fit, and what of it the features tell (the basis is orthogonal, of variance 1)
+    # The truth in the gauge of the fit, and what the features explain of it (the basis is orthogonal, of variance 1)
     unit = get_family(family).unit_scale / np.exp(np.log(population.scale).mean())
     location, scale = (population.location - population.location.mean()) * unit, population.scale * unit
     seen = inputs @ (inputs.T @ location) / len(location)
@@ -252,8 +288,8 @@ def asymptotic_errors(
     errors = [torch.full((len(pairs),), unseen_std, dtype=torch.float64, requires_grad=True)] * with_location_error
     count = 2 * rank + with_location_error
     information = torch.zeros(count, count, dtype=torch.float64)
-    design = torch.tensor(inputs)[pairs]  # [P, 2, r]
-    k = votes_per_pair if with_location_error else 1  # without a shared error k votes tell k times what one tells
+    design = torch.tensor(inputs)[pairs]  # (P, 2, r)
+    k = votes_per_pair if with_location_error else 1  # without a shared error, k votes are k times as informative
     for wins in range(k + 1):
         won, lost, tied = (np.full(len(pairs), number) for number in (wins, k - wins, 0))
         votes = Votes(pairs, won, lost, tied, forced=True)
@@ -296,13 +332,17 @@ def asymptotic_errors(
 @dataclass(frozen=True)
 class Plan:
     """
-    An answer to: how many votes?
+    An answer to the question of how many votes are needed.
 
-    Attributes:
-        votes_per_pair: the fewest with which σ is expected to be as right as was asked for.
-        votes: of all pairs together.
-        expected: what a fit to them should reach, by its asymptotic errors.
-        simulated: what fits to simulated votes reached, one entry each.
+    Args:
+        votes_per_pair (`int`):
+            The smallest number with which σ is expected to be as accurate as required.
+        votes (`int`):
+            The number of votes on all pairs together.
+        expected ([`Precision`]):
+            What a fit to them should reach, by its asymptotic errors.
+        simulated (`list[Precision]`):
+            What fits to simulated votes have reached, one entry each.
     """
 
     votes_per_pair: int
@@ -321,24 +361,33 @@ def plan(
     seed: int = 0,
 ) -> Plan:
     """
-    How many votes on each pair until σ is right to `scale_error`.
+    Finds how many votes on each pair it takes until σ is accurate to `scale_error`.
 
     Args:
-        population: people and texts like those that you expect.
-        pairs: the pairs that would be voted on, `[P, 2]`.
-        scale_error: root mean square error of log σ that is good enough; 0.1 is about 10 % of σ.
-        most_votes_per_pair: where to stop looking.
-        simulations: fits to simulated votes by which the answer is checked.
-        seed: of these.
+        population ([`Population`]):
+            People and texts like those that you expect.
+        pairs (`numpy.ndarray` of shape `(P, 2)`):
+            Indices of the texts in the pairs that would be voted on.
+        scale_error (`float`, *optional*, defaults to `0.1`):
+            The root mean square error of log σ that is good enough; 0.1 is about 10 % of σ.
+        most_votes_per_pair (`int`, *optional*, defaults to `50`):
+            Where to stop searching.
+        simulations (`int`, *optional*, defaults to `1`):
+            The number of fits to simulated votes that check the answer.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the simulated votes.
+
+    Returns:
+        [`Plan`]: The smallest number of votes, and what they reach.
 
     Raises:
-        ValueError: if `most_votes_per_pair` are not enough; it says what they reach.
-        RuntimeError: if a simulated fit fails: too few votes for so many features.
+        `ValueError`: If `most_votes_per_pair` are not enough; the message says what they reach.
+        `RuntimeError`: If a simulated fit fails, because there are too few votes for so many features.
     """
-
     if most_votes_per_pair < 1:
         raise ValueError(f"most_votes_per_pair={most_votes_per_pair} must be at least 1")
 
+    # Doubled until they are enough, then halved in between: each try is a Fisher information of all pairs.
     too_few, enough = 0, 1
     while (errors := asymptotic_errors(population, pairs, enough)).precision.scale_error > scale_error:
         if enough == most_votes_per_pair:

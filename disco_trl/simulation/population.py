@@ -1,11 +1,11 @@
-"""Worlds with known truth: people who judge texts, and whose disagreement is known.
+"""Worlds whose truth is known: people who judge texts, and whose disagreement is given.
 
-Real data never say what the scale of a reward should have been. Here it is known. A :class:`Population` is a number of
-groups of people, each with its own opinion of every text, and noise about it; location and scale of each text's reward
-follow. From it come votes, ties, soft labels and ratings, as arrays and as rows of a dataset to train on.
-`disco_trl.simulation.planning` says how much such judgements tell, and how many are enough.
+Real data never say what the scale of a reward should have been. Here it is known. A [`Population`] consists of groups
+of people, each with its own opinion of every text and noise about it, from which the location and the scale of each
+text's reward follow. `disco_trl.simulation.judging` lets these people vote and rate, and
+`disco_trl.simulation.planning` says how much such judgements reveal, and how many are enough.
 
-Arrays are NumPy's, `[N]` for N texts, `[N, D]` for their features, `[P, 2]` for pairs of indices of texts.
+All arrays are NumPy's: `(N,)` for N texts, `(N, D)` for their features, `(P, 2)` for pairs of indices of texts.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from ..distributions.families import FAMILIES
 from ..distributions.reward_distribution import RewardDistribution
 
 
-NOISE_FAMILIES = ("normal", "laplace", "cauchy")
-"""Families that are distributions. The logistic one is a link: no rewards have its pairwise probabilities."""
 LEVELS = ("not at all", "slightly", "fairly", "very", "extremely")
 TRAITS = (
     *("clear", "polite", "brief", "formal", "funny", "cautious", "vivid", "technical", "warm", "direct", "modest"),
@@ -38,18 +36,25 @@ TRAITS = (
 
 def trait_texts(count: int, traits: int = 8, seed: int = 0) -> tuple[list[str], np.ndarray]:
     """
-    Synthetic texts that say in words what their features are, for a language model to learn from.
+    Makes synthetic texts that say in words what their features are, for a language model to learn from.
 
     Each trait has one of five levels, drawn evenly, and the text names them all: "very clear, not at all polite, ...".
     The features are these levels and nothing else, so that all there is to know about a text can be read in it.
 
     Args:
-        count: number of texts, `N`.
-        traits: number of features, `D`, at most 32.
-        seed: of the levels.
+        count (`int`):
+            The number of texts, N.
+        traits (`int`, *optional*, defaults to `8`):
+            The number of features, D, at most 32.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the levels.
 
     Returns:
-        The texts, and their features `[N, D]`, of mean 0 and variance 1 in expectation.
+        `tuple[list[str], numpy.ndarray]`: The texts, and their features `(N, D)`, of mean 0 and variance 1 in
+        expectation.
+
+    Raises:
+        `ValueError`: If there are no names for so many traits.
     """
     if not 1 <= traits <= len(TRAITS):
         raise ValueError(f"traits={traits} must lie between 1 and {len(TRAITS)}, the number of traits with a name")
@@ -67,18 +72,29 @@ def trait_texts(count: int, traits: int = 8, seed: int = 0) -> tuple[list[str], 
 @dataclass(frozen=True)
 class Population:
     """
-    People who judge N texts, in G groups that each are of one opinion.
+    People who judge N texts, in G groups that each hold one opinion.
 
-    The reward of text i at one reading by someone of group g is `opinions[g, i] + noise[i] · ε`, ε of `noise_family`.
-    One group and its noise is a location-scale family itself; two are camps; hundreds are persons, each with a taste.
+    The reward of text i at one reading by someone of group g is `opinions[g, i] + noise[i] · ε`, with ε of
+    `noise_family`. One group with its noise is a location-scale family itself, two groups are camps, and hundreds are
+    persons, each with a taste.
 
-    Attributes:
-        features: `[N, D]`, what a linear model may know of the texts.
-        opinions: `[G, N]`, in reward units.
-        share: `[G]`, how much of the population each group is; sums to 1.
-        noise: `[N]`, positive, in reward units.
-        noise_family: `"normal"`, `"laplace"` or `"cauchy"`; with several groups `"normal"`.
-        texts: `N` strings, or None for arrays alone.
+    Args:
+        features (`numpy.ndarray` of shape `(N, D)`):
+            What a linear model may know about the texts.
+        opinions (`numpy.ndarray` of shape `(G, N)`):
+            Each group's opinion of each text, in reward units.
+        share (`numpy.ndarray` of shape `(G,)`):
+            The share of each group in the population. The shares sum to 1.
+        noise (`numpy.ndarray` of shape `(N,)`):
+            Positive scales of the noise, in reward units.
+        noise_family (`str`, *optional*, defaults to `"normal"`):
+            A family without shape parameters that is a distribution and not a link. With several groups, only
+            `"normal"`.
+        texts (`Sequence[str]`, *optional*):
+            N texts. If `None`, there are arrays alone and no rows can be made.
+
+    Raises:
+        `ValueError`: If sizes do not match, or if noise, shares or the family are out of their domain.
     """
 
     features: np.ndarray
@@ -94,10 +110,12 @@ class Population:
             value = getattr(self, name)
             if value is not None and len(value) != size:
                 raise ValueError(f"{name} has {len(value)} rows where opinions {self.opinions.shape} ask for {size}")
-        if self.noise_family not in NOISE_FAMILIES:
+        # Of a link nobody could draw rewards that win as often as it says; a shape the population does not have.
+        drawable = [name for name, family in FAMILIES.items() if not (family.is_link or family.shape_names)]
+        if self.noise_family not in drawable:
             raise ValueError(
                 f"noise_family={self.noise_family!r} is no distribution of a reward; choose one of "
-                f"{', '.join(map(repr, NOISE_FAMILIES))}"
+                f"{', '.join(map(repr, drawable))}"
             )
         if groups > 1 and self.noise_family != "normal":
             raise ValueError(
@@ -113,30 +131,41 @@ class Population:
 
     @property
     def location(self) -> np.ndarray:
-        """`[N]`: the mean opinion, which is the mean reward (of Cauchy noise, which has no mean, the median)."""
+        """The mean opinion `(N,)`, which is the mean reward (for Cauchy noise, which has no mean, the median)."""
         return self.share @ self.opinions
 
     @property
     def scale(self) -> np.ndarray:
-        """`[N]`: the scale of the noise for one group (as its family means it), for several the standard deviation."""
+        """For one group the scale of its noise, as the family means it; for several the standard deviation. `(N,)`."""
         return np.hypot(self.noise, self.division)
 
     @property
     def division(self) -> np.ndarray:
-        """`[N]`: the standard deviation of opinions between groups. Over `scale` it is the polarization of a text."""
+        """The standard deviation of opinions between groups, `(N,)`. Over `scale` it is the polarization of a text."""
         return np.sqrt(self.share @ (self.opinions - self.location) ** 2)
 
     @property
     def family(self) -> str:
-        """The family of rewards: of the noise for one group, a mixture for two, and near enough normal for many."""
+        """The family of the rewards: that of the noise for one group, a mixture for two, about normal for many."""
         return {1: self.noise_family, 2: "mixture"}.get(len(self.share), "normal")
 
     def draw_groups(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-        """The groups of people drawn at random, an array of that shape."""
+        """Draws people at random; returns their groups, integers of the given shape."""
         return rng.choice(len(self.share), size=shape, p=self.share)
 
     def draw(self, texts: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Rewards of texts by people of the given groups, both indices, of the shape that they broadcast to."""
+        """
+        Draws rewards.
+
+        Args:
+            texts, groups (`numpy.ndarray`):
+                Indices of texts, and of the groups of those who read them, of any shapes that broadcast.
+            rng (`numpy.random.Generator`):
+                Source of randomness.
+
+        Returns:
+            `numpy.ndarray` of the broadcast shape: One reward for each reading.
+        """
         location, scale = np.broadcast_arrays(self.opinions[groups, texts], self.noise[texts])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         rewards = RewardDistribution(torch.tensor(location), torch.tensor(scale), self.noise_family)
@@ -144,19 +173,24 @@ class Population:
 
     def prob_greater(self, pairs: np.ndarray, same_annotator: bool = False) -> np.ndarray:
         """
-        P(first ≻ second) for each pair, `[P]`, exactly, summed over groups.
+        Evaluates P(first ≻ second) for each pair, exactly, by summing over groups.
 
         Args:
-            pairs: indices of texts, `[P, 2]`.
-            same_annotator: one person judges both sides, rather than a person each. Reward models take rewards to be
+            pairs (`numpy.ndarray` of shape `(P, 2)`):
+                Indices of texts.
+            same_annotator (`bool`, *optional*, defaults to `False`):
+                Whether one person judges both sides, rather than a person each. Reward models take rewards to be
                 independent across answers; people who read both sides bring one taste to both.
+
+        Returns:
+            `numpy.ndarray` of shape `(P,)`: Probabilities.
         """
         pairs = np.asarray(pairs)
         groups = np.arange(len(self.share))
         ours, theirs = (groups, groups) if same_annotator else (array.ravel() for array in np.meshgrid(groups, groups))
         weight = self.share if same_annotator else self.share[ours] * self.share[theirs]
         probs = np.empty(len(pairs))
-        # Persons meet persons: 100 of them are 10,000 terms for a pair, and memory holds some pairs at a time.
+        # Persons meet persons: 100 of them are 10,000 terms for a pair, so that memory holds a part of the pairs.
         for part in np.array_split(np.arange(len(pairs)), max(1, len(pairs) * len(weight) // 2**20)):
             first, second = (
                 RewardDistribution(
@@ -180,19 +214,28 @@ def heteroscedastic(
     seed: int = 0,
 ) -> Population:
     """
-    People of one opinion who are surer of some texts than of others; heavy-tailed for another `family`.
+    Makes people of one opinion who are surer about some texts than about others.
 
     Location and log scale are linear in the features, in directions drawn at random: over standard normal features
     μ ~ N(0, 1) and log σ ~ N(0, `log_scale_std`²).
 
     Args:
-        features: `[N, D]`.
-        log_scale_std: how differently sure they are; 0 for a scale of 1 everywhere.
-        family: of the noise.
-        unseen_std: standard deviation of a further part of each location that the features do not tell: the error that
-            a model of these features is bound to make.
-        texts: `N` strings.
-        seed: of the directions and of what is unseen.
+        features (`ArrayLike` of shape `(N, D)`):
+            Features of the texts.
+        log_scale_std (`float`, *optional*, defaults to `0.5`):
+            How much the scales differ; 0 gives a scale of 1 everywhere.
+        family (`str`, *optional*, defaults to `"normal"`):
+            Family of the noise.
+        unseen_std (`float`, *optional*, defaults to `0.0`):
+            Standard deviation of a further part of each location that the features do not reveal: the error that a
+            model of these features is bound to make.
+        texts (`Sequence[str]`, *optional*):
+            N texts.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the directions and of the unseen part.
+
+    Returns:
+        [`Population`]: One group.
     """
     features, rng = _as_features(features), np.random.default_rng(seed)
     location, log_scale = features @ _direction(features, rng), features @ _direction(features, rng) * log_scale_std
@@ -210,20 +253,29 @@ def tastes(
     seed: int = 0,
 ) -> Population:
     """
-    Persons who each weigh the features in their own way.
+    Makes persons who each weigh the features in their own way.
 
-    Weights are normal: their mean gives each text its location, their covariance and the noise its scale. Some
-    features are more disputed than others. Location and scale are those of the persons drawn, not of all there could
-    be. The variance is quadratic in the features: a model that has them alone cannot tell it, one with their squares
-    can, as no person's weights go together.
+    The weights are normal: their mean gives each text its location, and their covariance and the noise give it its
+    scale. Some features are more disputed than others. Location and scale are those of the persons drawn, not of all
+    there could be. The variance is quadratic in the features. A model that has the features alone cannot express it;
+    one that has their squares can, because a person's weights are independent of each other.
 
     Args:
-        features: `[N, D]`.
-        annotators: number of persons, `G`.
-        taste_std: root mean square over standard normal features of what persons differ by; the locations' is 1.
-        noise: standard deviation of one person's reward of one text from reading to reading.
-        texts: `N` strings.
-        seed: of tastes.
+        features (`ArrayLike` of shape `(N, D)`):
+            Features of the texts.
+        annotators (`int`, *optional*, defaults to `100`):
+            The number of persons, G.
+        taste_std (`float`, *optional*, defaults to `1.0`):
+            Root mean square, over standard normal features, of what persons differ by; that of the locations is 1.
+        noise (`float`, *optional*, defaults to `0.5`):
+            Standard deviation of one person's reward of one text from reading to reading.
+        texts (`Sequence[str]`, *optional*):
+            N texts.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the tastes.
+
+    Returns:
+        [`Population`]: One group for each person.
     """
     features, rng = _as_features(features), np.random.default_rng(seed)
     mean = _direction(features, rng)
@@ -244,17 +296,27 @@ def camps(
     seed: int = 0,
 ) -> Population:
     """
-    Two opposed groups: what one adds to the common opinion of a text, the other takes away.
+    Makes two opposed groups: what one adds to the common opinion of a text, the other subtracts.
 
-    The variance is the square of something linear in the features, and noise: it takes their products to tell it.
+    The variance is the square of something linear in the features, plus noise, so that a model needs their products to
+    express it.
 
     Args:
-        features: `[N, D]`.
-        share: the first group's part of the population.
-        division_std: standard deviation over standard normal features of what is added; the common opinion's is 1.
-        noise: standard deviation within a group.
-        texts: `N` strings.
-        seed: of common and opposed opinions.
+        features (`ArrayLike` of shape `(N, D)`):
+            Features of the texts.
+        share (`float`, *optional*, defaults to `0.5`):
+            The share of the first group in the population.
+        division_std (`float`, *optional*, defaults to `1.0`):
+            Standard deviation, over standard normal features, of what is added; that of the common opinion is 1.
+        noise (`float`, *optional*, defaults to `0.5`):
+            Standard deviation within a group.
+        texts (`Sequence[str]`, *optional*):
+            N texts.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the common and the opposed opinions.
+
+    Returns:
+        [`Population`]: Two groups.
     """
     features, rng = _as_features(features), np.random.default_rng(seed)
     common, opposed = features @ _direction(features, rng), features @ _direction(features, rng) * division_std
@@ -272,181 +334,3 @@ def _as_features(features: ArrayLike) -> np.ndarray:
 def _direction(features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     weights = rng.standard_normal((features.shape[1],))
     return weights / math.sqrt(weights @ weights)
-
-
-# Pairs
-
-
-def random_pairs(texts: int, pairs: int, seed: int = 0) -> np.ndarray:
-    """Pairs of two different texts, each drawn evenly: indices `[pairs, 2]`."""
-    if texts < 2:
-        raise ValueError(f"texts={texts}: a pair takes two")
-    rng = np.random.default_rng(seed)
-    first, step = rng.integers(0, texts, pairs), rng.integers(1, texts, pairs)
-    return np.stack([first, (first + step) % texts], axis=1)
-
-
-def balanced_pairs(texts: int, pairs_per_text: int, seed: int = 0) -> np.ndarray:
-    """Pairs in which every text occurs equally often: indices `[texts * pairs_per_text / 2, 2]`.
-
-    Raises:
-        ValueError: unless the number of texts is even.
-    """
-    if texts % 2:
-        raise ValueError(f"texts={texts} is odd, so that one would be left over in every round; leave one out")
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.permutation(texts).reshape(-1, 2) for _ in range(pairs_per_text)])
-
-
-# Judgements
-
-
-@dataclass(frozen=True)
-class Votes:
-    """
-    How often the first text of each pair won, lost and tied.
-
-    Attributes:
-        pairs: indices of texts, `[P, 2]`.
-        wins, losses, ties: `[P]`.
-        forced: whether nobody could have called a pair a tie.
-    """
-
-    pairs: np.ndarray
-    wins: np.ndarray
-    losses: np.ndarray
-    ties: np.ndarray
-    forced: bool
-
-    def rows(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """
-        Rows of a preference dataset: `chosen` is what more voted for, with `chosen_votes` and `rejected_votes`.
-
-        Where people could say that a pair was a tie, `tie` is there as well: false with the votes, and the ties of a
-        pair are a row of their own, with their number for a `weight`.
-        """
-        rows: list[dict[str, Any]] = []
-        for (first, second), wins, losses, ties in zip(self.pairs, self.wins, self.losses, self.ties, strict=True):
-            sides = [(int(wins), texts[first]), (int(losses), texts[second])]
-            (most, chosen), (least, rejected) = sides if wins >= losses else sides[::-1]
-            row: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
-            if most:
-                votes: dict[str, Any] = {"chosen_votes": most, "rejected_votes": least}
-                rows.append(row | votes | ({} if self.forced else {"tie": False, "weight": 1.0}))
-            if ties:
-                rows.append(row | {"chosen_votes": 0, "rejected_votes": 0, "tie": True, "weight": float(ties)})
-        return rows
-
-
-def vote(
-    population: Population,
-    pairs: np.ndarray,
-    votes_per_pair: int = 1,
-    *,
-    tie_half_width: float = 0.0,
-    label_noise: float = 0.0,
-    same_annotator: bool = False,
-    seed: int = 0,
-) -> Votes:
-    """
-    Let people vote on pairs: each draws a reward of either text and prefers the higher.
-
-    Args:
-        population: who votes, and on what.
-        pairs: indices of texts, `[P, 2]`.
-        votes_per_pair: people, drawn anew for every vote.
-        tie_half_width: rewards nearer to each other than this are called a tie. 0: everybody has to choose.
-        label_noise: part of the votes for either side that are recorded for the other.
-        same_annotator: as for `Population.prob_greater`.
-        seed: of people and rewards.
-
-    Raises:
-        ValueError: if an argument is out of its range, or a pair names a text that is not there.
-    """
-    pairs = np.asarray(pairs)
-    if votes_per_pair < 1 or tie_half_width < 0 or not 0 <= label_noise < 0.5:
-        raise ValueError(
-            f"votes_per_pair={votes_per_pair} must be at least 1, tie_half_width={tie_half_width} at least 0, and "
-            f"label_noise={label_noise} at least 0 and below 0.5"
-        )
-    if (
-        pairs.ndim != 2
-        or pairs.shape[1] != 2
-        or (len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(population))
-    ):
-        raise ValueError(f"pairs must be [P, 2] indices of the {len(population)} texts, got shape {pairs.shape}")
-    rng = np.random.default_rng(seed)
-    groups = population.draw_groups((len(pairs), votes_per_pair, 1 if same_annotator else 2), rng)
-    rewards = population.draw(pairs[:, None, :], groups, rng)
-    difference = rewards[..., 0] - rewards[..., 1]
-    tied = np.abs(difference) < tie_half_width
-    won = (difference > 0) ^ (rng.random(difference.shape) < label_noise)
-    ties = tied.sum(axis=1)
-    wins = (won & ~tied).sum(axis=1)
-    return Votes(pairs, wins, votes_per_pair - wins - ties, ties, forced=tie_half_width == 0)
-
-
-def soft_label_rows(population: Population, pairs: np.ndarray) -> list[dict[str, Any]]:
-    """Rows whose `preference_probability` is the true P(chosen ≻ rejected); `chosen` is the likelier winner."""
-    texts, rows = _texts_of(population), []
-    for (first, second), prob in zip(pairs, population.prob_greater(pairs), strict=True):
-        sides = (texts[first], texts[second]) if prob >= 0.5 else (texts[second], texts[first])
-        probability = float(max(prob, 1 - prob))
-        rows.append({"chosen": sides[0], "rejected": sides[1], "preference_probability": probability})
-    return rows
-
-
-def rate(
-    population: Population, ratings_per_text: int, thresholds: ArrayLike, *, lowest: int = 1, seed: int = 0
-) -> np.ndarray:
-    """
-    Let people rate every text: a rating is `lowest` and one more for each threshold that the reward exceeds.
-
-    Rewards rounded to whole numbers and clipped to lowest … highest are `thresholds=np.arange(lowest + 0.5, highest)`.
-
-    Args:
-        population: who rates, and what.
-        ratings_per_text: people, drawn anew for every rating.
-        thresholds: increasing, in reward units; one fewer than there are ratings.
-        lowest: the lowest rating.
-        seed: of people and rewards.
-
-    Returns:
-        Whole numbers `[N, ratings_per_text]`.
-    """
-    thresholds = np.asarray(thresholds, dtype=float)
-    if thresholds.ndim != 1 or len(thresholds) == 0 or (np.diff(thresholds) <= 0).any():
-        raise ValueError(f"thresholds must increase, got {thresholds.tolist()}")
-    rng = np.random.default_rng(seed)
-    groups = population.draw_groups((len(population), ratings_per_text), rng)
-    rewards = population.draw(np.arange(len(population))[:, None], groups, rng)
-    return lowest + np.searchsorted(thresholds, rewards)
-
-
-def rating_rows(population: Population, ratings: np.ndarray) -> list[dict[str, Any]]:
-    """
-    Rows that hold the ratings `[N, R]` of all texts, each text's once, and no comparison.
-
-    Texts are put into rows two by two; of an odd number the last shares its row with the first, which has its ratings
-    already.
-    """
-    texts, rows = _texts_of(population), []
-    for first in range(0, len(texts), 2):
-        second = (first + 1) % len(texts)
-        rows.append(
-            {
-                "chosen": texts[first],
-                "rejected": texts[second],
-                "chosen_votes": 0,
-                "rejected_votes": 0,
-                "chosen_rating": ratings[first].tolist(),
-                "rejected_rating": ratings[second].tolist() if second else None,
-            }
-        )
-    return rows
-
-
-def _texts_of(population: Population) -> Sequence[str]:
-    if population.texts is None:
-        raise ValueError("rows are made of texts and this population has none; pass texts= where it is made")
-    return population.texts

@@ -15,8 +15,9 @@ import torch
 
 from disco_trl.distributions.reward_distribution import get_family
 from disco_trl.simulation import planning
+from disco_trl.simulation.judging import Votes, balanced_pairs, random_pairs, vote
 from disco_trl.simulation.planning import asymptotic_errors, fit_linear, measured_precision, plan
-from disco_trl.simulation.population import Votes, balanced_pairs, camps, heteroscedastic, random_pairs, tastes, vote
+from disco_trl.simulation.population import camps, heteroscedastic, tastes
 
 
 FEATURES = np.random.default_rng(0).standard_normal((200, 3))

@@ -364,7 +364,7 @@ def register_family(kind: _Registered) -> _Registered:
     """
     missing = [name for name in ("name", "formula", "summary", "reading", "unit_scale") if not hasattr(kind, name)]
     if missing:
-        raise TypeError(f"the family {kind.__qualname__} has no {' and no '.join(missing)}; set it in the class")
+        raise TypeError(f"the family {kind.__name__} has no {' and no '.join(missing)}; set it in the class")
     if not 0 < kind.unit_scale < math.inf:
         raise ValueError(f"the family {kind.name!r} has unit_scale={kind.unit_scale!r}, which must be positive")
     known = type(FAMILIES.get(kind.name))
@@ -372,7 +372,7 @@ def register_family(kind: _Registered) -> _Registered:
     if kind.name in FAMILIES and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(
             f"reward_family={kind.name!r} is the name of {known.__module__}.{known.__qualname__} already; give "
-            f"{kind.__qualname__} another name"
+            f"{kind.__name__} another name"
         )
     FAMILIES[kind.name] = kind()
     return kind
