@@ -35,9 +35,8 @@ from trl.trainer.utils import get_config_model_id
 from ..data.collator import ANSWERS, DataCollatorForDiscoPreference
 from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN
 from ..data.judgements import Survey, check_answerable, survey
-from ..data.preparation import check_token_ids, expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
+from ..data.preparation import check_token_ids, finish_preferences, prepare_preferences
 from ..data.samplers import LengthGroupedSampler, TokenBudgetBatchSampler, group_stream, pair_lengths, with_batches
-from ..data.validation import check_preferences
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
 from ..distributions.reward_distribution import get_family
@@ -305,16 +304,12 @@ class DiscoRewardTrainer(RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        num_proc = args.dataset_num_proc
-        dataset = expand_rankings(dataset, dataset_name)
-        dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=num_proc)
-        dataset = tokenize_pairs(dataset, processing_class, dataset_name, num_proc=num_proc)
-        dataset = tokenize_rankings(dataset, processing_class, dataset_name, max_length=args.max_length)
+        dataset = prepare_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
         # TRL tokenizes what is not tokenized yet; its filter reads the dataset row by row once more, and ours does not
         unfiltered = copy.copy(args)
         unfiltered.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, unfiltered, dataset_name)
-        return filter_pairs(dataset, dataset_name, max_length=args.max_length)
+        return finish_preferences(dataset, dataset_name, max_length=args.max_length)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
