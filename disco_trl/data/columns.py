@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .values import is_missing
@@ -56,10 +56,13 @@ class Layout:
             place.
         kind (`str`):
             `"tokenized"` (token ids), `"standard"` (text) or `"conversational"` (messages).
+        has_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the first row has a prompt that its answers follow.
     """
 
     columns: tuple[str, ...]
     kind: str
+    has_prompt: bool = False
 
     @property
     def is_pair(self) -> bool:
@@ -114,6 +117,7 @@ def find_layout(row: dict[str, Any], singles: bool = False) -> Layout:
     if columns in PAIRS[:2]:
         return Layout(columns, "tokenized")
     answer, ranked = row.get(columns[0]), row.get(RANKING[0])
-    if is_missing(answer) and isinstance(ranked, list) and ranked:
+    if isinstance(ranked, list) and ranked and (is_missing(answer) or not is_missing(row.get("ranks"))):
         answer = ranked[0]
-    return Layout(columns, "conversational" if isinstance(answer, list) else "standard")
+    layout = Layout(columns, "conversational" if isinstance(answer, list) else "standard")
+    return replace(layout, has_prompt="prompt" in names and layout.takes_prompt)

@@ -38,7 +38,7 @@ from .columns import (
     find_layout,
     is_ranking,
 )
-from .records import read_answers
+from .records import join, read_answers
 from .tokenization import chat_template_arguments, tokenize, tokenize_record
 from .validation import check_preferences
 from .values import Row, as_list, is_missing
@@ -100,7 +100,8 @@ def _tokenize_dataset(
     if any(first_row.keys() >= {*pair} for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR)):
         return dataset
     has_rankings = "ranks" in first_row
-    tokenization = _Tokenization(processing_class, find_layout(first_row), has_rankings, dataset_name)
+    as_lists = isinstance(dataset, IterableDataset)
+    tokenization = _Tokenization(processing_class, find_layout(first_row), has_rankings, as_lists, dataset_name)
     removed = [RANKING[0]] if has_rankings else []
     if isinstance(dataset, IterableDataset):
         # One row at a time, so that no row is read before it is asked for. TRL cannot tokenize rankings.
@@ -259,6 +260,7 @@ class _Tokenization:
     processing_class: PreTrainedTokenizerBase
     layout: Layout
     has_rankings: bool = False
+    as_lists: bool = False
     dataset_name: str = ""
     version: str = __version__
 
@@ -278,23 +280,25 @@ class _Tokenization:
 
     def _tokens_of(self, rows: list[Row]) -> dict[str, list[Any]]:
         records = [read_answers(row, self.layout) for row in rows]
-        contents = [record.contents for record in records]
         if self.layout.kind == "standard":
-            eos_token = self.processing_class.eos_token
+            # TRL looks for the end of the answer, and not of the answer after its prompt.
+            end = self.processing_class.eos_token
             contents = [
-                [text if text.endswith(eos_token) else text + eos_token for text in of_row] for of_row in contents
+                [join(record.prompt, text if text.endswith(end) else text + end) for text in record.answers]
+                for record in records
             ]
             arguments: list[dict[str, Any]] = [{}] * len(rows)  # plain text reads no template
         else:
+            contents = [record.contents for record in records]
             arguments = [chat_template_arguments(record.template) for record in records]
         texts = [text for of_row in contents for text in of_row]
         arguments = [of_row for of_row, record in zip(arguments, records, strict=True) for _ in record.answers]
-        ids: list[np.ndarray] = []
+        ids: list[Any] = []
         for start in range(0, len(texts), TEXTS_PER_CALL):
             stop = start + TEXTS_PER_CALL
             tokenized = _tokenize(self.processing_class, texts[start:stop], arguments[start:stop])
-            # An array takes a fifth of the memory of a list of numbers
-            ids += [np.array(of_text, dtype=np.int64) for of_text in tokenized]
+            # An array takes a fifth of the memory of a list of numbers, but is not what a stream hands on.
+            ids += tokenized if self.as_lists else [np.array(of_text, dtype=np.int64) for of_text in tokenized]
 
         output: dict[str, list[Any]] = {name: [] for name in (*TEXT_PAIR, *TOKENIZED_PAIR)}
         if self.has_rankings:

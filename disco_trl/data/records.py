@@ -154,13 +154,18 @@ class Record(Feedback):
     @property
     def contents(self) -> list[Any]:
         """The K answers, each after the prompt; token ids as they are."""
-        return list(self.answers) if self.prompt is None else [self.prompt + answer for answer in self.answers]
+        return [join(self.prompt, answer) for answer in self.answers]
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """The prompt, if there is one, and the answers, each with its column."""
         if self.prompt is not None:
             yield "prompt", self.prompt
         yield from zip(self.columns, self.answers, strict=True)
+
+
+def join(prompt: Any, answer: Any) -> Any:
+    """An answer after its prompt, as text or as messages. A prompt that is None is none."""
+    return answer if prompt is None else prompt + answer
 
 
 def read_record(row: Row, layout: Layout) -> Record:
@@ -179,13 +184,11 @@ def read_record(row: Row, layout: Layout) -> Record:
     Raises:
         [`BadRow`]: If something is wrong with the row.
     """
-    ranked = is_ranking(row)
-    feedback = FORCED_CHOICE
-    if ranked:
-        _check_ranking(row)
-        feedback = read_feedback(row)
-    record = read_answers(row, layout, feedback)
-    if ranked:
+    if is_ranking(row):
+        record = read_answers(row, layout, read_feedback(row, with_answers=True))
+        beside = [side for side in TEXT_PAIR if record.kind != "tokenized" and not is_missing(row.get(side))]
+        if beside:
+            raise BadRow(beside[0], "given beside ranked completions", "put pairs and rankings into different rows")
         # TRL does not read rankings, so what is missing here is missing for nobody.
         read = {name: row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if not is_missing(row.get(name))}
         for index, answer in enumerate(record.answers):
@@ -196,9 +199,9 @@ def read_record(row: Row, layout: Layout) -> Record:
                 where = f"answer {index}: " if column == record.columns[index] else ""
                 raise BadRow(column, where + wrong, fix) from error
         return record
-    check_contents(list(zip(record.columns, record.answers, strict=True)), row, record.kind, layout.takes_prompt)
-    feedback = read_feedback(row)
-    return record if feedback is FORCED_CHOICE else read_answers(row, layout, feedback)
+    parts = [(name, row.get(name)) for name in layout.columns]
+    check_contents(parts, row, layout.kind, layout.takes_prompt)
+    return read_answers(row, layout, read_feedback(row))
 
 
 def read_answers(row: Row, layout: Layout | None = None, feedback: Feedback | None = None) -> Record:
@@ -262,18 +265,17 @@ def _check_ranking(row: Row) -> None:
     if len(answers) > MOST_RANKED:
         wrong = f"{len(answers)} answers, whose pairs are too many for a batch"
         raise BadRow(name, wrong, f"give at most {MOST_RANKED}, or cut the ranking into several rows")
-    beside = [side for side in TEXT_PAIR if name != RANKED_IDS and not is_missing(row.get(side))]
-    if beside:
-        raise BadRow(beside[0], "given beside ranked completions", "put pairs and rankings into different rows")
 
 
-def read_feedback(row: Row) -> Feedback:
+def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
     """
     Turn the judgement columns of a row into counts of what was said.
 
     Args:
         row (`dict`):
-            Row of a dataset. Its answers are not read and may be missing.
+            Row of a dataset.
+        with_answers (`bool`, *optional*, defaults to `False`):
+            Whether to check that ranks have answers to go with. Otherwise the row need not have any.
 
     Returns:
         [`Feedback`]: Comparisons between answers 0 (`chosen`) and 1 (`rejected`), or of all pairs of ranked answers.
@@ -281,7 +283,7 @@ def read_feedback(row: Row) -> Feedback:
     Raises:
         [`BadRow`]: If something is wrong with the columns.
     """
-    if row.keys().isdisjoint(_COLUMNS):
+    if not with_answers and row.keys().isdisjoint(_COLUMNS):
         return FORCED_CHOICE
     said = frozenset(name for name in _COLUMNS if not is_missing(row.get(name)))
     wins, losses, ties = _counts(row, said)
@@ -295,6 +297,8 @@ def read_feedback(row: Row) -> Feedback:
         for rating in of_answer:
             if as_number(rating) is None:
                 raise BadRow(name, f"{shown(rating)} is not a rating", "give a finite number, or a list of them")
+    if with_answers:
+        _check_ranking(row)
     if "ranks" not in said:
         comparison = Comparison(0, 1, wins, losses, ties, "tie" in said, margin, weight)
         return Feedback(comparisons=(comparison,), ratings=ratings if any(ratings) else (), said=said)

@@ -96,8 +96,11 @@ def read_checked(row: Row, layout: Layout, number: int) -> Record:
     Raises:
         `ValueError`: If the row has no sound answers; it names row, column and fix.
     """
-    # A score is given to what is there: columns for the chat template may be empty in some rows.
+    # Columns for the chat template may be empty, since nothing of TRL's reads them here. A prompt may not, also where a
+    # file leaves it out of some rows: the answer alone would get another reward.
     row = {name: value for name, value in row.items() if name not in TEMPLATE_COLUMNS or value is not None}
+    if layout.has_prompt:
+        row = {"prompt": None, **row}
     record = read_answers(row, layout, FORCED_CHOICE)
     try:
         check_contents(list(zip(record.columns, record.answers, strict=True)), row, record.kind, layout.takes_prompt)

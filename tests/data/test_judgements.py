@@ -115,7 +115,7 @@ def test_a_survey_finds_what_there_is_to_learn():
     assert not found.has_several_ratings
     assert found.ratings == {3.0: 1}
     assert found.pairs_of_rows == {1, 3}
-    for more in ({"tie": True}, {"ranks": [1, 1]}):
+    for more in ({"tie": True}, {"tie": None, "ranks": [1, 1]}):
         assert survey(Dataset.from_list([*rows, {**rows[1], **more}])).has_ties
     for ratings, has_several in (([3.0], False), ([3.0, 3.0], True)):
         dataset = Dataset.from_list([{"rejected_rating": ratings, "chosen_votes": 5}])
