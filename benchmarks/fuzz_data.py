@@ -31,18 +31,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from disco_trl.data.collator import DataCollatorForDiscoPreference
-from disco_trl.data.columns import RANKED_IDS
+from disco_trl.data.columns import PAIRS, RANKED_IDS, RANKING, TOKENIZED_PAIR, find_layout
 from disco_trl.data.curation.convert import Converter, Report, detect_format
 from disco_trl.data.curation.formats import FORMATS
 from disco_trl.data.curation.survey import DataSurvey
 from disco_trl.data.judgements import Survey
-from disco_trl.data.tokenization import SpecialTokens, chat_template_arguments, tokenize, tokenize_pair
-from disco_trl.data.validation import find_layout, find_row_problem
-from disco_trl.data.values import as_list, is_missing
+from disco_trl.data.records import read_feedback, read_record
+from disco_trl.data.tokenization import SpecialTokens, tokenize_record
+from disco_trl.data.validation import find_special_token
+from disco_trl.data.values import Row
 from disco_trl.evaluation.held_out import detect_kind, item_reader
 
-
-Row = dict[str, Any]
 
 CHAT_TEMPLATE = """\
 {%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
@@ -228,31 +227,19 @@ class DataPath:
 
     def train(self, row: Row) -> None:
         """Validates, surveys, tokenizes and collates a row."""
-        Survey().add(row)
-        if not any(row.keys() >= {*pair} for pair in (("chosen", "rejected"), ("completions", "ranks"))):
-            if not any({f"chosen{suffix}", f"rejected{suffix}"} <= row.keys() for suffix in ("_ids", "_input_ids")):
-                return
+        if not any(row.keys() >= {*names} for names in (*PAIRS, RANKING)):
+            return
         layout = find_layout(row)
-        problem = find_row_problem(row, layout)
-        if problem is not None:
-            raise ValueError(problem)
-        read = {name: value for name, value in row.items() if value is not None}
-        if is_missing(row.get("completions")):
-            if layout.kind == "tokenized":
-                read |= dict(
-                    zip(("chosen_ids", "rejected_ids"), (as_list(row[side]) for side in layout.pair), strict=True)
-                )
-            read["chosen_ids"], read["rejected_ids"] = tokenize_pair(read, self.tokenizer)
-        else:
-            prompt = row.get("prompt")
-            contents = [answer if is_missing(prompt) else prompt + answer for answer in row["completions"]]
-            arguments = chat_template_arguments(read)
-            read[RANKED_IDS] = [tokenize(self.tokenizer, content, **arguments) for content in contents]
-            for content in contents:
-                self.special.find(content)
+        record = read_record(row, layout)
+        Survey().add(record)
+        tokens = tokenize_record(record, self.tokenizer)
+        if record.kind != "tokenized":
+            find_special_token(record, self.special)
         survey = DataSurvey()
-        survey.add(row, 0)
+        survey.add(record, 0, list(map(len, tokens)))
         survey.figures()
+        read = {name: value for name, value in row.items() if value is not None}
+        read |= {RANKED_IDS: tokens} if record.is_ranking else dict(zip(TOKENIZED_PAIR, tokens, strict=True))
         values = sorted(ratings_of(row)) or None
         for share_prefixes in (False, True):
             collator = DataCollatorForDiscoPreference(
@@ -280,10 +267,8 @@ class DataPath:
 
 
 def ratings_of(row: Row) -> set[float]:
-    """The ratings in a row."""
-    survey = Survey()
-    survey.add(row)
-    return {*survey.ratings}
+    """The ratings that a row holds."""
+    return {rating for ratings in read_feedback(row).ratings for rating in ratings}
 
 
 def described(row: Row) -> str:

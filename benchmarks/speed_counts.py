@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.forest import common_prefix
-from disco_trl.data.tokenization import tokenize_pair
+from disco_trl.data.tokenization import tokenize_answers
 
 
 Pair = tuple[list[int], list[int]]
@@ -57,7 +57,8 @@ def load_pairs(dataset: str, split: str, tokenizer: PreTrainedTokenizerBase, max
         `list[Pair]`: Token ids of both sides of each pair.
     """
     rows = choose_split(load_preferences(dataset, argument="--dataset"), split, "--dataset")
-    pairs = (tokenize_pair(row, tokenizer) for row in tqdm(rows, desc="tokenizing", unit="pair", leave=False))
+    tokenized = (tokenize_answers(row, tokenizer) for row in tqdm(rows, desc="tokenizing", unit="pair", leave=False))
+    pairs = ((chosen, rejected) for chosen, rejected in tokenized)
     limit = max_length or float("inf")
     return [pair for pair in pairs if max(map(len, pair)) <= limit and pair[0] != pair[1]]
 

@@ -45,7 +45,7 @@ from benchmarks import human_ratings
 from benchmarks.human_ratings import RatedText
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
 from disco_trl.data.files import choose_split, load_preferences
-from disco_trl.data.tokenization import tokenize, tokenize_pair
+from disco_trl.data.tokenization import tokenize, tokenize_answers
 from disco_trl.distributions.families import FAMILIES
 from disco_trl.evaluation.metrics import Forecasts, centrality, pair_metrics, reliability_curve, spearman
 from disco_trl.models.inference import score
@@ -137,7 +137,7 @@ def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     train = train.shuffle(seed=args.seed).select(range(min(args.votes, len(train))))
     test = test.shuffle(seed=0).select(range(min(100 if args.fast else 500, len(test))))
     print(f"{len(train):,} pairs to learn from; {len(test):,} held out")
-    sides = [ids for example in test for ids in tokenize_pair(example, tokenizer)]
+    sides = [ids for example in test for ids in tokenize_answers(example, tokenizer)]
     return train, HeldOut(sequences=sides, pairs=np.arange(len(sides)).reshape(-1, 2))
 
 
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(base_model)
         train_dataset, held_out = (user_pairs if args.dataset else human_votes)(args, tokenizer)
         train_dataset = train_dataset.map(
-            lambda pair: {"length": max(map(len, tokenize_pair(pair, tokenizer)))}, desc="Measuring lengths"
+            lambda pair: {"length": max(map(len, tokenize_answers(pair, tokenizer)))}, desc="Measuring lengths"
         )
 
     # Tweets are short. Other texts go through in small batches to limit the memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
-from ..data.curation.check import _named, _require_answers, check_dataset
+from ..data.columns import find_layout
+from ..data.curation.check import check_dataset, named, require_answers
 from ..data.curation.check_report import draw, render, rows_of
 from ..data.curation.survey import SHORTEST_LEAK, Fingerprints, texts_of
 from ..data.files import chunks, load_preferences, open_rows
-from ..data.validation import find_layout, find_row_problem
+from ..data.records import read_record
+from ..data.values import BadRow
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +62,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         for what, of in {"prompt": "a prompt", "answer": f"an answer of {SHORTEST_LEAK} or more characters"}.items():
             if count := overlap[what]["rows"]:
                 found["warnings"].append(
-                    f"{rows_of(count)} with {of} that {args.against} has too ({_named(overlap[what]['first'])})"
+                    f"{rows_of(count)} with {of} that {args.against} has too ({named(overlap[what]['first'])})"
                 )
     print(render(found, args.data))
     if args.json is not None:
@@ -85,10 +88,10 @@ def _fingerprints(dataset: Dataset | IterableDataset) -> Fingerprints:
     for rows in chunks(dataset):
         for row in rows:
             if layout is None:
-                _require_answers(row)
+                require_answers(row)
                 layout = find_layout(row)
             # A bad row has no texts to compare; it is for the other dataset's own check to count it.
-            if find_row_problem(row, layout) is None:
-                fingerprints.add(*texts_of(row), number)
+            with contextlib.suppress(BadRow):
+                fingerprints.add(*texts_of(read_record(row, layout)), number)
             number += 1
     return fingerprints

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
 from ..data.files import Row, RowWriter, check_output, chunks, open_rows, parquet_features, refuse_clash
-from ..rewards.annotate import Annotator, Answers
+from ..rewards.annotate import Annotator, find_answers
 from ..rewards.filter import PairFilter, Report, Rules
 from .arguments import add_data_arguments, add_model_arguments, load_reward
 
@@ -75,13 +75,13 @@ def _run(args: argparse.Namespace) -> Report:
         raise ValueError("the data is empty; check its path and split")
 
     new_columns: list[str] = []
-    annotator = answers = None
+    annotator = layout = None
     if args.model is not None:
-        answers = Answers.of(first_row)
-        if not answers.are_pairs:
-            raise ValueError(f"the rows hold one answer each, in {answers.columns[0]!r}; only pairs can be filtered")
+        layout = find_answers(first_row)
+        if not layout.is_pair:
+            raise ValueError(f"the rows hold one answer each, in {layout.columns[0]!r}; only pairs can be filtered")
         annotator = Annotator(load_reward(args), prefix=args.prefix)
-        new_columns = annotator.column_names(answers)
+        new_columns = annotator.column_names(layout)
         refuse_clash(list(first_row), new_columns, "leave out --model to filter by it, or pass --prefix")
     pair_filter = PairFilter(rules, [*first_row, *new_columns], args.prefix)
     if args.max_scale_quantile is not None:
@@ -95,8 +95,8 @@ def _run(args: argparse.Namespace) -> Report:
     with RowWriter(out, features) as writer:
         for rows in _with_bar(dataset, "filtering"):
             first = pair_filter.report.read
-            if annotator is not None and answers is not None:
-                scores = annotator(rows, answers, first)
+            if annotator is not None and layout is not None:
+                scores = annotator(rows, layout, first)
                 rows = [
                     row | dict(zip(scores, numbers, strict=True))
                     for row, numbers in zip(rows, zip(*scores.values(), strict=True), strict=True)

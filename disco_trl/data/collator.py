@@ -1,4 +1,4 @@
-"""From rows of token sequences to a batch: TRL's, or one without padding and repetitions; and what was judged."""
+"""From rows of token ids to a batch: TRL's, or one without padding and repetitions, and what people said."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,40 +7,40 @@ from typing import Any
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from .columns import RANKED_IDS, ROW_COLUMN, TOKENIZED_PAIR
+from .columns import PREPARED, ROW_COLUMN, TOKENIZED_PAIR
 from .forest import ROW_MULTIPLE, pack
-from .judgements import has_judgements, ranked_pairs, to_tensors
-from .values import as_list, is_missing
+from .judgements import has_judgements, in_turn, to_tensors
+from .records import read_answers, read_feedback
 
 
 ANSWERS = "answers"
-"""In a batch: an integer from 0 for each sequence, equal for equal ones, `[2 * P]`."""
+"""In a batch: an integer from 0 for each sequence, equal for equal ones, of shape `(2 * P,)`."""
 
 
 @dataclass
 class DataCollatorForDiscoPreference(DataCollatorForPreference):
     """
-    TRL's preference collator, with the row numbers and judgements, and with prefixes shared if they are to be.
+    TRL's preference collator, with the row numbers and judgements, and with shared prefixes on request.
 
     The batch is that of [`~trl.trainer.reward_trainer.DataCollatorForPreference`] (`input_ids` and `attention_mask` of
-    shape `[2 * P, L]`, chosen sides first, and `margin` of shape `[P]`), or with `share_prefixes` what
-    `disco_trl.data.forest.pack` makes of the same `2 * P` sequences in that order, for which the model returns the
-    same outputs. P is the number of examples, unless some are rankings, which stand for all pairs of their answers (a
-    batch without prefix sharing holds an answer once for each of its pairs). It adds `answers`, which tells equal
-    sequences, a `LongTensor` of shape `[2 * P]`; `row_index`, one of shape `[B]`, and what
-    `disco_trl.data.judgements.to_tensors` makes of the examples, when they have it.
+    shape `(2 * P, L)`, chosen sides first, and `margin` of shape `(P,)`). With `share_prefixes` it is what
+    [`~disco_trl.data.forest.pack`] makes of the same `2 * P` sequences in that order, for which the model returns the
+    same outputs. P is the number of comparisons: one for a pair, and one for each pair of answers of a ranking. (A
+    batch without prefix sharing holds an answer once for each of its comparisons.) It adds `answers`, which tells
+    equal sequences, a `torch.LongTensor` of shape `(2 * P,)`, and where the examples have them `row_index`, of shape
+    `(B,)`, and what [`~disco_trl.data.judgements.to_tensors`] makes of their judgements.
 
     Args:
         share_prefixes (`bool`, *optional*, defaults to `False`):
-            Put the whole batch into one row in which every shared prefix stands once. The model must have been made
-            ready for it by `disco_trl.models.prefix_sharing.prepare`.
+            Whether to put the batch into one row in which every shared prefix stands once. The model must have been
+            made ready for it by `disco_trl.models.prefix_sharing.prepare`.
         weigh_by (`str`, *optional*, defaults to `"pair"`):
             As in [`DiscoRewardConfig`].
-        rating_values (sequence of `float`, *optional*):
-            The ratings that the model knows, in order; without them ratings are not read.
+        rating_values (`Sequence[float]`, *optional*):
+            Ratings that the model knows, in order. Without them ratings are not read.
         pairs_per_row (`int`, *optional*):
-            If set, each example stands for this many pairs, some of them repeated with a part of their weight, so that
-            the batches of all processes are of one size. (With prefix sharing repetitions cost nothing.)
+            If set, each example stands for this many comparisons, some of them repeated with a part of their weight,
+            so that the batches of all processes have the same size. (With prefix sharing, repetitions cost nothing.)
     """
 
     share_prefixes: bool = False
@@ -49,29 +49,28 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
     pairs_per_row: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        pairs = [pair for example in examples for pair in self._pairs(example)]
-        sequences = [pair[side] for side in TOKENIZED_PAIR for pair in pairs]
+        records = [read_answers(example, PREPARED, read_feedback(example)) for example in examples]
+        comparisons = [
+            in_turn(record, self.weigh_by, bool(self.rating_values), self.pairs_per_row) for record in records
+        ]
+        compared = [
+            (record.answers, one) for record, of_row in zip(records, comparisons, strict=True) for one, _ in of_row
+        ]
+        sides = [[answers[one.first] for answers, one in compared], [answers[one.second] for answers, one in compared]]
+        pairs = [dict(zip(TOKENIZED_PAIR, pair, strict=True)) for pair in zip(*sides, strict=True)]
+        if "margin" in examples[0]:
+            pairs = [pair | {"margin": one.margin} for pair, (_, one) in zip(pairs, compared, strict=True)]
+        sequences = [*sides[0], *sides[1]]
         if self.share_prefixes:
             batch = pack(sequences, self.pad_token_id, self.pad_to_multiple_of or ROW_MULTIPLE)
-            if "margin" in pairs[0]:
-                batch["margin"] = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float)
+            if "margin" in examples[0]:
+                batch["margin"] = torch.tensor([one.margin for _, one in compared], dtype=torch.float)
         else:
             batch = super().torch_call(pairs)
         # (Python's hash of integers, and of tuples of them, is the same in all processes.)
         batch[ANSWERS] = torch.tensor([hash(tuple(sequence)) & (2**63 - 1) for sequence in sequences])
         if has_judgements(examples[0]):
-            batch |= to_tensors(examples, self.weigh_by, self.rating_values, self.pairs_per_row)
+            batch |= to_tensors(records, comparisons, self.rating_values)
         if ROW_COLUMN in examples[0]:
             batch[ROW_COLUMN] = torch.tensor([int(example[ROW_COLUMN]) for example in examples])
         return batch
-
-    def _pairs(self, example: dict[str, Any]) -> list[dict[str, Any]]:
-        """The pairs of token sequences that an example stands for, as TRL's collator takes them."""
-        margin = {"margin": float(example["margin"])} if "margin" in example else {}
-        if is_missing(example.get("ranks")):
-            sides = [tuple(as_list(example[side]) for side in TOKENIZED_PAIR)]
-        else:
-            answers = [as_list(answer) for answer in as_list(example[RANKED_IDS])]
-            sides = [(answers[better], answers[worse]) for better, worse in ranked_pairs(as_list(example["ranks"]))]
-        count = self.pairs_per_row or len(sides)
-        return [dict(zip(TOKENIZED_PAIR, sides[index % len(sides)], strict=True)) | margin for index in range(count)]

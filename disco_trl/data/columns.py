@@ -1,9 +1,11 @@
-"""The names of a preference dataset's columns, those that TRL reads and those that disco-trl adds."""
+"""Columns of a preference dataset: those that TRL reads, those that disco-trl adds, and those with the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .values import is_missing
 
 
 ROW_COLUMN = "row_index"
@@ -11,21 +13,25 @@ ROW_COLUMN = "row_index"
 TOKENIZED_PAIR = ("chosen_ids", "rejected_ids")
 LEGACY_TOKENIZED_PAIR = ("chosen_input_ids", "rejected_input_ids")
 TEXT_PAIR = ("chosen", "rejected")
+PAIRS = (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR, TEXT_PAIR)
+"""In the order in which TRL looks for them: a dataset with token ids is not tokenized again."""
 RANKED_IDS = "completion_ids"
-"""Token ids of all answers of a ranking, each after the prompt."""
+"""Token ids of all answers of a ranking, each with its prompt."""
 
 VOTES = ("chosen_votes", "rejected_votes")
 RATINGS = ("chosen_rating", "rejected_rating")
 RANKING = ("completions", "ranks")
 JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", "tie", "margin", *RATINGS, "weight")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""What a row passes to the chat template."""
 
-# Columns that TRL reads: never taken for a misspelling of another one.
+# Columns that TRL reads. None of them is taken for a misspelling of another one.
 KNOWN_COLUMNS = {
     *(*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR),
-    *(*TEXT_PAIR, "prompt", "completion", "messages", "tools", "chat_template_kwargs", *JUDGEMENT_COLUMNS, *RANKING),
+    *(*TEXT_PAIR, "prompt", "completion", "messages", *TEMPLATE_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING),
 }
 
-# What other tools and well-known datasets call TRL's columns, most telling first.
+# Other names of TRL's columns, in tools and well-known datasets, the most telling one first.
 SYNONYMS = {
     "chosen": (
         *("accepted", "preferred", "response_chosen", "chosen_response", "response_j", "winner", "preferred_response"),
@@ -41,13 +47,77 @@ SYNONYMS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset writes its pairs: the columns of the two sides, and what stands in them."""
+    """
+    Which columns of a dataset hold its answers, and how they are written.
 
-    pair: tuple[str, str]
-    kind: str  # "tokenized", "standard" or "conversational"
+    Args:
+        columns (`tuple[str, ...]`):
+            Columns with one answer each: two for pairs, one for single answers. In any row, a ranking may take their
+            place.
+        kind (`str`):
+            `"tokenized"` (token ids), `"standard"` (text) or `"conversational"` (messages).
+        has_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the first row has a prompt that its answers follow.
+    """
+
+    columns: tuple[str, ...]
+    kind: str
+    has_prompt: bool = False
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a row holds two answers, one of them preferred."""
+        return len(self.columns) == 2
+
+    @property
+    def takes_prompt(self) -> bool:
+        """Whether the answers follow the column `prompt`; token ids and whole conversations or texts do not."""
+        return self.kind != "tokenized" and self.columns not in SINGLES[1:]
 
 
-def tokenized_pair(names: Container[str]) -> tuple[str, str] | None:
-    """The two columns of token ids, if both of a pair are among the columns: TRL reads these and no text then."""
-    pairs = (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR)
-    return next((pair for pair in pairs if pair[0] in names and pair[1] in names), None)
+SINGLES = (("completion",), ("messages",), ("text",))
+"""Layouts of single answers, which can be scored but not trained on."""
+
+
+PREPARED = Layout(TOKENIZED_PAIR, "tokenized")
+"""Layout of a dataset that has been tokenized."""
+
+
+def is_ranking(row: dict[str, Any]) -> bool:
+    """Whether the row ranks several answers, rather than holding one or two."""
+    return not all(is_missing(row.get(name)) for name in RANKING)
+
+
+def find_layout(row: dict[str, Any], singles: bool = False) -> Layout:
+    """
+    Infer the layout of a dataset from one of its rows.
+
+    The columns of the layout need not all be there: of a pair with one side missing, the pair that was probably meant
+    is returned, and `("chosen", "rejected")` where there is nothing at all.
+
+    Args:
+        row (`dict`):
+            First row of the dataset.
+        singles (`bool`, *optional*, defaults to `False`):
+            Whether rows with a single answer are of use: `prompt` and `completion`, `messages`, or `text`.
+
+    Returns:
+        [`Layout`]: Layout of the dataset.
+    """
+    names = row.keys()
+    columns: tuple[str, ...] | None = next((pair for pair in PAIRS if names >= {*pair}), None)
+    if columns is None and singles:
+        # A completion without its prompt is not a dataset type of TRL's.
+        columns = next(
+            (single for single in SINGLES if names >= {*single, *(("prompt",) * (single == SINGLES[0]))}), None
+        )
+    if columns is None and not names & {*RANKING}:
+        columns = next((pair for pair in reversed(PAIRS) if names & {*pair}), None)
+    columns = columns or TEXT_PAIR
+    if columns in PAIRS[:2]:
+        return Layout(columns, "tokenized")
+    answer, ranked = row.get(columns[0]), row.get(RANKING[0])
+    if isinstance(ranked, list) and ranked and (is_missing(answer) or not is_missing(row.get("ranks"))):
+        answer = ranked[0]
+    layout = Layout(columns, "conversational" if isinstance(answer, list) else "standard")
+    return replace(layout, has_prompt="prompt" in names and layout.takes_prompt)

@@ -1,6 +1,7 @@
-"""Rows of files, read in order a chunk at a time and written in order, in memory that does not grow with their number.
+"""Files: datasets that are loaded, rows that are read a chunk at a time, and output that appears when it is complete.
 
-`disco-trl score`, `filter` and `best-of-n` read and write through here.
+Rows are read and written in order, in memory that does not grow with their number. `disco-trl score`, `filter` and
+`best-of-n` read and write through here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import glob
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,25 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
 
+from .values import Row
 
-Row = dict[str, Any]
 
 ROWS_AT_ONCE = 256
-"""Rows of a chunk if nobody says otherwise: enough to batch by length, few enough to hold."""
+"""Rows of a chunk by default: enough to batch by length, few enough to hold."""
 
 
 def open_rows(name: str, config: str | None = None, split: str | None = None) -> Dataset | IterableDataset:
     """
-    The rows of what `disco_trl.data.files.load_preferences` reads. Local files are streamed; a Hub dataset, which is
-    read more than once, is downloaded and then read from disk.
+    The rows of what `load_preferences` loads. Local files are streamed. A Hub dataset, which is read more than once,
+    is downloaded and then read from disk.
 
     Args:
-        name: a file, a folder, or a Hub id.
-        config: name of the dataset's configuration.
-        split: which split; may be left out where there is only one.
+        name (`str`):
+            File, folder or Hub id.
+        config (`str`, *optional*):
+            Name of the dataset's configuration.
+        split (`str`, *optional*):
+            Which split; may be left out where there is only one.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The rows, without a format.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file or split; the message says which there are.
+        `FileNotFoundError`, `ValueError`: If there is no such file or split; the message says which there are.
     """
     splits = load_preferences(name, config, streaming=Path(name).exists(), argument="DATA")
     if split is None:
@@ -57,11 +66,22 @@ def parquet_features(
     dataset: Dataset | IterableDataset, added: dict[str, Any], rows_at_once: int = ROWS_AT_ONCE
 ) -> Features:
     """
-    The types of a Parquet file's columns: what the dataset says, or else (a CSV file does not say) what all rows have
-    in common; and those of the columns that are added.
+    Types of a Parquet file's columns: those of the dataset, or else (a CSV file has none) what all rows have in
+    common; and those of the columns that are added.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows that will be written.
+        added (`dict`):
+            Types of the columns that are added, by name.
+        rows_at_once (`int`, *optional*, defaults to `256`):
+            Rows that are read at a time.
+
+    Returns:
+        [`~datasets.Features`]: The types.
 
     Raises:
-        ValueError: Parquet has no type for a column.
+        `ValueError`: If Parquet has no type for a column.
     """
     fix = "write to a .jsonl file instead"
     features = dataset.features
@@ -88,13 +108,13 @@ def parquet_features(
 
 
 def refuse_clash(found: list[str], new: list[str], fix: str) -> None:
-    """Raise a `ValueError` if a dataset has a column that is about to be added."""
+    """Raise `ValueError` if a dataset has a column that is about to be added."""
     if clash := [name for name in new if name in found]:
         raise ValueError(f"column {' and '.join(map(repr, clash))}: the data has one of this name already; {fix}")
 
 
 def check_output(path: Path) -> None:
-    """Raise a `ValueError` unless rows can be written to that path, which must not exist yet."""
+    """Raise `ValueError` unless rows can be written to that path, which must not exist yet."""
     if path.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"--out {path}: its name must end in .parquet or .jsonl")
     if os.path.lexists(path):  # a link to nowhere too
@@ -109,33 +129,107 @@ def as_json(row: Row, row_number: int) -> str:
         raise ValueError(f"row {row_number}: {error}; write to a .parquet file, which has a type for it") from error
 
 
+@contextmanager
+def written_at_once(path: Path, folder: bool = False) -> Iterator[Path]:
+    """
+    Write a file or a folder that appears under its name when it is complete, and not before.
+
+    What is written has reached the disk by then, so whatever it replaces, or was made from, may be deleted. If the
+    block raises, nothing is left. Links are not followed: one that stands under the name, or under the name that is
+    written to, is replaced, and what it leads to stays as it is.
+
+    Args:
+        path (`Path`):
+            File or folder to write. Its parent folder is made. A file or folder of this name is replaced.
+        folder (`bool`, *optional*, defaults to `False`):
+            Whether to write a folder.
+
+    Yields:
+        `Path`: An empty file or folder beside it, to be written to.
+
+    Example:
+
+    ```python
+    >>> with written_at_once(Path("figures.json")) as unfinished:
+    ...     unfinished.write_text("{}")
+    ```
+    """
+    path = Path(os.path.abspath(path))  # a name to put something behind, also of "."
+    unfinished, replaced = (path.with_name(f"{path.name}.{what}") for what in ("unfinished", "replaced"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in (unfinished, replaced):  # of a run that was killed
+        _remove(left_over)
+    # Both fail if somebody has put a link there since.
+    if folder:
+        unfinished.mkdir()
+    else:
+        unfinished.open("xb").close()
+    try:
+        yield unfinished
+        for written in (*unfinished.rglob("*"), unfinished):
+            _flush(written)
+        if folder and os.path.lexists(path):  # a folder that is not empty cannot be replaced in one step
+            path.rename(replaced)
+        os.replace(unfinished, path)
+        _flush(path.parent)
+    finally:
+        _remove(unfinished)
+        if os.path.lexists(replaced) and not os.path.lexists(path):
+            replaced.rename(path)
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows does not open folders
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class RowWriter:
     """
     Writes rows to a `.parquet` or `.jsonl` file, which appears under its name when it is complete.
 
     Args:
-        path: the file; its folder is made.
-        features: types of the columns, which Parquet needs to know before the first row.
+        path (`Path`):
+            File to write. Its folder is made.
+        features ([`~datasets.Features`], *optional*):
+            Types of the columns, which Parquet needs to know before the first row; None for `.jsonl`.
 
     Example:
-        >>> with RowWriter(Path("scored.jsonl"), None) as writer:
-        ...     writer.write([{"text": "Paris.", "location": 1.7}])
+
+    ```python
+    >>> with RowWriter(Path("scored.jsonl"), None) as writer:
+    ...     writer.write([{"text": "Paris.", "location": 1.7}])
+    ```
     """
 
     def __init__(self, path: Path, features: Features | None):
         self.path = path
         self.features = features
         self.rows = 0
-        self._unfinished = path.with_name(f"{path.name}.unfinished")
 
     def __enter__(self) -> RowWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Of a run that was killed; or a link, through which another file would be overwritten.
-        self._unfinished.unlink(missing_ok=True)
-        if self.features is None:
-            self._file: Any = self._unfinished.open("w", encoding="utf-8")
-        else:
-            self._file = pq.ParquetWriter(self._unfinished, self.features.arrow_schema)
+        with ExitStack() as opened:
+            unfinished = opened.enter_context(written_at_once(self.path))
+            if self.features is None:
+                self._file: Any = unfinished.open("w", encoding="utf-8")
+            else:
+                self._file = pq.ParquetWriter(unfinished, self.features.arrow_schema)
+            opened.callback(self._file.close)
+            self._opened = opened.pop_all()  # they are closed on leaving, or here if one cannot be opened
         return self
 
     def write(self, rows: list[Row]) -> None:
@@ -149,11 +243,7 @@ class RowWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._unfinished, self.path)
-        else:
-            self._unfinished.unlink()
+        self._opened.__exit__(kind, error, traceback)
 
 
 _BUILDER_OF_SUFFIX = {
@@ -189,8 +279,8 @@ def load_preferences(
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`.
 
     Raises:
-        FileNotFoundError: a local path that does not exist.
-        ValueError: a local file of a kind that is not read.
+        `FileNotFoundError`: If a local path does not exist.
+        `ValueError`: If a local file is of a kind that is not read.
     """
     from datasets import DatasetDict, IterableDatasetDict
     from datasets.data_files import get_data_patterns
@@ -241,7 +331,7 @@ def _load_dataset(what: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_odd_file(path: Path, suffix: str, argument: str) -> None:
-    """Raise a `ValueError` for what the readers would crash on, or not mind."""
+    """Raise `ValueError` for what the readers would crash on, or misread in silence."""
     if path.stat().st_size == 0:
         raise ValueError(f"{argument} {path}: the file is empty")
     if suffix in (".csv", ".csv.gz"):
@@ -267,8 +357,11 @@ def choose_split(dataset: Any, split: str, argument: str) -> Any:
         argument (`str`):
             The argument that named it, for the message.
 
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The split.
+
     Raises:
-        ValueError: there is no such split.
+        `ValueError`: If there is no such split.
     """
     if split not in dataset:
         fixes = [

@@ -1,9 +1,12 @@
 """
-From checked rows to the pairs that are trained on: TRL's tokens, made many at a time, and the filters.
+From rows of preferences to the token ids that are trained on: the check, TRL's tokens made many at a time, the
+filters.
 
-`tokenize_pairs` writes what TRL's `RewardTrainer` would, token for token and column for column, but in one pass where
-TRL makes two, and with the tokenizer's own threads. `filter_pairs` drops what is longer than `max_length`, as TRL
-does, and the pairs that no reward can tell apart; it reads Arrow's arrays where TRL reads rows.
+`prepare_preferences` runs before TRL's own `_prepare_dataset` and `finish_preferences` after it. In between TRL
+tokenizes what is not tokenized yet: streams, and datasets with a format of the user's.
+
+The tokens are those that TRL's `RewardTrainer` would make, in its columns, but made in one pass where TRL makes two,
+and with the tokenizer's own threads. The filters read Arrow's arrays where TRL's read rows.
 """
 
 import inspect
@@ -19,14 +22,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from .._version import __version__
-from .columns import LEGACY_TOKENIZED_PAIR, RANKED_IDS, RANKING, ROW_COLUMN, TEXT_PAIR, TOKENIZED_PAIR, Layout
-from .tokenization import chat_template_arguments, tokenize, tokenize_pair
-from .validation import find_ranking_problem
-from .values import as_list, is_missing
+from .columns import (
+    LEGACY_TOKENIZED_PAIR,
+    PREPARED,
+    RANKED_IDS,
+    RANKING,
+    ROW_COLUMN,
+    TEXT_PAIR,
+    TOKENIZED_PAIR,
+    Layout,
+    find_layout,
+    is_ranking,
+)
+from .records import join, read_answers
+from .tokenization import chat_template_arguments, tokenize, tokenize_record
+from .validation import check_preferences
+from .values import Row, as_list, is_missing
 
 
 # Not accelerate's logger: it raises in a spawned dataloader worker, where no accelerate state exists, and streaming
@@ -42,162 +57,93 @@ TEXT_PARAMETERS = {"tools", "documents", "chat_template", "add_generation_prompt
 TOKEN_PARAMETERS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - TEXT_PARAMETERS
 
 
-def expand_rankings(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-    """
-    Make pairs of rankings, for whatever knows of pairs alone.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset that may have the columns `completions` and `ranks`.
-        dataset_name (`str`):
-            Name used in errors.
-
-    Returns:
-        The dataset, in which `chosen` and `rejected` of a ranking are its best and its worst answer.
-
-    Raises:
-        `ValueError`: something is wrong with a ranking; it names dataset, row, column and fix. (Of a stream, when the
-        row is read.)
-    """
-    first_row: dict[str, Any] = next(iter(dataset.with_format(None)), {})
-    if "ranks" not in first_row or RANKED_IDS in first_row:
-        return dataset
-    features = dataset.features
-    # What is no list of answers is for the row's check to refuse.
-    answer = None if features is None else getattr(features.get("completions"), "feature", None)
-    if answer is None:
-        features = None
-    else:
-        features = Features({**features, **{side: features.get(side) or answer for side in TEXT_PAIR}})
-    return dataset.map(_best_and_worst, with_indices=True, features=features, fn_kwargs={"dataset_name": dataset_name})
-
-
-def _best_and_worst(row: dict[str, Any], index: int, dataset_name: str) -> dict[str, Any]:
-    if all(is_missing(row.get(name)) for name in RANKING):
-        return {side: row.get(side) for side in TEXT_PAIR}
-    answers = row.get("completions")
-    is_conversational = isinstance(answers, list) and bool(answers) and isinstance(answers[0], list)
-    kind = "conversational" if is_conversational else "standard"
-    problem = find_ranking_problem(row, Layout(TEXT_PAIR, kind))
-    if problem is not None:
-        raise ValueError(
-            f"{dataset_name} dataset, row {index}, column '{problem.column}': {problem.wrong}; {problem.fix}"
-        )
-    order = sorted(range(len(row["ranks"])), key=row["ranks"].__getitem__)
-    return {"chosen": row["completions"][order[0]], "rejected": row["completions"][order[-1]]}
-
-
-def tokenize_rankings(
-    dataset: Dataset | IterableDataset,
-    processing_class: PreTrainedTokenizerBase,
-    dataset_name: str,
-    max_length: int | None = None,
-) -> Dataset | IterableDataset:
-    """
-    Put the tokens of all the answers of each ranking in the place of the answers.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset that has been through `expand_rankings` and `disco_trl.data.validation.check_preferences`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, which also renders the conversations.
-        dataset_name (`str`):
-            Name used in the progress bar.
-        max_length (`int`, *optional*):
-            Most tokens that an answer may have; rankings with a longer one are dropped.
-
-    Returns:
-        The dataset with `completion_ids`, a list of lists, in the place of `completions`; None in rows that are pairs.
-    """
-    first_row = next(iter(dataset.with_format(None)))
-    if "completions" not in first_row or "ranks" not in first_row:
-        return dataset
-
-    def token_ids(row: dict[str, Any]) -> dict[str, Any]:
-        if is_missing(row.get("ranks")):
-            return {RANKED_IDS: None}
-        with naming_the_row(dataset_name, row, "completions"):
-            return {RANKED_IDS: ids_of_answers(row)}
-
-    def ids_of_answers(row: dict[str, Any]) -> list[list[int]]:
-        arguments = chat_template_arguments(row)
-        answers = row["completions"]
-        if not is_missing(row.get("prompt")):
-            answers = [row["prompt"] + answer for answer in answers]
-        return [tokenize(processing_class, answer, **arguments) for answer in answers]
-
-    features = dataset.features
-    if features is not None:
-        kept = {name: feature for name, feature in features.items() if name != "completions"}
-        features = Features({**kept, RANKED_IDS: List(List(Value("int64")))})
-    options: dict[str, Any] = {"features": features, "remove_columns": ["completions"]}
-    if isinstance(dataset, Dataset):
-        options["desc"] = f"Tokenizing rankings of {dataset_name} dataset"
-    dataset = dataset.map(token_ids, **options)
-    if max_length is None:
-        return dataset
-    return dataset.filter(lambda row: max(map(len, row[RANKED_IDS] or [[]])) <= max_length)
-
-
-def tokenize_pairs(
+def prepare_preferences(
     dataset: Dataset | IterableDataset,
     processing_class: PreTrainedTokenizerBase,
     dataset_name: str,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Tokenize a preference dataset as TRL's `RewardTrainer` does, only faster.
+    Check a preference dataset and tokenize what TRL would tokenize more slowly, or not at all.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset that has passed `disco_trl.data.validation.check_preferences`.
+            Preference dataset, see [`~disco_trl.data.validation.check_preferences`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, which also renders the conversations.
         dataset_name (`str`):
-            Name used in the progress bar.
+            Name used in errors and progress bars.
         num_proc (`int`, *optional*):
-            Number of processes that tokenize.
+            Number of processes that check and tokenize a `Dataset`.
 
     Returns:
-        The dataset with `chosen_ids` and `rejected_ids`, and with `chosen` and `rejected` as TRL leaves them: after
-        their prompt, and a text with the end-of-text token. A stream, and a dataset with a format that may make
-        something else of the rows, come back as they are, for TRL to tokenize row by row; tokenized ones as well.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with `row_index` and, unless TRL is to
+        tokenize it, `chosen_ids` and `rejected_ids`, and `chosen` and `rejected` as TRL leaves them: after their
+        prompt, and a text with the end-of-text token. If it has rankings, `completion_ids` holds the ids of all
+        answers of each, in the place of `completions`, and is None in rows that are pairs; the sides of a ranking are
+        its best and its worst answer.
+
+    Raises:
+        `ValueError`: If something is wrong with a row; it names dataset, row, column and fix.
     """
-    if isinstance(dataset, IterableDataset) or dataset.format["type"] is not None:
+    dataset = check_preferences(dataset, processing_class, dataset_name, num_proc=num_proc)
+    return _tokenize_dataset(dataset, processing_class, dataset_name, num_proc)
+
+
+def _tokenize_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    dataset_name: str,
+    num_proc: int | None,
+) -> Dataset | IterableDataset:
+    first_row: Row = next(iter(dataset.with_format(None)))
+    if any(first_row.keys() >= {*pair} for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR)):
         return dataset
-    if any(set(dataset.column_names).issuperset(pair) for pair in (TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR)):
+    has_rankings = "ranks" in first_row
+    as_lists = isinstance(dataset, IterableDataset)
+    tokenization = _Tokenization(processing_class, find_layout(first_row), has_rankings, as_lists, dataset_name)
+    removed = [RANKING[0]] if has_rankings else []
+    if isinstance(dataset, IterableDataset):
+        # One row at a time, so that no row is read before it is asked for. TRL cannot tokenize rankings.
+        return dataset.map(tokenization, batched=True, batch_size=1, remove_columns=removed) if removed else dataset
+    if dataset.format["type"] is not None and not has_rankings:
         return dataset
     # As TRL does: those that come second find the tokens in the cache, on every node.
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
+        if has_rankings:
+            # The first rows may all be pairs, and a column without any value in them would be given no type.
+            empty = [None] * len(dataset)
+            dataset = dataset.add_column(RANKED_IDS, empty, feature=List(List(Value("int64"))))
         return dataset.map(
-            _Tokenization(processing_class, dataset_name),
+            tokenization,
             batched=True,
             num_proc=num_proc,
+            remove_columns=removed,
             desc=f"Tokenizing {dataset_name} dataset",
         )
 
 
-def filter_pairs(
+def finish_preferences(
     dataset: Dataset | IterableDataset, dataset_name: str, max_length: int | None = None
 ) -> Dataset | IterableDataset:
     """
-    Drop the pairs that are too long, and those whose two sides are the same tokens: no reward can tell them apart.
+    Drop the rows that are too long, and those whose two sides are the same tokens: no reward can tell them apart.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Tokenized dataset with `chosen_ids` and `rejected_ids`.
+            Tokenized dataset with `chosen_ids` and `rejected_ids`, and perhaps `completion_ids`.
         dataset_name (`str`):
             Name used in errors and in the warning.
         max_length (`int`, *optional*):
-            Most tokens that a side may have.
+            Most tokens that an answer with its prompt may have.
 
     Returns:
-        The dataset without those pairs. One warning gives the number of identical ones and the first ten row numbers
-        (for a stream: the first row, when it is met).
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset without those rows. One warning gives the
+        number of identical pairs and the first ten row numbers (for a stream: the first row, when it is met).
 
     Raises:
-        `ValueError`: nothing is left of a `Dataset`.
+        `ValueError`: If nothing is left of a `Dataset`.
     """
     on_main_process = PartialState().is_main_process
     if isinstance(dataset, IterableDataset):
@@ -206,10 +152,16 @@ def filter_pairs(
     too_long = np.zeros(len(dataset), dtype=bool)
     identical = np.zeros(len(dataset), dtype=bool)
     start = 0
-    for batch in dataset.select_columns(list(TOKENIZED_PAIR)).with_format("arrow").iter(batch_size=1000):
+    names = [name for name in (*TOKENIZED_PAIR, RANKED_IDS) if name in dataset.column_names]
+    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
         sides = [batch[name].combine_chunks() for name in TOKENIZED_PAIR]
         lengths = [pc.list_value_length(side).to_numpy(zero_copy_only=False) for side in sides]
         fits = np.full(len(batch), True) if max_length is None else np.maximum(*lengths) <= max_length
+        if max_length is not None and RANKED_IDS in names:
+            # The answers of all rankings in one array, each with the position of its ranking
+            answers = batch[RANKED_IDS].combine_chunks()
+            is_long = pc.list_value_length(answers.flatten()).to_numpy(zero_copy_only=False) > max_length
+            fits[pc.list_parent_indices(answers).to_numpy()[is_long]] = False
         too_long[start : start + len(batch)] = ~fits
         # Only sides of equal length are compared, a few in a hundred.
         for position in np.flatnonzero(fits & np.equal(*lengths)).tolist():
@@ -236,9 +188,9 @@ def filter_pairs(
 
 def check_token_ids(dataset: Dataset | IterableDataset, dataset_name: str, known: int) -> Dataset | IterableDataset:
     """
-    Raise a `ValueError` if a row holds a token that the model has no embedding of: of a `Dataset` now, of a stream
-    when the row is read. Left alone it is an index out of range at some step, and on an accelerator the end of the
-    process.
+    Check that the model has an embedding of every token, of a `Dataset` at once and of a stream as it is read.
+
+    Unchecked, such a token is an index out of range at some step, and on an accelerator the end of the process.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -249,7 +201,10 @@ def check_token_ids(dataset: Dataset | IterableDataset, dataset_name: str, known
             How many token ids the model knows; 0 if that cannot be told.
 
     Returns:
-        The dataset, of a stream one that checks.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset, or a stream that checks its rows.
+
+    Raises:
+        `ValueError`: If a token id is too large; it names dataset, row, column and fix.
     """
     if not known:
         return dataset
@@ -269,7 +224,7 @@ def check_token_ids(dataset: Dataset | IterableDataset, dataset_name: str, known
     return dataset
 
 
-def _has_known_tokens(row: dict[str, Any], dataset_name: str, known: int) -> bool:
+def _has_known_tokens(row: Row, dataset_name: str, known: int) -> bool:
     answers = [(name, row.get(name)) for name in TOKENIZED_PAIR]
     answers += [(RANKED_IDS, ids) for ids in as_list(row.get(RANKED_IDS)) or ()]
     for name, ids in answers:
@@ -286,14 +241,15 @@ def _has_known_tokens(row: dict[str, Any], dataset_name: str, known: int) -> boo
 
 
 @contextmanager
-def naming_the_row(dataset_name: str, row: Any, column: str) -> Iterator[None]:
-    """Say of which row it is that a text cannot be tokenized."""
+def _naming_the_row(dataset_name: str, row: Row, columns: Sequence[str]) -> Iterator[None]:
+    """Name the row and the columns of a text that cannot be tokenized."""
     try:
         yield
     except ValueError as error:
         number = f" {int(row[ROW_COLUMN])}" if ROW_COLUMN in row else ""
+        places = " or ".join(f"'{column}'" for column in dict.fromkeys(columns))
         raise ValueError(
-            f"{dataset_name} dataset, row{number}, column '{column}': {error}; drop the row, or fix it"
+            f"{dataset_name} dataset, row{number}, column {places}: {error}; drop the row, or fix it"
         ) from error
 
 
@@ -302,44 +258,65 @@ class _Tokenization:
     """What `map` does to a batch. By its version, tokens in the cache are found by no other one."""
 
     processing_class: PreTrainedTokenizerBase
+    layout: Layout
+    has_rankings: bool = False
+    as_lists: bool = False
     dataset_name: str = ""
     version: str = __version__
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
+        # Without `ranks`, a column `completions` is one of the user's that nobody reads.
+        columns = {name: as_list(batch[name]) for name in batch if self.has_rankings or name != RANKING[0]}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         try:
-            return self._tokens_of(batch)
+            return self._tokens_of(rows)
         except Exception:
             # One row's text or template is at fault, and only tokenized by itself does it say which one's.
-            for values in zip(*(batch[name] for name in batch), strict=True):
-                row = dict(zip(batch, values, strict=True))
-                read = {name: value for name, value in row.items() if value is not None}
-                with naming_the_row(self.dataset_name, row, "chosen' or 'rejected"):
-                    tokenize_pair(read, self.processing_class)
+            for row in rows:
+                record = read_answers(row, self.layout)
+                with _naming_the_row(self.dataset_name, row, record.columns):
+                    tokenize_record(record, self.processing_class)
             raise
 
-    def _tokens_of(self, batch: Any) -> dict[str, list[Any]]:
-        is_conversational = isinstance(batch["chosen"][0], list)
-        columns = {name: batch[name] for name in ("tools", "chat_template_kwargs") if name in batch}
-        # Plain text reads neither column.
-        arguments = [
-            chat_template_arguments({name: values[row] for name, values in columns.items() if is_conversational})
-            for row in range(len(batch["chosen"]))
-        ]
-        output: dict[str, list[Any]] = {}
-        for side, side_ids in zip(TEXT_PAIR, TOKENIZED_PAIR, strict=True):
-            contents = batch[side]
-            if not is_conversational:
-                eos_token = self.processing_class.eos_token
-                contents = [text if text.endswith(eos_token) else text + eos_token for text in contents]
-            if "prompt" in batch:
-                contents = [prompt + content for prompt, content in zip(batch["prompt"], contents, strict=True)]
-            output[side] = contents
-            output[side_ids] = []
-            for start in range(0, len(contents), TEXTS_PER_CALL):
-                stop = start + TEXTS_PER_CALL
-                ids = _tokenize(self.processing_class, contents[start:stop], arguments[start:stop])
-                # An array takes a fifth of the memory of a list of numbers
-                output[side_ids] += [np.array(row, dtype=np.int64) for row in ids]
+    def _tokens_of(self, rows: list[Row]) -> dict[str, list[Any]]:
+        records = [read_answers(row, self.layout) for row in rows]
+        if self.layout.kind == "standard":
+            # TRL looks for the end of the answer, and not of the answer after its prompt.
+            end = self.processing_class.eos_token
+            contents = [
+                [join(record.prompt, text if text.endswith(end) else text + end) for text in record.answers]
+                for record in records
+            ]
+            arguments: list[dict[str, Any]] = [{}] * len(rows)  # plain text reads no template
+        else:
+            contents = [record.contents for record in records]
+            arguments = [chat_template_arguments(record.template) for record in records]
+        texts = [text for of_row in contents for text in of_row]
+        arguments = [of_row for of_row, record in zip(arguments, records, strict=True) for _ in record.answers]
+        ids: list[Any] = []
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            stop = start + TEXTS_PER_CALL
+            tokenized = _tokenize(self.processing_class, texts[start:stop], arguments[start:stop])
+            # An array takes a fifth of the memory of a list of numbers, but is not what a stream hands on.
+            ids += tokenized if self.as_lists else [np.array(of_text, dtype=np.int64) for of_text in tokenized]
+
+        output: dict[str, list[Any]] = {name: [] for name in (*TEXT_PAIR, *TOKENIZED_PAIR)}
+        if self.has_rankings:
+            output[RANKED_IDS] = []
+        start = 0
+        for row, of_row in zip(rows, contents, strict=True):
+            of_answers = ids[start : start + len(of_row)]
+            start += len(of_row)
+            sides = [0, 1]
+            if self.has_rankings:
+                ranked = is_ranking(row)
+                output[RANKED_IDS].append(of_answers if ranked else None)
+                if ranked:  # TRL's columns hold two answers: the best and the worst
+                    order = sorted(range(len(of_row)), key=as_list(row["ranks"]).__getitem__)
+                    sides = [order[0], order[-1]]
+            for side, text, tokens in zip(sides, TEXT_PAIR, TOKENIZED_PAIR, strict=True):
+                output[text].append(of_row[side])
+                output[tokens].append(of_answers[side])
         return output
 
 
@@ -374,7 +351,7 @@ def _tokenize(
 
 
 class _UsablePairs:
-    """Filter of a stream: keeps pairs that fit and whose sides differ, and warns at the first identical one."""
+    """Filter of a stream: keeps rows that fit and whose sides differ, and warns at the first identical pair."""
 
     def __init__(self, dataset_name: str, max_length: int | None, warn: bool):
         self.dataset_name = dataset_name
@@ -382,9 +359,10 @@ class _UsablePairs:
         self.warn = warn
 
     def __call__(self, example: dict[str, Any]) -> bool:
-        chosen, rejected = (as_list(example[name]) for name in TOKENIZED_PAIR)
-        if self.max_length is not None and max(len(chosen), len(rejected)) > self.max_length:
+        answers = read_answers(example, PREPARED).answers
+        if self.max_length is not None and max(map(len, answers)) > self.max_length:
             return False
+        chosen, rejected = (as_list(example[name]) for name in TOKENIZED_PAIR)
         if chosen != rejected:
             return True
         if self.warn:

@@ -6,6 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 
+Row = dict[str, Any]
+"""A row of a dataset: its values by the names of their columns."""
+
+
 def as_list(ids: Any) -> Any:
     """Token ids as a list: streams may carry arrays or tensors, whose == is elementwise."""
     return ids.tolist() if hasattr(ids, "tolist") else ids
@@ -21,6 +25,27 @@ class Problem(NamedTuple):
     column: str
     wrong: str
     fix: str
+
+
+class BadRow(ValueError):
+    """
+    A row that cannot be used. Whoever knows the number of the row puts it before this message.
+
+    Args:
+        column (`str`):
+            Column at fault.
+        wrong (`str`):
+            What is wrong with it.
+        fix (`str`):
+            What to do about it.
+    """
+
+    def __init__(self, column: str, wrong: str, fix: str):
+        super().__init__(column, wrong, fix)
+        self.problem = Problem(column, wrong, fix)
+
+    def __str__(self) -> str:
+        return f"column {self.problem.column!r}: {self.problem.wrong}; {self.problem.fix}"
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,9 @@
 """
 Test sets of reward models, as they are published, and what each of them makes of a model's rewards.
 
-Whatever a row looks like, it becomes an `Item`: a prompt, its answers, who is better than whom, and perhaps what
-people think of each. Rows of a preference dataset become items too, so that everything is evaluated by the same code.
-A `Benchmark` also has figures of its own (sections, styles, best of several), which are functions of the items'
-rewards alone.
+A row of a test set becomes an [`Item`]: a record, as a row of a preference dataset is one, and the part of the data
+that it belongs to. So everything is evaluated by the same code. A [`Benchmark`] also has figures of its own (sections,
+styles, best of several), which are functions of the items' rewards alone.
 
 Columns, sections and weights are those of the benchmarks' own code and cards: RewardBench (N. Lambert et al., 2024,
 arXiv 2403.13787), RewardBench 2 (S. Malik et al., 2025, arXiv 2506.01937), RM-Bench (Y. Liu et al., 2024, arXiv
@@ -15,52 +14,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations, product
+from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..data.columns import tokenized_pair
-from ..data.curation.formats import BadRow, first_of, prompt_messages
-from ..data.files import Row
-from ..data.values import as_number, as_ratings, as_truth, is_missing, shown
+from ..data.columns import Layout, find_layout
+from ..data.curation.formats import first_of, prompt_messages
+from ..data.records import Comparison, Record, read_record
+from ..data.values import BadRow, Row, as_number, is_missing, shown
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two answers of an item by position, how many people were asked, and the share of them who prefer the first."""
-
-    first: int
-    second: int
-    target: float = 1.0
-    people: float = 1.0
-
-
-@dataclass(frozen=True)
-class Item:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item(Record):
     """
-    A prompt and its answers.
+    A record with a name and a place in the data.
 
-    Attributes:
-        answers: rows to be scored, each with what `disco_trl.data.tokenization` reads of it: `content`, and perhaps
-            `tools` and `chat_template_kwargs`; or `ids`.
-        comparisons: of the answers.
-        subset: what part of the data it belongs to.
-        name: the row's own id, if it has one.
-        ratings: people's ratings of each answer, where the data have any.
+    Args:
+        subset (`str`, *optional*, defaults to `""`):
+            Part of the data that it belongs to.
+        name (`str`, *optional*, defaults to `""`):
+            The row's own id, if it has one.
     """
 
-    answers: list[Row]
-    comparisons: list[Comparison]
     subset: str = ""
     name: str = ""
-    ratings: list[list[float]] = field(default_factory=list)
 
 
 Rewards = Sequence[np.ndarray]
-"""The location of each answer, item by item: arrays `[answers]`."""
+"""The location of each answer, item by item: arrays of shape `(K,)`."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +52,15 @@ class Benchmark:
     """
     A published test set.
 
-    Attributes:
-        title: its name.
-        recognise: whether a row is one of its.
-        read: the item of a row; `BadRow` if something is missing.
-        summarize: its own figures, of items, their rewards and the weight of each item `[items]`.
+    Args:
+        title (`str`):
+            Its name.
+        recognise (`Callable[[Row], bool]`):
+            Whether a row is one of its.
+        read (`Callable[[Row], Item]`):
+            The item of a row. It raises [`~disco_trl.data.values.BadRow`] if something is missing.
+        summarize (`Callable[[Sequence[Item], Rewards, np.ndarray], dict[str, float]]`):
+            Its own figures, of the items, their rewards and the weight of each item, of shape `(items,)`.
     """
 
     title: str
@@ -81,11 +69,10 @@ class Benchmark:
     summarize: Callable[[Sequence[Item], Rewards, np.ndarray], dict[str, float]]
 
 
-def dialogue(prompt: Any, answer: Any) -> Row:
-    """An answer after its prompt, as a conversation. Either may be a text already made of messages."""
-    messages = prompt_messages("prompt", prompt) if isinstance(prompt, str) else list(prompt or [])
-    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
-    return {"content": messages + turns}
+def _dialogues(row: Row, answers: Sequence[Any], prompt: str = "prompt") -> list[list[dict[str, Any]]]:
+    """Each answer after the prompt in a column, as a conversation."""
+    messages = prompt_messages("prompt", _text(row, prompt))
+    return [[*messages, {"role": "assistant", "content": answer}] for answer in answers]
 
 
 def _text(row: Row, column: str) -> str:
@@ -119,6 +106,11 @@ def _by_subset(items: Sequence[Item]) -> dict[str, list[int]]:
     for index, item in enumerate(items):
         members.setdefault(item.subset, []).append(index)
     return members
+
+
+def _all_between(right: int, wrong: int) -> list[Comparison]:
+    """Each of the first so many answers against each of the others, and better than it."""
+    return [Comparison(better, right + worse) for better, worse in product(range(right), range(wrong))]
 
 
 def _is_best(rewards: np.ndarray, right: int) -> float:
@@ -157,8 +149,8 @@ def _is_reward_bench(row: Row) -> bool:
 
 
 def _read_reward_bench(row: Row) -> Item:
-    answers = [dialogue(_text(row, "prompt"), _text(row, side)) for side in ("chosen", "rejected")]
-    return Item(answers, [Comparison(0, 1)], _text(row, "subset"), str(row.get("id", "")))
+    answers = _dialogues(row, [_text(row, side) for side in ("chosen", "rejected")])
+    return Item(answers=answers, subset=_text(row, "subset"), name=str(row.get("id", "")))
 
 
 def _summarize_reward_bench(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:
@@ -181,12 +173,12 @@ def _is_reward_bench_2(row: Row) -> bool:
 
 def _read_reward_bench_2(row: Row) -> Item:
     chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
-    answers = [dialogue(_text(row, "prompt"), answer) for answer in (*chosen, *rejected)]
-    pairs = product(range(len(chosen)), range(len(chosen), len(answers)))
-    # All pairs of an item together weigh as much as one comparison.
-    people = 1 / (len(chosen) * len(rejected))
-    comparisons = [Comparison(better, worse, people=people) for better, worse in pairs]
-    return Item(answers, comparisons, _text(row, "subset"), str(row.get("id", "")))
+    return Item(
+        answers=_dialogues(row, [*chosen, *rejected]),
+        comparisons=_all_between(len(chosen), len(rejected)),
+        subset=_text(row, "subset"),
+        name=str(row.get("id", "")),
+    )
 
 
 def _right_answers(item: Item) -> int:
@@ -256,10 +248,12 @@ def _is_rm_bench(row: Row) -> bool:
 
 def _read_rm_bench(row: Row) -> Item:
     chosen, rejected = _texts(row, "chosen", len(STYLES)), _texts(row, "rejected", len(STYLES))
-    answers = [dialogue(_text(row, "prompt"), answer) for answer in (*chosen, *rejected)]
-    pairs = product(range(len(STYLES)), repeat=2)
-    comparisons = [Comparison(good, len(STYLES) + bad, people=1 / len(STYLES) ** 2) for good, bad in pairs]
-    return Item(answers, comparisons, _text(row, "domain"), str(row.get("id", "")))
+    return Item(
+        answers=_dialogues(row, [*chosen, *rejected]),
+        comparisons=_all_between(len(STYLES), len(STYLES)),
+        subset=_text(row, "domain"),
+        name=str(row.get("id", "")),
+    )
 
 
 def _summarize_rm_bench(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:
@@ -299,14 +293,18 @@ def _is_judge_bench(row: Row) -> bool:
 
 
 def _read_judge_bench(row: Row) -> Item:
-    targets = {"A>B": 1.0, "B>A": 0.0, "A=B": 0.5}
+    said = {
+        "A>B": Comparison(0, 1),
+        "B>A": Comparison(0, 1, wins=0.0, losses=1.0),
+        "A=B": Comparison(0, 1, wins=0.0, ties=1.0, tie_allowed=True),
+    }
     label = _text(row, "label")
-    if label not in targets:
-        raise BadRow("label", shown(label), f"it has to be one of {', '.join(targets)}")
+    if label not in said:
+        raise BadRow("label", shown(label), f"it has to be one of {', '.join(said)}")
     source = str(row.get("source", ""))
     subset = next((name for start, name in JUDGE_BENCH_CATEGORIES.items() if source.startswith(start)), source)
-    answers = [dialogue(_text(row, "question"), _text(row, name)) for name in ("response_A", "response_B")]
-    return Item(answers, [Comparison(0, 1, targets[label])], subset, str(row.get("pair_id", "")))
+    answers = _dialogues(row, [_text(row, name) for name in ("response_A", "response_B")], "question")
+    return Item(answers=answers, comparisons=[said[label]], subset=subset, name=str(row.get("pair_id", "")))
 
 
 def _is_llm_bar(row: Row) -> bool:
@@ -317,9 +315,10 @@ def _read_llm_bar(row: Row) -> Item:
     label = as_number(row["label"])
     if label not in (1, 2):
         raise BadRow("label", shown(row["label"]), "it has to be 1 or 2")
-    answers = [dialogue(_text(row, "input"), _text(row, name)) for name in ("output_1", "output_2")]
+    answers = _dialogues(row, [_text(row, name) for name in ("output_1", "output_2")], "input")
     subset = row.get("subset")
-    return Item(answers, [Comparison(0, 1, float(label == 1))], "" if is_missing(subset) else str(subset))
+    said = Comparison(0, 1, wins=float(label == 1), losses=float(label == 2))
+    return Item(answers=answers, comparisons=[said], subset="" if is_missing(subset) else str(subset))
 
 
 def _summarize_by_subset(items: Sequence[Item], rewards: Rewards, weight: np.ndarray) -> dict[str, float]:
@@ -336,42 +335,25 @@ def _summarize_by_subset(items: Sequence[Item], rewards: Rewards, weight: np.nda
 # Any preference dataset
 
 
-def read_preference(row: Row) -> Item:
-    """The item of a row of a preference dataset, of any type that TRL documents, with judgements or without."""
-    extra = {name: row[name] for name in ("tools", "chat_template_kwargs") if not is_missing(row.get(name))}
-    prompt = row.get("prompt")
+def read_preference(row: Row, layout: Layout | None = None) -> Item:
+    """
+    The item of a row of a preference dataset.
 
-    def answer(value: Any) -> Row:
-        # Some datasets repeat the prompt as the conversation's beginning.
-        if isinstance(value, list) and isinstance(prompt, str):
-            return {"content": value, **extra}
-        return {"content": value if is_missing(prompt) else prompt + value, **extra}
+    Args:
+        row (`dict`):
+            Row of any type that TRL documents, or a ranking, with judgements or without.
+        layout ([`~disco_trl.data.columns.Layout`], *optional*):
+            Layout of the dataset, by default that of the row.
 
+    Returns:
+        [`Item`]: The item.
+
+    Raises:
+        [`~disco_trl.data.values.BadRow`]: If something is wrong with the row.
+    """
+    record = read_record(row, layout or find_layout(row))
     subset = str(row[name]) if (name := first_of(row, ("subset", "category", "domain", "source"))) else ""
-    if not is_missing(row.get("ranks")):
-        ranks = row["ranks"]
-        answers = [answer(completion) for completion in row["completions"]]
-        pairs = list(combinations(range(len(ranks)), 2))
-        # A better rank is a smaller number.
-        targets = [0.5 + np.sign(ranks[b] - ranks[a]) / 2 for a, b in pairs]
-        people = 1 / len(pairs)
-        comparisons = [Comparison(a, b, float(target), people) for (a, b), target in zip(pairs, targets, strict=True)]
-        return Item(answers, comparisons, subset)
-    if (sides := tokenized_pair(row)) is not None:
-        answers = [{"ids": list(row[side])} for side in sides]
-    else:
-        answers = [answer(row[side]) for side in ("chosen", "rejected")]
-    ratings = [as_ratings(row.get(name)) for name in ("chosen_rating", "rejected_rating")]
-    return Item(answers, [_judged(row)], subset, ratings=ratings if any(ratings) else [])
-
-
-def _judged(row: Row) -> Comparison:
-    if not is_missing(row.get("chosen_votes")):
-        wins, losses = float(row["chosen_votes"]), float(row["rejected_votes"])
-        return Comparison(0, 1, wins / (wins + losses) if wins + losses else 0.5, wins + losses)
-    if not is_missing(row.get("preference_probability")):
-        return Comparison(0, 1, float(row["preference_probability"]))
-    return Comparison(0, 1, 0.5 if as_truth(row.get("tie")) else 1.0)
+    return Item(**{field.name: getattr(record, field.name) for field in fields(record)}, subset=subset)
 
 
 BENCHMARKS = {

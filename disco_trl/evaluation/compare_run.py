@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-from ..data.files import choose_split, load_preferences
+from ..data.files import choose_split, load_preferences, written_at_once
 from ..data.judgements import has_judgements
-from ..data.tokenization import tokenize_pair
+from ..data.tokenization import tokenize_answers
 from ..models.inference import score
 from ..trainer.reward_config import DiscoRewardConfig
 from ..trainer.reward_trainer import DiscoRewardTrainer
@@ -111,7 +111,7 @@ def read_data(run: Run, processing_class: PreTrainedTokenizerBase) -> tuple[Data
     test = choose_split(splits, run.test_split, "--test-split")
     if run.max_length is not None:
         longest = run.max_length
-        train = train.filter(lambda row: max(map(len, tokenize_pair(row, processing_class))) <= longest)
+        train = train.filter(lambda row: max(map(len, tokenize_answers(row, processing_class))) <= longest)
     # After the filter, so that runs with a limit on length train on as many rows as the others.
     if run.max_train is not None:
         train = train.shuffle(seed=run.seed).select(range(min(run.max_train, len(train))))
@@ -272,10 +272,9 @@ def main(path: str) -> None:
     else:
         figures = train_and_evaluate(run, train, held_out, processing_class)
     output = Path(run.output)
-    # Written last and renamed atomically, because a folder with this file counts as a finished run.
-    unfinished = output / f"{FIGURES_FILE}.unfinished"
-    unfinished.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(output / FIGURES_FILE)
+    # Written last and at once, because a folder with this file counts as a finished run.
+    with written_at_once(output / FIGURES_FILE) as unfinished:
+        unfinished.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

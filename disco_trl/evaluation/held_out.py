@@ -1,8 +1,9 @@
 """
 Data to evaluate reward models on: from rows of whatever kind to token sequences and comparisons between them.
 
-rows → `disco_trl.evaluation.benchmarks.Item` each → every different answer once, as tokens → comparisons, as arrays of
-indices. Rewards of the sequences, from any model, then give `Forecasts` of the comparisons.
+Rows become [`~disco_trl.evaluation.benchmarks.Item`]s; every different answer is tokenized and kept once; and the
+comparisons become arrays of indices into the answers. Rewards of the sequences, from any model, then give
+[`~disco_trl.evaluation.metrics.Forecasts`] of the comparisons.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data.columns import PAIRS, RANKING
 from ..data.curation.convert import Converter, Report, detect_format
-from ..data.curation.formats import FORMATS, BadRow
-from ..data.files import Row
-from ..data.tokenization import chat_template_arguments, tokenize
-from ..data.validation import find_layout, find_row_problem
+from ..data.curation.formats import FORMATS
+from ..data.records import Record
+from ..data.tokenization import tokenize_record
+from ..data.values import BadRow, Row
 from ..distributions.reward_distribution import RewardDistribution
 from .benchmarks import BENCHMARKS, Benchmark, Item, read_preference
 from .metrics import Forecasts
@@ -33,18 +35,25 @@ KINDS = (PREFERENCES, *BENCHMARKS, *(name for name in FORMATS if name != "rating
 
 def detect_kind(row: Row) -> str:
     """
-    Which of :data:`KINDS` a row is of.
+    Infer which of :data:`KINDS` a row is of.
+
+    Args:
+        row (`dict`):
+            Row of a dataset.
+
+    Returns:
+        `str`: The kind.
 
     Raises:
-        ValueError: none, or several; with the columns that were found.
+        `ValueError`: If it is none of them, or may be several; the message has the columns that were found.
     """
     for name, benchmark in BENCHMARKS.items():
         if benchmark.recognise(row):
             return name
     if FORMATS["hh-rlhf"].recognise(row):
         return "hh-rlhf"
-    is_pair = any({f"chosen{suffix}", f"rejected{suffix}"} <= row.keys() for suffix in ("", "_ids", "_input_ids"))
-    if (is_pair and "instruction" not in row) or {"completions", "ranks"} <= row.keys():
+    is_pair = any(row.keys() >= {*pair} for pair in PAIRS)
+    if (is_pair and "instruction" not in row) or row.keys() >= {*RANKING}:
         return PREFERENCES
     kind = detect_format(row)
     if kind not in KINDS:
@@ -57,32 +66,28 @@ def detect_kind(row: Row) -> str:
 
 def item_reader(kind: str) -> Callable[[Row, int], list[Item]]:
     """
-    A function from a row and its number to its items.
+    A function that reads a row, given its number in the data.
 
-    It raises `ValueError`, with row, column and fix, if the row cannot be read.
+    Args:
+        kind (`str`):
+            One of :data:`KINDS`.
+
+    Returns:
+        `Callable[[dict, int], list[Item]]`: From a row and its number to its items. It raises `ValueError`, with row,
+        column and fix, if the row cannot be read.
     """
-    if kind in BENCHMARKS:
-        benchmark = BENCHMARKS[kind]
-
-        def read(row: Row, number: int) -> list[Item]:
-            try:
-                return [benchmark.read(row)]
-            except BadRow as error:
-                column, wrong, fix = error.problem
-                raise ValueError(f"row {number}, column {column!r}: {wrong}; {fix}") from error
-
-        return read
     if kind in FORMATS:
         converter = Converter(FORMATS[kind].convert, Report(kind))
         return lambda row, number: [read_preference(converted) for converted in converter(row, number)]
+    read = BENCHMARKS[kind].read if kind in BENCHMARKS else read_preference
 
-    def read_checked(row: Row, number: int) -> list[Item]:
-        problem = find_row_problem(row, find_layout(row))
-        if problem is not None:
-            raise ValueError(f"row {number}, column {problem.column!r}: {problem.wrong}; {problem.fix}")
-        return [read_preference(row)]
+    def read_named(row: Row, number: int) -> list[Item]:
+        try:
+            return [read(row)]
+        except BadRow as error:
+            raise ValueError(f"row {number}, {error}") from error
 
-    return read_checked
+    return read_named
 
 
 @dataclass
@@ -90,14 +95,19 @@ class HeldOut:
     """
     Items, and the token sequences and comparisons in them.
 
-    Attributes:
-        items: the items.
-        benchmark: which they are of, if of any.
-        sequences: token ids of every different answer, `[S]`.
-        answers: for each item the position of its answers among the sequences.
-        first, second: `[N]`, positions of the two answers of each comparison.
-        target, weight: `[N]`, as in `Forecasts`.
-        item: `[N]`, which item a comparison is of.
+    The N comparisons of all items come with the attributes `first` and `second`, of shape `(N,)`, which are the
+    positions of their answers among the sequences; `target` and `weight`, of shape `(N,)`, as in
+    [`~disco_trl.evaluation.metrics.Forecasts`]; and `item`, of shape `(N,)`, the item that each is of.
+
+    Args:
+        items (`list[Item]`):
+            The items.
+        benchmark ([`Benchmark`], *optional*):
+            The benchmark that they are of.
+        sequences (`list[list[int]]`):
+            Token ids of every different answer, S in all.
+        answers (`list[np.ndarray]`):
+            For each item, the positions of its answers among the sequences, of shape `(K,)`.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -106,11 +116,14 @@ class HeldOut:
     answers: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        of_comparisons = [
-            (number, self.answers[number][pair.first], self.answers[number][pair.second], pair.target, pair.people)
-            for number, item in enumerate(self.items)
-            for pair in item.comparisons
-        ]
+        of_comparisons = []
+        for number, (item, of_item) in enumerate(zip(self.items, self.answers, strict=True)):
+            for said in item.comparisons:
+                # In the order of the answers, not of their ranks. The comparisons of an item weigh as much as one.
+                ahead = said.first < said.second
+                first, second = of_item[[said.first, said.second] if ahead else [said.second, said.first]]
+                target = said.target if ahead else 1 - said.target
+                of_comparisons.append((number, first, second, target, said.people / len(item.comparisons)))
         columns = np.array(of_comparisons, dtype=float).reshape(-1, 5).T
         self.item, self.first, self.second = columns[:3].astype(int)
         self.target, self.weight = columns[3:]
@@ -127,13 +140,20 @@ class HeldOut:
         Read rows.
 
         Args:
-            rows: all of one kind.
-            processing_class: the model's tokenizer.
-            kind: one of :data:`KINDS`, or `"auto"`: what the first row looks like.
-            max_length: leave out items with a longer answer, in tokens, as TRL's trainer does.
+            rows (`Iterable[dict]`):
+                Rows, all of one kind.
+            processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model.
+            kind (`str`, *optional*, defaults to `"auto"`):
+                One of :data:`KINDS`, or `"auto"` to infer it from the first row.
+            max_length (`int`, *optional*):
+                Leave out items with an answer of more tokens, as TRL's trainer does.
+
+        Returns:
+            [`HeldOut`]: The data.
 
         Raises:
-            ValueError: a row cannot be read (with row, column and fix), or there are none.
+            `ValueError`: If a row cannot be read (it names row, column and fix), or if there are none.
         """
         number_of: dict[tuple[int, ...], int] = {}
         items, answers = [], []
@@ -143,7 +163,7 @@ class HeldOut:
                 kind = detect_kind(row)
                 read = item_reader(kind)
             for item in read(row, number):
-                tokens = [_tokens(answer, processing_class, number) for answer in item.answers]
+                tokens = _tokens(item, processing_class, number)
                 if max_length is not None and max(map(len, tokens)) > max_length:
                     continue
                 items.append(item)
@@ -153,15 +173,19 @@ class HeldOut:
         return cls(items, BENCHMARKS.get(kind), [list(ids) for ids in number_of], answers)
 
     def forecasts(self, rewards: RewardDistribution) -> Forecasts:
-        """What rewards of the sequences, `[S]`, say of the comparisons."""
+        """What rewards of the sequences, of shape `(S,)`, say about the comparisons."""
         return Forecasts.of(rewards[self.first], rewards[self.second], self.target, self.weight)
 
     @property
     def groups(self) -> np.ndarray:
         """
-        `[N, 2]`: what each side of a comparison comes and goes with in a bootstrap
-        (`disco_trl.evaluation.metrics.resamples`). That is its item, as comparisons of one are not independent; an
-        answer that several items share goes by itself.
+        What each side of a comparison is drawn with in a bootstrap ([`~disco_trl.evaluation.metrics.resamples`]).
+
+        That is its item, because comparisons of one item are not independent. An answer that several items share is
+        drawn by itself.
+
+        Returns:
+            `np.ndarray` of shape `(N, 2)`: A number for each side.
         """
         group = np.full(len(self.sequences), -1)
         for number, of_item in enumerate(self.answers):
@@ -170,7 +194,7 @@ class HeldOut:
         return group[np.stack([self.first, self.second], axis=1)]
 
     def rewards_of_items(self, location: np.ndarray) -> list[np.ndarray]:
-        """The locations `[S]`, item by item."""
+        """The locations, of shape `(S,)`, item by item."""
         return [location[of_item] for of_item in self.answers]
 
     def ratings(self) -> dict[int, np.ndarray]:
@@ -183,20 +207,16 @@ class HeldOut:
         return {position: np.asarray(ratings, dtype=float) for position, ratings in found.items()}
 
 
-def _tokens(answer: Row, processing_class: Any, number: int) -> tuple[int, ...]:
-    if "ids" in answer:
-        ids = answer["ids"]
-    else:
-        content = answer["content"]
-        if isinstance(content, list) and processing_class.chat_template is None:
-            raise ValueError(
-                f"row {number}: these are conversations, and the model's tokenizer has no chat template; give it that "
-                "of its training, or evaluate on plain text"
-            )
-        try:
-            ids = tokenize(processing_class, content, **chat_template_arguments(answer))
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}; drop the row, or fix it") from error
-    if not ids:
+def _tokens(record: Record, processing_class: Any, number: int) -> list[tuple[int, ...]]:
+    if record.kind == "conversational" and processing_class.chat_template is None:
+        raise ValueError(
+            f"row {number}: these are conversations, and the model's tokenizer has no chat template; give it that of "
+            "its training, or evaluate on plain text"
+        )
+    try:
+        tokens = list(map(tuple, tokenize_record(record, processing_class)))
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}; drop the row, or fix it") from error
+    if () in tokens:
         raise ValueError(f"row {number}: an answer without tokens; drop the row, or check the chat template")
-    return tuple(ids)
+    return tokens

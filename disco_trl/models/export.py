@@ -51,9 +51,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +61,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.files import written_at_once
 from ..data.tokenization import tokenize
 from ..distributions.reward_distribution import RewardDistribution, get_family
 from .heads import DiscoHead
@@ -208,7 +207,7 @@ def export(
         merging = _compare("the merged model", _score(source, sequences), expected)
     _round_weights(source, DTYPES[dtype], with_head=to != "disco")
     rounded = _score(source, sequences)
-    with _written_at_once(output) as folder:
+    with written_at_once(output.resolve(), folder=True) as folder:
         _write(source, folder, to, DTYPES[dtype])
         tokenizer.save_pretrained(folder)
         del source  # its memory is needed for what comes now
@@ -376,22 +375,6 @@ def _make_plain(config: Any) -> None:
     if ignored != getattr(config, "keys_to_ignore_at_inference", []):
         config.keys_to_ignore_at_inference = ignored
     config.problem_type = "regression"
-
-
-@contextmanager
-def _written_at_once(output: Path) -> Iterator[Path]:
-    """Make a folder beside `output` that replaces it if no error is raised, and is removed otherwise."""
-    output = output.resolve()
-    folder, replaced = (output.with_name(f".{output.name}.{what}-{os.getpid()}") for what in ("new", "old"))
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if output.exists():
-            output.rename(replaced)
-        folder.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # Verification

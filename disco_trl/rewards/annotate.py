@@ -1,13 +1,13 @@
-"""Scoring at rest: a location, a scale and a reward for every answer of a data set.
+"""A location, a scale and a reward for every answer of a dataset.
 
-`Annotator` does it for a list of rows; `map_dataset` for a `datasets` object (`DiscoReward.map` is that);
-`annotate_file`, behind `disco-trl score`, for any number of rows, so that a killed run goes on where it was.
+[`Annotator`] scores a list of rows, `map_dataset` a `datasets` object (this is `DiscoReward.map`), and
+`annotate_file`, behind `disco-trl score`, any number of rows, so that a killed run goes on where it was.
 
-It works in parts of a few hundred rows. Each part's scores, numbers alone, are a file of their own in `OUT.parts`,
-which appears when it is complete. At the end the data is read once more and written with its scores beside it. Several
-processes (`accelerate launch -m disco_trl.rewards.annotate DATA ...`) share out the parts.
+`annotate_file` works in parts of a few hundred rows. The scores of each part, numbers alone, are a file of their own
+in `OUT.parts`, which appears when it is complete. At the end the data are read once more and written with their scores
+beside them. Several processes (`accelerate launch -m disco_trl score DATA ...`) share the parts.
 
-Which process scores a part, and in which run, makes no difference to its batches, nor to what it draws for the
+Neither the process that scores a part nor the run in which it does changes its batches, or what is drawn for the
 transform `"sample"`: the result is the same.
 """
 
@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,105 +25,88 @@ import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
-from ..data.columns import TEXT_PAIR, Layout, tokenized_pair
+from ..data.columns import TEMPLATE_COLUMNS, TEXT_PAIR, Layout, find_layout
+from ..data.contents import check_contents
 from ..data.files import (
     ROWS_AT_ONCE,
-    Row,
     RowWriter,
     as_json,
     chunks,
     parquet_features,
     refuse_clash,
+    written_at_once,
 )
-from ..data.tokenization import chat_template_arguments, tokenize
-from ..data.validation import Problem, find_problem
+from ..data.records import FORCED_CHOICE, Record, read_answers
+from ..data.tokenization import tokenize_record
+from ..data.values import BadRow, Row
 from ..distributions.families import Family
 from ..distributions.transforms import Sample, Transform
 from ..models.distributed import process_state
 from ..models.inference import check_sequences, score
 
 
-@dataclass(frozen=True)
-class Answers:
+def find_answers(row: Row) -> Layout:
     """
-    Where the rows of a data set hold their answers.
+    Infer the dataset type, one of those in TRL's documentation, from the columns of a row.
 
-    Attributes:
-        columns: one column, or those of the chosen and of the rejected answer.
-        kind: what stands there: `"tokenized"`, `"standard"` (text) or `"conversational"` (messages).
-        have_prompt: whether the answers follow the column `prompt`.
+    Args:
+        row (`dict`):
+            First row of the data.
+
+    Returns:
+        [`~disco_trl.data.columns.Layout`]: Where the answers are.
+
+    Raises:
+        `ValueError`: If there are none, or they are not whole; with the fix.
     """
+    layout = find_layout(row, singles=True)
+    names = row.keys()
+    if names >= {*layout.columns}:
+        return layout
+    there = ", ".join(map(repr, names))
+    if "candidates" in names or ("completions" in names and "labels" not in names):
+        fix = "to rank several answers to each prompt use `disco-trl best-of-n`"
+    elif "completions" in names:
+        fix = "join the steps of each row into one column 'completion'"
+    elif "prompt" in names:
+        fix = "a prompt alone has no answer to score: add its answer as 'completion'"
+    else:
+        fix = (
+            "rename the columns to 'chosen' and 'rejected' (with 'prompt'), 'prompt' and 'completion', 'messages', "
+            "'text', or 'chosen_ids' and 'rejected_ids'"
+        )
+    raise ValueError(f"row 0: no column holds answers (there are {there}); {fix}")
 
-    columns: tuple[str, ...]
-    kind: str
-    have_prompt: bool
 
-    @classmethod
-    def of(cls, row: Row) -> Answers:
-        """
-        Tell the dataset type, one of those in TRL's documentation, by the columns of a row.
+def read_checked(row: Row, layout: Layout, number: int) -> Record:
+    """
+    Read the answers of a row, which may be a single one. What people said about them does not matter to a score.
 
-        Raises:
-            ValueError: it has no answers, or they are not whole; with the fix.
-        """
-        names = row.keys()
-        if (pair := tokenized_pair(names)) is not None:
-            return cls(pair, "tokenized", False)
-        if names >= set(TEXT_PAIR):
-            columns: tuple[str, ...] = TEXT_PAIR
-        elif names >= {"prompt", "completion"}:
-            columns = ("completion",)
-        elif "messages" in names:
-            columns = ("messages",)
-        elif "text" in names:
-            columns = ("text",)
-        else:
-            there = ", ".join(map(repr, names))
-            if "candidates" in names or ("completions" in names and "labels" not in names):
-                fix = "to rank several answers to each prompt use `disco-trl best-of-n`"
-            elif "completions" in names:
-                fix = "join the steps of each row into one column 'completion'"
-            elif "prompt" in names:
-                fix = "a prompt alone has no answer to score: add its answer as 'completion'"
-            else:
-                fix = (
-                    "rename the columns to 'chosen' and 'rejected' (with 'prompt'), 'prompt' and 'completion', "
-                    "'messages', 'text', or 'chosen_ids' and 'rejected_ids'"
-                )
-            raise ValueError(f"row 0: no column holds answers (there are {there}); {fix}")
-        kind = "conversational" if isinstance(row[columns[0]], list) else "standard"
-        return cls(columns, kind, "prompt" in names and columns not in (("messages",), ("text",)))
+    Args:
+        row (`dict`):
+            Row of the data.
+        layout ([`~disco_trl.data.columns.Layout`]):
+            Where the answers are.
+        number (`int`):
+            Number of the row, for the error.
 
-    @property
-    def are_pairs(self) -> bool:
-        """Whether a row holds two answers, one preferred to the other."""
-        return len(self.columns) == 2
+    Returns:
+        [`~disco_trl.data.records.Record`]: The answers.
 
-    def check(self, row: Row, number: int) -> None:
-        """Raise a `ValueError` naming row, column and fix if a reward for the row would be none."""
-        read = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
-        if self.have_prompt:
-            read["prompt"] = row.get("prompt")
-        # What makes a preference sound makes each of its answers sound: a single answer is checked as both sides.
-        layout = Layout((self.columns[0], self.columns[-1]) if self.kind == "tokenized" else TEXT_PAIR, self.kind)
-        answers = {side: row.get(name) for side, name in zip(layout.pair, (self.columns * 2)[:2], strict=True)}
-        problem: Problem | None = find_problem(read | answers, layout)
-        if problem is not None:
-            column, fix = problem.column, problem.fix
-            if not self.are_pairs:
-                column = self.columns[0] if column in TEXT_PAIR else column
-                fix = fix.replace("'chosen'", repr(self.columns[0]))
-            raise ValueError(f"row {number}, column {column!r}: {problem.wrong}; {fix}")
-
-    def tokens(self, row: Row, processing_class: Any) -> list[list[int]]:
-        """Token ids of each answer after its prompt, as in training."""
-        if self.kind == "tokenized":
-            return [list(row[column]) for column in self.columns]
-        arguments = chat_template_arguments(row)
-        return [
-            tokenize(processing_class, row["prompt"] + row[column] if self.have_prompt else row[column], **arguments)
-            for column in self.columns
-        ]
+    Raises:
+        `ValueError`: If the row has no sound answers; it names row, column and fix.
+    """
+    # Columns for the chat template may be empty, since nothing of TRL's reads them here. A prompt may not, also where
+    # a file leaves it out of some rows: the answer alone would get another reward.
+    row = {name: value for name, value in row.items() if name not in TEMPLATE_COLUMNS or value is not None}
+    if layout.has_prompt:
+        row = {"prompt": None, **row}
+    record = read_answers(row, layout, FORCED_CHOICE)
+    try:
+        check_contents(list(zip(record.columns, record.answers, strict=True)), row, record.kind, layout.takes_prompt)
+    except BadRow as error:
+        raise ValueError(f"row {number}, {error}") from error
+    return record
 
 
 class Rewarder(Protocol):
@@ -147,12 +128,15 @@ class Annotator:
     Scores the answers of rows.
 
     Args:
-        reward: the model with its tokenizer and token budget.
-        transform: what the reward is; by default that of `reward`.
-        prefix: put before the names of the new columns.
+        reward ([`Rewarder`]):
+            Model with its tokenizer and token budget.
+        transform ([`~disco_trl.distributions.transforms.Transform`], *optional*):
+            What the reward is, by default that of `reward`.
+        prefix (`str`, *optional*, defaults to `""`):
+            Put before the names of the new columns.
 
     Raises:
-        ValueError: the transform does not exist for the model's family, or needs all answers to a prompt at once.
+        `ValueError`: If the transform does not exist for the model's family, or needs all answers to a prompt at once.
     """
 
     def __init__(self, reward: Rewarder, transform: Transform | None = None, prefix: str = ""):
@@ -167,47 +151,56 @@ class Annotator:
                 "and use `disco-trl best-of-n`, or choose another transform"
             )
 
-    def column_names(self, answers: Answers) -> list[str]:
+    def column_names(self, layout: Layout) -> list[str]:
         """
-        The columns that are added: `location`, `scale`, `location_error` where the model has one, and
-        `reward_TRANSFORM`; for pairs each of them twice, with `_chosen` and `_rejected` after it, and `prob_chosen`,
-        which is P(chosen ≻ rejected).
+        Names of the columns that are added.
+
+        Args:
+            layout ([`~disco_trl.data.columns.Layout`]):
+                Where the answers are.
+
+        Returns:
+            `list[str]`: `location`, `scale`, `location_error` where the model has one, and `reward_TRANSFORM`. For
+            pairs each comes twice, with `_chosen` and `_rejected` after it, and `prob_chosen` is P(chosen ≻ rejected).
         """
         error = ["location_error"] if self.reward.has_location_error else []
         names = ["location", "scale", *error, f"reward_{self.transform.name}"]
-        if answers.are_pairs:
+        if layout.is_pair:
             names = [f"{name}_{side}" for name in names for side in TEXT_PAIR] + ["prob_chosen"]
         return [self.prefix + name for name in names]
 
-    def __call__(self, rows: list[Row], answers: Answers, first: int = 0) -> dict[str, list[float]]:
+    def __call__(self, rows: list[Row], layout: Layout, first: int = 0) -> dict[str, list[float]]:
         """
-        The scores of `B` rows.
+        Score B rows.
 
         Args:
-            rows: the rows.
-            answers: where their answers are.
-            first: position of the first of them in the data set, for messages, and for the draws of `"sample"`.
+            rows (`list[dict]`):
+                The rows.
+            layout ([`~disco_trl.data.columns.Layout`]):
+                Where their answers are.
+            first (`int`, *optional*, defaults to `0`):
+                Position of the first of them in the data, for messages, and for the draws of `"sample"`.
 
         Returns:
-            For each of `column_names` its `B` values.
+            `dict[str, list[float]]`: For each of `column_names` its B values.
 
         Raises:
-            ValueError: something is wrong with a row.
-            FloatingPointError: a reward is not finite. Both name the row.
+            `ValueError`: If something is wrong with a row.
+            `FloatingPointError`: If a reward is not finite. Both name the row.
         """
-        sequences = []
+        sequences: list[list[int]] = []
         for number, row in enumerate(rows, start=first):
-            answers.check(row, number)
+            record = read_checked(row, layout, number)
             try:
-                sequences += answers.tokens(row, self.reward.processing_class)
+                sequences += map(list, tokenize_record(record, self.reward.processing_class))
             except ValueError as refusal:
-                places = " or ".join(map(repr, answers.columns))
+                places = " or ".join(map(repr, layout.columns))
                 raise ValueError(f"row {number}, column {places}: {refusal}; drop the row, or fix it") from refusal
-        sides = len(answers.columns)
+        sides = len(layout.columns)
         if [] in sequences:
             number, side = divmod(sequences.index([]), sides)
             raise ValueError(
-                f"row {first + number}, column {answers.columns[side]!r}: no tokens; drop the row, or "
+                f"row {first + number}, column {layout.columns[side]!r}: no tokens; drop the row, or "
                 "check the chat template"
             )
         for position, sequence in enumerate(sequences):
@@ -216,12 +209,12 @@ class Annotator:
             except ValueError as refusal:
                 number, side = divmod(position, sides)
                 reason = str(refusal).removeprefix("sequence 0 ")
-                raise ValueError(f"row {first + number}, column {answers.columns[side]!r}: it {reason}") from refusal
+                raise ValueError(f"row {first + number}, column {layout.columns[side]!r}: it {reason}") from refusal
         distribution = score(self.reward.model, sequences, self.reward.tokens_per_batch)
         bad = torch.nonzero(~(distribution.location.isfinite() & distribution.scale.isfinite())).flatten().tolist()
         if bad:
             raise FloatingPointError(
-                f"row {first + bad[0] // sides}, column {answers.columns[bad[0] % sides]!r}: the reward is not finite "
+                f"row {first + bad[0] // sides}, column {layout.columns[bad[0] % sides]!r}: the reward is not finite "
                 f"({len(bad)} such answers among {len(sequences)}); load the model with --dtype bfloat16 or float32"
             )
         transform = self.transform
@@ -231,9 +224,9 @@ class Annotator:
         error = [] if distribution.location_error is None else [distribution.location_error]
         values = [distribution.location, distribution.scale, *error, transform(distribution)]
         columns = [value[side::sides] for value in values for side in range(sides)]
-        if answers.are_pairs:
+        if layout.is_pair:
             columns.append(distribution[0::2].prob_greater(distribution[1::2]))
-        return dict(zip(self.column_names(answers), (column.tolist() for column in columns), strict=True))
+        return dict(zip(self.column_names(layout), (column.tolist() for column in columns), strict=True))
 
     def settings(self) -> dict[str, Any]:
         """All that the scores depend on besides the rows; of model and tokenizer a digest."""
@@ -261,18 +254,33 @@ def _digest_of_weights(model: torch.nn.Module) -> str:
 
 
 def map_dataset(dataset: Dataset | IterableDataset, annotator: Annotator) -> Dataset | IterableDataset:
-    """What `DiscoReward.map` does; see there."""
+    """
+    Add the scores of an annotator to a dataset, as `DiscoReward.map` does.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows of any type in TRL's documentation that has answers.
+        annotator ([`Annotator`]):
+            What to score with.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with the columns of
+        [`Annotator.column_names`].
+
+    Raises:
+        `ValueError`: If the dataset is empty, has no answers or a column of the same name, or if a row is bad.
+    """
     dataset = dataset.with_format(None)
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError("the dataset is empty; check its path, split and filters")
-    answers = Answers.of(first_row)
-    names = annotator.column_names(answers)
+    layout = find_answers(first_row)
+    names = annotator.column_names(layout)
     refuse_clash(list(first_row), names, "rename or remove it, or pass prefix=")
 
     def score_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[float]]:
         rows = [dict(zip(batch.keys(), values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return annotator(rows, answers, indices[0])
+        return annotator(rows, layout, indices[0])
 
     features = None
     if dataset.features is not None:
@@ -292,20 +300,24 @@ def annotate_file(
     """
     Score every row of a dataset into a file, going on where an earlier call was broken off.
 
-    With several processes every one has to call it; the main one writes the file.
+    With several processes each of them has to call it; the main one writes the file.
 
     Args:
-        dataset: rows that come in the same order each time, in any format.
-        out: a `.parquet` or `.jsonl` file that does not exist; the finished parts are kept beside it, in `OUT.parts`,
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows that come in the same order each time, in any format.
+        out (`Path`):
+            A `.parquet` or `.jsonl` file that does not exist. The finished parts are kept beside it, in `OUT.parts`,
             until it does.
-        annotator: what to score with.
-        rows_per_part: rows that a kill can cost; also what is held in memory at once.
+        annotator ([`Annotator`]):
+            What to score with.
+        rows_per_part (`int`, *optional*, defaults to `256`):
+            Rows that a kill can cost, which are also what is held in memory at once.
 
     Returns:
-        The number of rows, and how many of them had been scored before.
+        `tuple[int, int]`: The number of rows, and how many of them had been scored before.
 
     Raises:
-        ValueError: something is wrong with a row (all are checked before the first is scored); or what is in
+        `ValueError`: If something is wrong with a row (all are checked before the first is scored), or if what is in
             `OUT.parts` was made from other rows, by another model or with other options.
     """
     state = process_state()
@@ -313,14 +325,14 @@ def annotate_file(
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError("the data is empty; check its path and split")
-    answers = Answers.of(first_row)
+    layout = find_answers(first_row)
     features = None
     if state.is_main_process:
-        names = annotator.column_names(answers)
+        names = annotator.column_names(layout)
         refuse_clash(list(first_row), names, "pass --prefix, or rename it in the data")
         if out.suffix == ".parquet":
             features = parquet_features(dataset, dict.fromkeys(names, Value("float32")), rows_per_part)
-        found = _survey(dataset, out, answers, rows_per_part)
+        found = _survey(dataset, out, layout, rows_per_part)
         _begin(parts, {"rows_per_part": rows_per_part, **annotator.settings(), **found})
     state.wait_for_everyone()
     finished = set(parts.glob("part-*.parquet"))
@@ -336,7 +348,7 @@ def annotate_file(
             else:
                 # By their number among those left: else after a kill one process might have them all to itself.
                 if unfinished % state.num_processes == state.process_index:
-                    _write_part(part, annotator(rows, answers, index * rows_per_part))
+                    _write_part(part, annotator(rows, layout, index * rows_per_part))
                 unfinished += 1
             bar.update(len(rows))
     state.wait_for_everyone()
@@ -351,14 +363,14 @@ def annotate_file(
     return total, rows_before
 
 
-def _survey(dataset: Dataset | IterableDataset, out: Path, answers: Answers, rows_at_once: int) -> dict[str, Any]:
+def _survey(dataset: Dataset | IterableDataset, out: Path, layout: Layout, rows_at_once: int) -> dict[str, Any]:
     """Number and digest of the rows, all of which are checked: better now than after hours of scoring."""
     digest = hashlib.blake2b(digest_size=16)
     number = 0
     with logging.tqdm(desc="checking", unit="row") as bar:
         for rows in chunks(dataset, rows_at_once):
             for row in rows:
-                answers.check(row, number)
+                read_checked(row, layout, number)
                 line = as_json(row, number) if out.suffix == ".jsonl" else json.dumps(row, default=str)
                 digest.update(line.encode("utf-8", "surrogatepass"))
                 number += 1
@@ -373,9 +385,8 @@ def _begin(parts: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{parts} is a link, and its files would be written and deleted elsewhere; remove it")
     if not path.exists():
         parts.mkdir(parents=True, exist_ok=True)
-        unfinished = parts / "settings.json.unfinished"
-        unfinished.write_text(json.dumps(settings, indent=2))
-        os.replace(unfinished, path)
+        with written_at_once(path) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=2))
         return
     before = json.loads(path.read_text())
     changed = [name for name in settings if settings[name] != before.get(name)]
@@ -389,12 +400,8 @@ def _begin(parts: Path, settings: dict[str, Any]) -> None:
 
 def _write_part(path: Path, scores: dict[str, list[float]]) -> None:
     table = pa.table({name: pa.array(values, pa.float32()) for name, values in scores.items()})
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with written_at_once(path) as unfinished:
+        pq.write_table(table, unfinished)
 
 
 def _remove(parts: Path) -> None:

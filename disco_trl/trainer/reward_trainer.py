@@ -32,9 +32,8 @@ from trl.trainer.utils import get_config_model_id
 from ..data.collator import ANSWERS, DataCollatorForDiscoPreference
 from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN
 from ..data.judgements import Survey, check_answerable, survey
-from ..data.preparation import check_token_ids, expand_rankings, filter_pairs, tokenize_pairs, tokenize_rankings
+from ..data.preparation import check_token_ids, finish_preferences, prepare_preferences
 from ..data.samplers import group_stream
-from ..data.validation import check_preferences
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
 from ..models.adapters import keep_to_one_family
@@ -280,17 +279,13 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         # TRL calls this for each dataset of its constructor, with the model in place, and for those of `evaluate`.
-        num_proc = args.dataset_num_proc
-        prepared = expand_rankings(dataset, dataset_name)
-        prepared = check_preferences(prepared, processing_class, dataset_name, num_proc=num_proc)
-        prepared = tokenize_pairs(prepared, processing_class, dataset_name, num_proc=num_proc)
-        prepared = tokenize_rankings(prepared, processing_class, dataset_name, max_length=args.max_length)
+        prepared = prepare_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
         # TRL tokenizes what is not tokenized yet, a stream say. Its own length filter is turned off, because it would
         # read the dataset row by row once more.
         unfiltered = copy.copy(args)
         unfiltered.max_length = None
         prepared = super()._prepare_dataset(prepared, processing_class, unfiltered, dataset_name)
-        prepared = filter_pairs(prepared, dataset_name, max_length=args.max_length)
+        prepared = finish_preferences(prepared, dataset_name, max_length=args.max_length)
         found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
         check_answerable(dataset, dataset_name, found, self._likelihood)
         return check_token_ids(prepared, dataset_name, vocabulary_size(self._adoption.model))

@@ -11,7 +11,9 @@ from preference_rows import CALL, EXPLICIT, IMPLICIT, LEGAL, STANDARD, TOKENIZED
 
 from disco_trl.cli.main import main
 from disco_trl.data.curation.check import check_dataset, find_look_alikes
-from disco_trl.data.curation.survey import normalize, texts_of
+from disco_trl.data.curation.survey import normalize
+from disco_trl.data.curation.survey import texts_of as texts_of_record
+from disco_trl.data.records import read_answers
 
 
 def pair(chosen="Four.", rejected="Five.", **judgements):
@@ -241,6 +243,10 @@ def test_longer_is_chosen_counts_preferences_and_not_columns():
 
 
 # Texts
+
+
+def texts_of(row):
+    return texts_of_record(read_answers(row))
 
 
 def test_texts_of_every_type_of_row():

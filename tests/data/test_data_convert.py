@@ -11,7 +11,8 @@ from tiny_training import disco_trainer
 
 from disco_trl.cli.main import main
 from disco_trl.data.curation.convert import Converter, Report, detect_format, draw_pairs
-from disco_trl.data.curation.formats import FORMATS, BadRow
+from disco_trl.data.curation.formats import FORMATS
+from disco_trl.data.values import BadRow
 
 
 RATED = [{"prompt": "Two and two?", "completion": f"It is {n}.", "ratings": [n, n + 1]} for n in range(4)]

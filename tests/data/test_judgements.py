@@ -9,9 +9,11 @@ from datasets import Dataset
 from tiny_training import SMALL_RUN, preferences
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer
-from disco_trl.data.judgements import find_problem, ranked_pairs, survey, to_tensors
+from disco_trl.data.columns import PREPARED, find_layout
+from disco_trl.data.judgements import in_turn, survey, to_tensors
+from disco_trl.data.records import ranked_pairs, read_answers, read_feedback, read_record
 from disco_trl.data.tokenization import tokenize
-from disco_trl.data.values import is_missing
+from disco_trl.data.values import BadRow, Problem, is_missing
 from disco_trl.distributions.judgements import Judgements
 from disco_trl.distributions.likelihood import log_likelihood
 from disco_trl.distributions.reward_distribution import RewardDistribution
@@ -22,6 +24,16 @@ RANKING = {"completions": ["a", "b", "c"], "ranks": [1, 2, 2]}
 
 
 # Rows
+
+
+def problem_of(row: dict) -> Problem | None:
+    """What is wrong with the judgements of a row, whose answers are sound."""
+    row = row if row.keys() & {"completions", "ranks"} else {"chosen": "a", "rejected": "b", **row}
+    try:
+        read_record(row, find_layout(row))
+    except BadRow as error:
+        return error.problem
+    return None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +69,7 @@ RANKING = {"completions": ["a", "b", "c"], "ranks": [1, 2, 2]}
     ids=str,
 )
 def test_what_is_wrong_is_named_with_its_fix(row, column, wrong, fix):
-    problem = find_problem(row)
+    problem = problem_of(row)
     assert problem is not None
     assert (problem.column, wrong in problem.wrong, fix in problem.fix) == (column, True, True), problem
 
@@ -75,7 +87,7 @@ def test_what_is_wrong_is_named_with_its_fix(row, column, wrong, fix):
     ids=str,
 )
 def test_what_is_right_passes(row):
-    assert find_problem(row) is None
+    assert problem_of(row) is None
 
 
 def test_what_counts_as_missing():
@@ -102,22 +114,25 @@ def test_a_survey_finds_what_there_is_to_learn():
     assert not found.has_ties
     assert not found.has_several_ratings
     assert found.ratings == {3.0: 1}
-    assert found.ranking_sizes == {3}
-    assert found.has_pairs
-    for more in ({"tie": True}, {"ranks": [1, 1]}):
+    assert found.pairs_of_rows == {1, 3}
+    for more in ({"tie": True}, {"tie": None, "ranks": [1, 1]}):
         assert survey(Dataset.from_list([*rows, {**rows[1], **more}])).has_ties
     for ratings, has_several in (([3.0], False), ([3.0, 3.0], True)):
         dataset = Dataset.from_list([{"rejected_rating": ratings, "chosen_votes": 5}])
         assert survey(dataset).has_several_ratings == has_several
         assert survey(dataset.to_iterable_dataset()).has_several_ratings == has_several
-    assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).has_pairs
+    assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).pairs_of_rows == {1}
 
 
 # Batches
 
 
-def tensors(rows, **options):
-    found = to_tensors(rows, **{"weigh_by": "pair", "rating_values": None, **options})
+def tensors(rows, weigh_by="pair", rating_values=None, pairs_per_row=None):
+    rows = [{"chosen_ids": [1], "rejected_ids": [2], **row} for row in rows]
+    rows = [row | {"completion_ids": [[1]] * len(row.get("ranks", []))} for row in rows]
+    records = [read_answers(row, PREPARED, read_feedback(row)) for row in rows]
+    comparisons = [in_turn(record, weigh_by, bool(rating_values), pairs_per_row) for record in records]
+    found = to_tensors(records, comparisons, rating_values)
     return {key: value.tolist() for key, value in found.items()}
 
 
@@ -230,8 +245,8 @@ def test_the_loss_is_the_likelihood_of_every_kind_of_row(tiny_llama_dir, tmp_pat
                 pair = (answers[better], answers[worse])
                 expected += log_likelihood(*pair, Judgements(*said), responses).item() / 3
             continue
-        table = to_tensors([row], "pair", [0.0, 1.0, 2.0, 3.0])
-        judgements = Judgements.of_batch(table)
+        table = tensors([{**row, "ranks": []}], rating_values=[0.0, 1.0, 2.0, 3.0])
+        judgements = Judgements.of_batch({name: torch.tensor(values) for name, values in table.items()})
         sides = [reward(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
         one = log_likelihood(*sides, judgements, responses)
         expected += (judgements.weight * one).item()

@@ -25,7 +25,7 @@ from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardTrainer
 from disco_trl.data.columns import ROW_COLUMN
-from disco_trl.data.preparation import filter_pairs
+from disco_trl.data.preparation import finish_preferences
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def numbered(pairs):
 
 def test_identical_pairs_are_dropped_with_one_warning(caplog):
     pairs = [([1, 2], [1, 2]), ([1, 2], [2, 1]), ([1, 2], [1, 2, 3]), ([5], [5])]
-    dropped = filter_pairs(Dataset.from_list(numbered(pairs)), "train")
+    dropped = finish_preferences(Dataset.from_list(numbered(pairs)), "train")
     assert dropped[ROW_COLUMN][:] == [101, 102]
     assert caplog.messages == [
         "train dataset: dropped 2 of 4 pairs, whose 'chosen' and 'rejected' are identical after tokenization and "
@@ -305,7 +305,7 @@ def test_identical_pairs_are_dropped_with_one_warning(caplog):
 
 def test_the_warning_names_ten_rows_at_most(caplog):
     dataset = Dataset.from_list(numbered([([1], [1])] * 2500 + [([1], [2])]))
-    assert filter_pairs(dataset, "eval")[ROW_COLUMN][:] == [2600]
+    assert finish_preferences(dataset, "eval")[ROW_COLUMN][:] == [2600]
     (message,) = caplog.messages
     assert message.startswith("eval dataset: dropped 2500 of 2501 pairs")
     assert message.endswith("(row 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, ...)")
@@ -313,7 +313,7 @@ def test_the_warning_names_ten_rows_at_most(caplog):
 
 def test_nothing_to_drop_costs_no_copy(caplog):
     dataset = Dataset.from_list(numbered([([1, 2], [2, 1]), ([3], [4])]))
-    assert filter_pairs(dataset, "train") is dataset
+    assert finish_preferences(dataset, "train") is dataset
     assert caplog.messages == []
 
 
@@ -327,7 +327,7 @@ def test_sides_of_different_integer_types_and_many_batches():
             "rejected_ids": pa.array(rejected, pa.large_list(pa.int64())),
         }
     )
-    kept = filter_pairs(Dataset(table), "train")
+    kept = finish_preferences(Dataset(table), "train")
     expected = [(a, b) for a, b in zip(chosen, rejected, strict=True) if a != b]
     assert 0 < len(expected) < 3000
     assert list(zip(kept["chosen_ids"], kept["rejected_ids"], strict=True)) == expected
@@ -335,7 +335,7 @@ def test_sides_of_different_integer_types_and_many_batches():
 
 def test_stream_drops_as_it_is_read_and_warns_once(caplog):
     pairs = [([1], [2]), ([3], [3]), ([4], [4]), ([5], [6])]
-    stream = filter_pairs(streamed(numbered(pairs)), "train")
+    stream = finish_preferences(streamed(numbered(pairs)), "train")
     assert caplog.messages == []
     for _ in range(2):
         assert [row[ROW_COLUMN] for row in stream] == [100, 103]

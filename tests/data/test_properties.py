@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_data
 from disco_trl.data.collator import ANSWERS, DataCollatorForDiscoPreference
+from disco_trl.data.columns import find_layout
 from disco_trl.data.curation.convert import Converter, Report
 from disco_trl.data.curation.formats import FORMATS
 from disco_trl.data.forest import Forest
-from disco_trl.data.validation import find_layout, find_row_problem
+from disco_trl.data.records import read_record
+from disco_trl.data.values import BadRow
 from disco_trl.distributions.reward_distribution import FAMILIES, get_family
 
 
@@ -146,10 +148,11 @@ def test_a_row_is_converted_or_refused_by_its_column(seed):
 def test_a_row_is_sound_or_its_problem_has_a_place_and_a_fix(seed):
     rng = random.Random(seed)
     row = fuzz_data.mutated(rng.choice(fuzz_data.SOUND), rng)
-    problem = find_row_problem(row, find_layout(row))
-    if problem is not None:
-        assert all(isinstance(part, str) and part for part in problem)
-        assert len(problem.wrong) < 1000  # however long the value is
+    try:
+        read_record(row, find_layout(row))
+    except BadRow as error:
+        assert all(isinstance(part, str) and part for part in error.problem)
+        assert len(error.problem.wrong) < 1000  # however long the value is
 
 
 PAIR = {"prompt": "Two and two? ", "chosen": "Four.", "rejected": "Five."}

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from disco_trl.data.tokenization import tokenize, tokenize_pair
+from disco_trl.data.tokenization import tokenize, tokenize_answers
 
 
 TOOL = {
@@ -44,7 +44,7 @@ def test_pairs_are_tokenized_as_trl_does(layout, tiny_llama_dir, tiny_tokenizer,
         processing_class=tiny_tokenizer,
     )
     (expected,) = trainer.train_dataset
-    assert tokenize_pair(row, tiny_tokenizer) == (expected["chosen_ids"], expected["rejected_ids"])
+    assert tokenize_answers(row, tiny_tokenizer) == (expected["chosen_ids"], expected["rejected_ids"])
 
 
 def test_long_texts_are_not_truncated(tiny_tokenizer):

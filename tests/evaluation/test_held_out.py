@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_held_out_benchmarks import ROWS
 
-from disco_trl.data.tokenization import tokenize, tokenize_pair
+from disco_trl.data.tokenization import tokenize, tokenize_answers
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.evaluation.held_out import KINDS, HeldOut, detect_kind
 
@@ -50,7 +50,7 @@ def test_an_unknown_row_is_refused_with_what_there_is():
 @pytest.mark.parametrize("row", PREFERENCES)
 def test_preferences_are_tokenized_as_in_training(row, tiny_tokenizer):
     held_out = HeldOut.read([row], tiny_tokenizer)
-    assert held_out.sequences == list(map(list, tokenize_pair(row, tiny_tokenizer)))
+    assert held_out.sequences == list(map(list, tokenize_answers(row, tiny_tokenizer)))
     assert (held_out.first[0], held_out.second[0], held_out.target[0], held_out.weight[0]) == (0, 1, 1, 1)
 
 

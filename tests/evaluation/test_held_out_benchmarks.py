@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from disco_trl.data.curation.formats import BadRow
-from disco_trl.evaluation.benchmarks import BENCHMARKS, Comparison, read_preference
+from disco_trl.data.values import BadRow
+from disco_trl.evaluation.benchmarks import BENCHMARKS, Item, read_preference
+from disco_trl.evaluation.held_out import HeldOut
 
 
 REWARD_BENCH = {
@@ -61,6 +62,10 @@ def read(name: str, *changes: dict) -> list:
     return [BENCHMARKS[name].read(ROWS[name] | change) for change in changes]
 
 
+def said_in(item: Item) -> list[tuple[int, int, float, float]]:
+    return [(said.first, said.second, said.target, said.people) for said in item.comparisons]
+
+
 def score(name: str, items: list, rewards: list, weight=None) -> dict[str, float]:
     arrays = [np.array(of_item, dtype=float) for of_item in rewards]
     return BENCHMARKS[name].summarize(items, arrays, np.ones(len(items)) if weight is None else np.array(weight))
@@ -68,11 +73,11 @@ def score(name: str, items: list, rewards: list, weight=None) -> dict[str, float
 
 def test_an_answer_is_a_turn_after_its_prompt():
     (item,) = read("reward-bench", {})
-    assert item.answers[0]["content"] == [
+    assert item.contents[0] == [
         {"role": "user", "content": "2 + 2?"},
         {"role": "assistant", "content": "4"},
     ]
-    assert item.comparisons == [Comparison(0, 1)]
+    assert said_in(item) == [(0, 1, 1, 1)]
 
 
 def test_reward_bench_weighs_math_as_much_as_code():
@@ -158,23 +163,26 @@ def test_weights_are_repetitions(name):
 )
 def test_what_was_said_of_a_pair(judgement, target, people):
     item = read_preference({"prompt": "a", "chosen": "b", "rejected": "c", **judgement})
-    assert [answer["content"] for answer in item.answers] == ["ab", "ac"]
-    assert item.comparisons == [Comparison(0, 1, target, people)]
+    assert item.contents == ["ab", "ac"]
+    assert said_in(item) == [(0, 1, target, people)]
 
 
-def test_rankings_become_pairs_that_weigh_one():
-    item = read_preference({"prompt": "a", "completions": ["b", "c", "d"], "ranks": [2, 1, 2]})
-    assert [(pair.first, pair.second, pair.target) for pair in item.comparisons] == [(0, 1, 0), (0, 2, 0.5), (1, 2, 1)]
-    assert sum(pair.people for pair in item.comparisons) == pytest.approx(1)
+def test_rankings_become_pairs_that_weigh_one(tiny_tokenizer):
+    row = {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [2, 1, 2]}
+    assert said_in(read_preference(row)) == [(1, 0, 1, 1), (0, 2, 0.5, 1), (1, 2, 1, 1)]
+    held_out = HeldOut.read([row], tiny_tokenizer)
+    found = zip(held_out.first.tolist(), held_out.second.tolist(), held_out.target.tolist(), strict=True)
+    assert list(found) == [(0, 1, 0), (0, 2, 0.5), (1, 2, 1)]
+    assert held_out.weight.sum() == pytest.approx(1)
 
 
 def test_a_prompt_that_the_conversation_repeats():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    item = read_preference({"prompt": "a", "chosen": messages, "rejected": messages})
-    assert item.answers[0]["content"] == messages
+    with pytest.raises(BadRow, match=r"'prompt': a string in .* that begin with it already; dataset.remove_columns"):
+        read_preference({"prompt": "a", "chosen": messages, "rejected": messages})
 
 
 def test_ratings_tools_and_subsets_are_kept():
     row = {"chosen": "b", "rejected": "c", "chosen_rating": [1, 2], "rejected_rating": 3, "tools": "[]", "subset": "x"}
     item = read_preference(row)
-    assert item.ratings == [[1, 2], [3]] and item.subset == "x" and item.answers[1]["tools"] == "[]"
+    assert item.ratings == [[1, 2], [3]] and item.subset == "x" and item.template == {"tools": "[]"}

@@ -43,7 +43,7 @@ def read(path: Path) -> list[dict]:
 
 def run(arguments, **options) -> subprocess.CompletedProcess:
     """The command in a process of its own, as a user starts it."""
-    command = [sys.executable, "-m", "disco_trl.rewards.annotate", *map(str, arguments)]
+    command = [sys.executable, "-m", "disco_trl", "score", *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)
 
 
@@ -376,7 +376,7 @@ def test_kill_9(reward_dir, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", preferences("conversational", rows=200))
     out, parts = tmp_path / "scored.parquet", tmp_path / "scored.parquet.parts"
     arguments = [data, "--model", reward_dir(), "--out", out, "--rows-per-part", "2", "--device", "cpu"]
-    command = [sys.executable, "-m", "disco_trl.rewards.annotate", *map(str, arguments)]
+    command = [sys.executable, "-m", "disco_trl", "score", *map(str, arguments)]
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, env=environment(), stderr=log) as process:
         while len(list(parts.glob("part-*.parquet"))) < 5:
             with contextlib.suppress(subprocess.TimeoutExpired):

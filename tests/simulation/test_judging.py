@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_population import DRAWS, FEATURES, PAIRS, POPULATIONS, TEXTS, every_population
 
-from disco_trl.data.judgements import find_problem
+from disco_trl.data.columns import find_layout
+from disco_trl.data.records import read_record
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.simulation.judging import (
     balanced_pairs,
@@ -165,7 +166,7 @@ def test_rows_are_what_training_reads():
         *soft_label_rows(population, PAIRS),
         *rating_rows(population, rate(population, 2, [0.0])),
     ]
-    assert [find_problem(row) for row in rows] == [None] * len(rows)
+    assert all(read_record(row, find_layout(row)) for row in rows)
     assert all(type(value) in (str, int, float, bool, list) for row in rows for value in row.values())
 
 

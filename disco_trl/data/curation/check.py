@@ -17,16 +17,18 @@ from ..columns import (
     JUDGEMENT_COLUMNS,
     KNOWN_COLUMNS,
     LEGACY_TOKENIZED_PAIR,
+    PAIRS,
     RANKING,
     SYNONYMS,
-    TEXT_PAIR,
     TOKENIZED_PAIR,
+    find_layout,
 )
-from ..files import Row, chunks
+from ..files import chunks
 from ..judgements import MOST_RATING_VALUES
-from ..tokenization import SpecialTokens, chat_template_arguments, tokenize, tokenize_pair
-from ..validation import find_layout, find_row_problem, find_special_token
-from ..values import Problem, is_missing
+from ..records import Record, read_record
+from ..tokenization import SpecialTokens, tokenize_record
+from ..validation import find_special_token
+from ..values import BadRow, Problem, Row
 from .check_report import rows_of
 from .survey import ROWS_NAMED, DataSurvey
 
@@ -109,8 +111,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     """
     columns: dict[str, None] = {}
     errors = ErrorCounts()
-    counts: list[int] = []
-    survey = DataSurvey(None if tokenizer is None else lambda row: counts)
+    survey = DataSurvey()
     special = None if tokenizer is None else SpecialTokens(tokenizer)
     with_special_tokens: list[int] = []
     layout = None
@@ -120,21 +121,15 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             for row in rows:
                 columns |= dict.fromkeys(row)
                 if layout is None:
-                    _require_answers(row)
+                    require_answers(row)
                     layout = find_layout(row)
-                problem = find_row_problem(row, layout)
-                if problem is None and tokenizer is not None:
-                    try:
-                        counts[:] = _token_counts(row, tokenizer)
-                    except ValueError as error:
-                        column = layout.pair[0] if is_missing(row.get("completions")) else "completions"
-                        problem = Problem(column, str(error), "drop the row, or fix it")
-                if problem is None:
-                    survey.add(row, read)
-                    if special is not None and layout.kind != "tokenized" and find_special_token(row, special):
+                try:
+                    record = read_record(row, layout)
+                    survey.add(record, read, None if tokenizer is None else _token_counts(record, tokenizer))
+                    if special is not None and layout.kind != "tokenized" and find_special_token(record, special):
                         with_special_tokens.append(read)
-                else:
-                    errors.add(problem, read)
+                except BadRow as error:
+                    errors.add(error.problem, read)
                 read += 1
             bar.update(len(rows))
     if layout is None:
@@ -154,8 +149,9 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     return {"warnings": _warnings(found), **found}, survey
 
 
-def _require_answers(row: Row) -> None:
-    if any(row.keys() >= set(pair) for pair in (TEXT_PAIR, TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR, RANKING)):
+def require_answers(row: Row) -> None:
+    """Raise `ValueError`, with the columns to rename, if a row has no answers to compare."""
+    if any(row.keys() >= {*names} for names in (*PAIRS, RANKING)):
         return
     renames = [f"{old!r} to {new!r}" for old, new in find_look_alikes(list(row)).items()]
     fix = f"rename {', '.join(renames)}" if renames else "convert them with `disco-trl data convert`"
@@ -165,14 +161,11 @@ def _require_answers(row: Row) -> None:
     )
 
 
-def _token_counts(row: Row, tokenizer: Any) -> list[int]:
-    if is_missing(row.get("completions")):
-        there = {name: value for name, value in row.items() if value is not None}
-        return list(map(len, tokenize_pair(there, tokenizer)))
-    arguments = chat_template_arguments(row)
-    prompt = row.get("prompt")
-    contents = [answer if is_missing(prompt) else prompt + answer for answer in row["completions"]]
-    return [len(tokenize(tokenizer, content, **arguments)) for content in contents]
+def _token_counts(record: Record, tokenizer: Any) -> list[int]:
+    try:
+        return list(map(len, tokenize_record(record, tokenizer)))
+    except ValueError as error:
+        raise BadRow(record.columns[0], str(error), "drop the row, or fix it") from error
 
 
 def _warnings(found: dict[str, Any]) -> list[str]:
@@ -185,17 +178,17 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     if count := found["identical_sides"]["rows"]:
         warnings.append(
             f"{rows_of(count)} with the same answer on both sides, which teaches nothing; training leaves them out "
-            f"({_named(found['identical_sides']['first'])})"
+            f"({named(found['identical_sides']['first'])})"
         )
     if repeated.get("judged_both_ways"):
         warnings.append(
             f"{repeated['judged_both_ways']:,} pairs are judged both ways in different rows "
-            f"({_named(repeated['judged_both_ways_first'])}); if these are several people's judgements, make them one "
+            f"({named(repeated['judged_both_ways_first'])}); if these are several people's judgements, make them one "
             "row with chosen_votes and rejected_votes: only then can the model's error be told from disagreement"
         )
     elif repeated["rows"]:
         warnings.append(
-            f"{rows_of(repeated['rows'])} with the pair of an earlier row ({_named(repeated['first'])}); drop them if "
+            f"{rows_of(repeated['rows'])} with the pair of an earlier row ({named(repeated['first'])}); drop them if "
             "they are copies, or count them in chosen_votes and rejected_votes if they are several people's"
         )
     if count := terms.get("ratings with a forced choice"):
@@ -225,7 +218,7 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         )
     if special := found.get("special_tokens"):
         warnings.append(
-            f"{rows_of(special['rows'])} with a special token of the model in a text ({_named(special['first'])}), "
+            f"{rows_of(special['rows'])} with a special token of the model in a text ({named(special['first'])}), "
             "which the tokenizer takes for a real one: whoever wrote it can end a turn, or begin another; take it "
             "out, unless you rendered the texts yourself"
         )
@@ -245,5 +238,6 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _named(numbers: list[int]) -> str:
+def named(numbers: list[int]) -> str:
+    """The numbers of some rows, in words."""
     return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}{', ...' * (len(numbers) == ROWS_NAMED)}"

@@ -18,11 +18,12 @@ import numpy as np
 from datasets import Dataset, IterableDataset, List, Value
 from transformers.utils import logging
 
-from ..columns import Layout
-from ..files import Row, chunks
-from ..validation import find_layout, find_row_problem
+from ..columns import Layout, find_layout
+from ..files import chunks
+from ..records import Record, read_record
+from ..values import BadRow, Row
 from .check import ErrorCounts
-from .formats import FORMATS, BadRow, pair_of, prompt_messages
+from .formats import FORMATS, pair_of, prompt_messages
 
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -149,10 +150,7 @@ class Converter:
 
     def _refuse(self, error: BadRow, number: int) -> None:
         if not self.skip_bad:
-            column, wrong, fix = error.problem
-            raise ValueError(
-                f"row {number}, column {column!r}: {wrong}; {fix} (or skip all such rows with --skip-bad)"
-            ) from error
+            raise ValueError(f"row {number}, {error} (or skip all such rows with --skip-bad)") from error
         self.report.bad.add(error.problem, number)
 
     def _finished(self, row: Row) -> Row:
@@ -179,10 +177,12 @@ class Converter:
         for name in columns ^ {*row}:
             wrong = "missing" if name in columns else "given"
             raise BadRow(name, f"{wrong}, unlike in the first row", "convert rows with it and without it apart")
-        problem = find_row_problem(row, layout)
-        if problem is not None:
-            raise BadRow(problem.column, f"once converted, {problem.wrong}", problem.fix)
-        if self.flat and any(len(message) > 2 for message in _all_messages(row)):
+        try:
+            record = read_record(row, layout)
+        except BadRow as error:
+            column, wrong, fix = error.problem
+            raise BadRow(column, f"once converted, {wrong}", fix) from error
+        if self.flat and any(len(message) > 2 for message in _all_messages(record)):
             raise BadRow("prompt", "a tool call, for which Parquet has no type", "write to a .jsonl file instead")
         return row
 
@@ -191,8 +191,8 @@ def _as_messages(answer: Any) -> Any:
     return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
-def _all_messages(row: Row) -> Iterator[Row]:
-    for content in (row.get("prompt"), row.get("chosen"), row.get("rejected"), *row.get("completions", ())):
+def _all_messages(record: Record) -> Iterator[dict[str, Any]]:
+    for _, content in record.parts():
         if isinstance(content, list):
             yield from content
 

@@ -16,8 +16,7 @@ from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
-from ..files import Row
-from ..values import Problem, as_number, is_missing, shown
+from ..values import BadRow, Row, as_number, is_missing, shown
 
 
 PAIRS_OF_ANSWERS = (
@@ -51,14 +50,6 @@ ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
     **{"observation": "tool", "tool": "tool", "function_call": "assistant"},
 }
-
-
-class BadRow(ValueError):
-    """A row that cannot be converted: where, what, and how to fix it."""
-
-    def __init__(self, column: str, wrong: str, fix: str):
-        super().__init__(column, wrong, fix)
-        self.problem = Problem(column, wrong, fix)
 
 
 @dataclass(frozen=True)

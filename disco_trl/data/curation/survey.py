@@ -1,7 +1,7 @@
 """
 What is in a preference dataset, in figures: read row by row, kept as hashes and numbers, so that a million rows fit.
 
-A `DataSurvey` takes rows in and gives figures out. It knows nothing of files, of what is printed, or of pictures.
+A `DataSurvey` takes records in and gives figures out. It knows nothing of files, of what is printed, or of pictures.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from ..columns import RATINGS, tokenized_pair
-from ..files import Row
-from ..judgements import are_some_tied
-from ..values import as_ratings, is_missing
+from ..records import Record
 
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
@@ -43,17 +40,23 @@ def _hash(*parts: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def texts_of(row: Row) -> tuple[str, list[str]]:
+def texts_of(record: Record) -> tuple[str, list[str]]:
     """
-    What was asked, and the answers, each as one text. Of sides that hold the whole conversation the answer begins with
-    the first turn in which they differ, or is the last turn; sides in plain text are taken for answers as they are.
+    What was asked, and the answers, each as one text.
+
+    Where the answers hold the whole conversation, an answer begins with the first turn in which they differ, or is the
+    last turn. Answers in plain text are taken as they are.
+
+    Args:
+        record ([`~disco_trl.data.records.Record`]):
+            Record of a row.
+
+    Returns:
+        `tuple[str, list[str]]`: The prompt, empty if there is none, and the answers.
     """
-    answers = row["completions"] if not is_missing(row.get("completions")) else None
-    if answers is None:
-        if (sides := tokenized_pair(row)) is not None:
-            return "", [" ".join(map(str, row[side])) for side in sides]
-        answers = [row["chosen"], row["rejected"]]
-    prompt = None if is_missing(row.get("prompt")) else row["prompt"]
+    prompt, answers = record.prompt, record.answers
+    if record.kind == "tokenized":
+        return "", [" ".join(map(str, ids)) for ids in answers]
     if prompt is None and all(isinstance(answer, list) for answer in answers):
         same = len(list(takewhile(lambda turns: all(turn == turns[0] for turn in turns), zip(*answers, strict=False))))
         shared = min(same, *(len(answer) - 1 for answer in answers))
@@ -101,15 +104,9 @@ class Fingerprints:
 
 
 class DataSurvey:
-    """
-    Takes in rows that have passed the checks and gives figures.
+    """Takes in records of rows, one by one, and gives figures."""
 
-    Args:
-        tokens: the numbers of tokens of a row's answers with their prompt; without it lengths are in characters alone.
-    """
-
-    def __init__(self, tokens: Callable[[Row], list[int]] | None = None):
-        self.tokens = tokens
+    def __init__(self) -> None:
         self.fingerprints = Fingerprints()
         self.rows = 0
         self.terms: Counter[str] = Counter()
@@ -131,34 +128,40 @@ class DataSurvey:
         self.rating_counts, self.rating_means, self.rating_deviations = array("Q"), array("d"), array("d")
         self.ranked = array("Q")
 
-    def add(self, row: Row, number: int) -> None:
-        """Take in row `number` of the dataset."""
-        self.rows += 1
-        prompt, answers = texts_of(row)
-        self.fingerprints.add(prompt, answers, number)
-        if self.tokens is not None:
-            counts = self.tokens(row)
-            self.side_tokens.extend(counts)
-            self.longest_side.append(max(counts))
-        if tokenized_pair(row) is None:
-            self.lengths["prompt"].append(len(prompt))
-        if not is_missing(row.get("weight")):
-            self.terms["weights"] += 1
-        if not is_missing(row.get("margin")):
-            self.terms["margins"] += 1
-        if is_missing(row.get("completions")):
-            self._add_pair(row, number, prompt, answers)
-        else:
-            self.terms["rankings"] += 1
-            self.terms["ranked ties"] += are_some_tied(row["ranks"])
-            self.ranked.append(len(answers))
-            self.lengths["ranked answers"].extend(map(len, answers))
+    def add(self, record: Record, number: int, tokens: Sequence[int] | None = None) -> None:
+        """
+        Take in a row.
 
-    def _add_pair(self, row: Row, number: int, prompt: str, answers: list[str]) -> None:
-        if tokenized_pair(row) is None:
-            for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-                self.lengths[side].append(len(answer))
-        won, lost = self._compared(row)
+        Args:
+            record ([`~disco_trl.data.records.Record`]):
+                Its record.
+            number (`int`):
+                Its number in the dataset.
+            tokens (`Sequence[int]`, *optional*):
+                How many tokens each of its answers has, with the prompt.
+        """
+        self.rows += 1
+        prompt, answers = texts_of(record)
+        self.fingerprints.add(prompt, answers, number)
+        if tokens is not None:
+            self.side_tokens.extend(tokens)
+            self.longest_side.append(max(tokens))
+        self.terms["weights"] += "weight" in record.said
+        self.terms["margins"] += "margin" in record.said
+        names = ["ranked answers"] * len(answers) if record.is_ranking else ["chosen", "rejected"]
+        if record.kind != "tokenized":
+            self.lengths["prompt"].append(len(prompt))
+            for name, answer in zip(names, answers, strict=True):
+                self.lengths[name].append(len(answer))
+        if record.is_ranking:
+            self.terms["rankings"] += 1
+            self.terms["ranked ties"] += record.has_tie
+            self.ranked.append(len(answers))
+        else:
+            self._add_pair(record, number, prompt, answers)
+
+    def _add_pair(self, record: Record, number: int, prompt: str, answers: list[str]) -> None:
+        won, lost = self._compared(record)
         self.terms["pairs with several votes"] += won + lost >= 2
         hashes = [_hash(answer) for answer in answers]
         if hashes[0] == hashes[1]:
@@ -168,49 +171,39 @@ class DataSurvey:
         self.orientations.append((hashes[0] < hashes[1]) - (hashes[0] > hashes[1]))
         if hashes[0] > hashes[1]:
             won, lost = lost, won
-        self.are_soft.append(not is_missing(row.get("preference_probability")))
+        self.are_soft.append("preference_probability" in record.said)
         self.wins.append(won)
         self.losses.append(lost)
 
-        ratings = [as_ratings(row.get(name)) for name in RATINGS]
-        if any(ratings):
+        if record.ratings:
             self.terms["ratings"] += 1
-            if self._is_forced_choice(row):
+            if record.said.isdisjoint(("chosen_votes", "preference_probability", "tie")):
                 self.terms["ratings with a forced choice"] += 1
-        for values in filter(None, ratings):
+        for values in filter(None, record.ratings):
             self.rating_values.update(values)
             self.rating_counts.append(len(values))
             self.rating_means.append(float(np.mean(values)))
             self.rating_deviations.append(float(np.std(values, ddof=1)) if len(values) > 1 else np.nan)
 
-    def _compared(self, row: Row) -> tuple[float, float]:
-        """Wins and losses of the chosen side, which are counted by the term they belong to; a soft label in parts."""
-        if self._tied(row):
+    def _compared(self, record: Record) -> tuple[float, float]:
+        """Wins and losses of the chosen side, counted under the term of the likelihood that they belong to."""
+        (comparison,) = record.comparisons
+        won, lost = comparison.wins, comparison.losses
+        if comparison.ties:
             self.terms["ties"] += 1
-            return 0.0, 0.0
-        self.terms["ties refused"] += not is_missing(row.get("tie"))
-        if not is_missing(row.get("chosen_votes")):
-            won, lost = float(row["chosen_votes"]), float(row["rejected_votes"])
+            return won, lost
+        self.terms["ties refused"] += comparison.tie_allowed
+        if "chosen_votes" in record.said:
             self.terms["votes" if won + lost else "not compared"] += 1
             if won + lost:
                 self.votes[0].append(won)
                 self.votes[1].append(lost)
-            return won, lost
-        if not is_missing(row.get("preference_probability")):
+        elif "preference_probability" in record.said:
             self.terms["soft labels"] += 1
-            probability = float(row["preference_probability"])
-            self.probabilities.append(probability)
-            return probability, 1 - probability
-        self.terms["forced choices"] += 1
-        return 1.0, 0.0
-
-    @staticmethod
-    def _tied(row: Row) -> bool:
-        return not is_missing(row.get("tie")) and bool(row["tie"])
-
-    @staticmethod
-    def _is_forced_choice(row: Row) -> bool:
-        return all(is_missing(row.get(name)) for name in ("chosen_votes", "preference_probability", "tie"))
+            self.probabilities.append(won)
+        else:
+            self.terms["forced choices"] += 1
+        return won, lost
 
     # Figures
 

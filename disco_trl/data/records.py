@@ -1,0 +1,376 @@
+"""
+One record for a row of preferences, whichever way the row is written.
+
+What flows, from a dataset to a batch:
+
+1. **Columns.** [`find_layout`] infers from the first row which columns hold the answers and whether these are text,
+   messages or token ids. Other columns say what people said about the answers, see below.
+2. **Record.** [`read_record`] reads a row once. It checks the contents and the judgements, and either returns K
+   answers, comparisons between them and their ratings, or raises [`BadRow`] with the column, what is wrong and the
+   fix. A pair is a record of K = 2 answers with one comparison. A ranking has a comparison for each pair of its K
+   answers. Whatever comes after may trust the record.
+3. **Problems.** Training stops at the first bad row (`validation`), `disco-trl data check` counts all of them
+   (`curation.check`), and conversion and evaluation name the row.
+4. **Token ids.** [`Record.contents`] puts each answer behind its prompt, which `tokenization` turns into ids. Prepared
+   datasets keep them in TRL's columns `chosen_ids` and `rejected_ids`, and those of all answers of a ranking in
+   `completion_ids`.
+5. **Batch.** The collator reads a prepared row as a record of token ids, and `judgements.to_tensors` turns the
+   comparisons and ratings into tensors.
+
+A row is one person's forced choice of `chosen`, unless its columns say more:
+
+- `chosen_votes`, `rejected_votes`: how many people preferred which (0 and 0: nobody compared the two);
+- `preference_probability`: a soft label, P(chosen ≻ rejected);
+- `tie`: true if the two were called equal, false if they could have been, and absent for a forced choice;
+- `margin`: TRL's, by how much the chosen answer has to be better, in units of reward;
+- `chosen_rating`, `rejected_rating`: a number, or a list of several people's numbers;
+- `completions` and `ranks`, in place of `chosen` and `rejected`: K answers and the rank of each, 1 the best;
+- `weight`: multiplies the log-likelihood of the row.
+
+Any of them may be missing (None or NaN) in any row. A prompt that is missing is no prompt: the answers stand by
+themselves. (In pairs a column `prompt` that is there has to be filled, because TRL reads it.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from .columns import (
+    JUDGEMENT_COLUMNS,
+    RANKED_IDS,
+    RANKING,
+    RATINGS,
+    TEMPLATE_COLUMNS,
+    TEXT_PAIR,
+    VOTES,
+    Layout,
+    find_layout,
+    is_ranking,
+)
+from .contents import check_contents
+from .values import BadRow, Row, as_list, as_number, as_ratings, as_truth, is_missing, shown
+
+
+MOST_RANKED = 256
+"""Most answers of a ranking: its 32,640 pairs are rows and columns of a batch, and grow with the square."""
+
+_COLUMNS = (*JUDGEMENT_COLUMNS, "ranks")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """
+    What people said about two answers of a record.
+
+    Args:
+        first, second (`int`):
+            Positions of the answers in the record.
+        wins, losses, ties (`float`):
+            How often the first answer won, lost and tied. A soft label is a part of a win and the rest of a loss.
+        tie_allowed (`bool`):
+            Whether a tie could have been said.
+        margin (`float`):
+            TRL's margin, in units of reward.
+        weight (`float`):
+            Weight of the row, which all that is said in it shares.
+    """
+
+    first: int
+    second: int
+    wins: float = 1.0
+    losses: float = 0.0
+    ties: float = 0.0
+    tie_allowed: bool = False
+    margin: float = 0.0
+    weight: float = 1.0
+
+    @property
+    def people(self) -> float:
+        """How many people compared the two."""
+        return self.wins + self.losses + self.ties
+
+    @property
+    def target(self) -> float:
+        """The share of them who prefer the first answer, where a tie counts half for each; ½ if nobody did."""
+        return (self.wins + self.ties / 2) / self.people if self.people else 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feedback:
+    """
+    What people said in a row.
+
+    Args:
+        comparisons (`Sequence[Comparison]`):
+            Comparisons between answers.
+        ratings (`Sequence[list[float]]`):
+            People's ratings of each answer; empty if there are none at all.
+        said (`frozenset[str]`):
+            The columns that say it, as far as they are filled.
+    """
+
+    comparisons: Sequence[Comparison] = (Comparison(0, 1),)
+    ratings: Sequence[list[float]] = ()
+    said: frozenset[str] = frozenset()
+
+    @property
+    def is_ranking(self) -> bool:
+        """Whether the answers were ranked."""
+        return "ranks" in self.said
+
+    @property
+    def has_tie(self) -> bool:
+        """Whether some answers were called equal."""
+        return any(comparison.ties for comparison in self.comparisons)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record(Feedback):
+    """
+    A row of preferences: K answers, and what people said about them.
+
+    Args:
+        answers (`Sequence`):
+            The K answers without their prompt, each a text, a list of messages or a list of token ids.
+        columns (`Sequence[str]`):
+            Column of each answer.
+        kind (`str`):
+            Whether they are `"standard"`, `"conversational"` or `"tokenized"`.
+        prompt (`str` or `list[dict]`, *optional*, defaults to `None`):
+            What is put before each answer.
+        template (`dict`):
+            `tools` and `chat_template_kwargs`, if the row has any.
+    """
+
+    answers: Sequence[Any]
+    columns: Sequence[str] = TEXT_PAIR
+    kind: str = "conversational"
+    prompt: Any = None
+    template: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def contents(self) -> list[Any]:
+        """The K answers, each after the prompt; token ids as they are."""
+        return [join(self.prompt, answer) for answer in self.answers]
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """The prompt, if there is one, and the answers, each with its column."""
+        if self.prompt is not None:
+            yield "prompt", self.prompt
+        yield from zip(self.columns, self.answers, strict=True)
+
+
+def join(prompt: Any, answer: Any) -> Any:
+    """An answer after its prompt, as text or as messages. A prompt that is None is none."""
+    return answer if prompt is None else prompt + answer
+
+
+def read_record(row: Row, layout: Layout) -> Record:
+    """
+    Read a row of preferences: its answers, and what people said about them.
+
+    Args:
+        row (`dict`):
+            Row of a dataset.
+        layout ([`Layout`]):
+            Layout of the dataset.
+
+    Returns:
+        [`Record`]: The record, which is sound.
+
+    Raises:
+        [`BadRow`]: If something is wrong with the row.
+    """
+    if is_ranking(row):
+        record = read_answers(row, layout, read_feedback(row, with_answers=True))
+        beside = [side for side in TEXT_PAIR if record.kind != "tokenized" and not is_missing(row.get(side))]
+        if beside:
+            raise BadRow(beside[0], "given beside ranked completions", "put pairs and rankings into different rows")
+        # TRL does not read rankings, so what is missing here is missing for nobody.
+        read = {name: row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if not is_missing(row.get(name))}
+        for index, answer in enumerate(record.answers):
+            try:
+                check_contents([(record.columns[index], answer)], read, record.kind)
+            except BadRow as error:
+                column, wrong, fix = error.problem
+                where = f"answer {index}: " if column == record.columns[index] else ""
+                raise BadRow(column, where + wrong, fix) from error
+        return record
+    parts = [(name, row.get(name)) for name in layout.columns]
+    check_contents(parts, row, layout.kind, layout.takes_prompt)
+    return read_answers(row, layout, read_feedback(row))
+
+
+def read_answers(row: Row, layout: Layout | None = None, feedback: Feedback | None = None) -> Record:
+    """
+    Read the answers of a row that has been checked, or is not to be.
+
+    Args:
+        row (`dict`):
+            Row of a dataset.
+        layout ([`Layout`], *optional*):
+            Layout of the dataset, by default that of the row.
+        feedback ([`Feedback`], *optional*):
+            What people said about the answers, by default a forced choice.
+
+    Returns:
+        [`Record`]: The record.
+    """
+    layout = layout or find_layout(row)
+    kind = layout.kind
+    columns: Sequence[str] = layout.columns
+    if feedback is not None:
+        ranked = feedback.is_ranking
+    else:
+        # Prepared datasets have the answers' ids in a column of their own, and `completions` would be the user's.
+        ranked = is_ranking(row) if kind != "tokenized" else not is_missing(row.get(RANKED_IDS))
+        feedback = FORCED_CHOICE
+    if ranked:
+        (name, kind) = (RANKING[0], kind) if is_missing(row.get(RANKED_IDS)) else (RANKED_IDS, "tokenized")
+        answers = as_list(row.get(name)) or []
+        columns = (name,) * len(answers)
+    else:
+        answers = [row.get(name) for name in columns]
+    if kind == "tokenized":
+        answers = list(map(as_list, answers))
+    prompt = row.get("prompt") if layout.takes_prompt and kind != "tokenized" else None
+    return Record(
+        comparisons=feedback.comparisons,
+        ratings=feedback.ratings,
+        said=feedback.said,
+        answers=answers,
+        columns=columns,
+        kind=kind,
+        prompt=None if is_missing(prompt) else prompt,
+        template={name: row[name] for name in TEMPLATE_COLUMNS if not is_missing(row.get(name))},
+    )
+
+
+def _check_ranking(row: Row) -> None:
+    """Raise [`BadRow`] unless there are answers, few enough, and a rank for each."""
+    name = RANKING[0] if is_missing(row.get(RANKED_IDS)) else RANKED_IDS
+    for column, other in ((name, "ranks"), ("ranks", name)):
+        if is_missing(row.get(column)):
+            raise BadRow(column, f"missing where {other!r} is given", "give both, or neither")
+        if not isinstance(as_list(row[column]), list):
+            raise BadRow(column, f"{shown(row[column])} is not a list", "give a list with an entry for each answer")
+    answers, ranks = as_list(row[name]), as_list(row["ranks"])
+    if len(answers) != len(ranks):
+        raise BadRow("ranks", f"{len(ranks)} ranks of {len(answers)} completions", "give each completion its rank")
+    if len(answers) < 2:
+        raise BadRow(name, "one answer alone cannot be ranked", "drop the row, or give two or more")
+    if len(answers) > MOST_RANKED:
+        wrong = f"{len(answers)} answers, whose pairs are too many for a batch"
+        raise BadRow(name, wrong, f"give at most {MOST_RANKED}, or cut the ranking into several rows")
+
+
+def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
+    """
+    Turn the judgement columns of a row into counts of what was said.
+
+    Args:
+        row (`dict`):
+            Row of a dataset.
+        with_answers (`bool`, *optional*, defaults to `False`):
+            Whether to check that ranks have answers to go with. Otherwise the row need not have any.
+
+    Returns:
+        [`Feedback`]: Comparisons between answers 0 (`chosen`) and 1 (`rejected`), or of all pairs of ranked answers.
+
+    Raises:
+        [`BadRow`]: If something is wrong with the columns.
+    """
+    if not with_answers and row.keys().isdisjoint(_COLUMNS):
+        return FORCED_CHOICE
+    said = frozenset(name for name in _COLUMNS if not is_missing(row.get(name)))
+    wins, losses, ties = _counts(row, said)
+    # A margin has to be in every row, as in TRL; a weight need not.
+    margin = _number(row, "margin", "0.0 for no margin") if "margin" in row else 0.0
+    weight = _number(row, "weight", "1.0 for an ordinary row") if "weight" in said else 1.0
+    if weight < 0:
+        raise BadRow("weight", f"{row['weight']!r} is negative", "give 0 or more; 0 leaves the row out")
+    ratings = [as_ratings(row.get(name)) for name in RATINGS]
+    for name, of_answer in zip(RATINGS, ratings, strict=True):
+        for rating in of_answer:
+            if as_number(rating) is None:
+                raise BadRow(name, f"{shown(rating)} is not a rating", "give a finite number, or a list of them")
+    if with_answers:
+        _check_ranking(row)
+    if "ranks" not in said:
+        comparison = Comparison(0, 1, wins, losses, ties, "tie" in said, margin, weight)
+        return Feedback(comparisons=(comparison,), ratings=ratings if any(ratings) else (), said=said)
+
+    ranks = [as_number(rank) for rank in as_list(row["ranks"])]
+    for position, rank in enumerate(ranks):
+        if rank is None:
+            wrong = f"{shown(as_list(row['ranks'])[position])} is not a rank"
+            raise BadRow("ranks", wrong, "give finite numbers, 1 for the best")
+    of_pairs = [name for name in (*VOTES, "preference_probability", "tie", *RATINGS) if name in said]
+    if of_pairs:
+        wrong = "speaks of a chosen and a rejected answer in a row of ranked ones"
+        raise BadRow(of_pairs[0], wrong, "put pairs and rankings into different rows")
+    # A ranking without equal ranks does not tell whether a tie was on offer.
+    allowed = len({*ranks}) < len(ranks)
+    comparisons = []
+    for better, worse in ranked_pairs(ranks):  # type: ignore[arg-type]
+        said_of_pair = (0.0, 0.0, 1.0) if ranks[better] == ranks[worse] else (1.0, 0.0, 0.0)
+        comparisons.append(Comparison(better, worse, *said_of_pair, allowed, margin, weight))
+    return Feedback(comparisons=comparisons, said=said)
+
+
+FORCED_CHOICE = Feedback()
+"""What a row says that has none of the columns."""
+
+
+def _number(row: Row, column: str, example: str) -> float:
+    number = as_number(row[column])
+    if number is None:
+        wrong = f"{shown(row[column])} is not a finite number"
+        raise BadRow(column, wrong, f"give every row a number ({example})")
+    return float(number)
+
+
+def _counts(row: Row, said: frozenset[str]) -> tuple[float, float, float]:
+    """Wins, losses and ties of the chosen side."""
+    votes = []
+    for name in VOTES:
+        if name in said:
+            number = as_number(row[name])
+            if number is None or number < 0 or number != int(number):
+                raise BadRow(name, f"{shown(row[name])} is not a number of votes", "give a whole number, 0 or more")
+            votes.append(float(number))
+    if len(votes) == 1:
+        (absent,) = {*VOTES} - said
+        raise BadRow(absent, f"missing where {({*VOTES} & said).pop()!r} is given", "give both, or neither")
+    probability = None
+    if "preference_probability" in said:
+        probability = as_number(row["preference_probability"])
+        if probability is None or not 0 <= probability <= 1:
+            wrong = f"{shown(row['preference_probability'])} is not a probability"
+            raise BadRow("preference_probability", wrong, "give P(chosen ≻ rejected), from 0 to 1")
+        if votes:
+            wrong = "given together with votes, which say the same thing"
+            raise BadRow("preference_probability", wrong, "remove one of the two from this row")
+        probability = float(probability)
+    tie = as_truth(row["tie"]) if "tie" in said else False
+    if tie is None:
+        wrong = f"{shown(row['tie'])} is not true or false"
+        raise BadRow("tie", wrong, "give true, false, or nothing for a forced choice")
+    if tie:
+        if any(votes):
+            wrong = "true in a row with votes for either side"
+            raise BadRow("tie", wrong, "give the tied votes a row of their own, with a weight")
+        if probability is not None:
+            raise BadRow("tie", "true in a row with a soft label", "remove one of the two from this row")
+        return 0.0, 0.0, 1.0
+    if votes:
+        return votes[0], votes[1], 0.0
+    return (1.0, 0.0, 0.0) if probability is None else (probability, 1 - probability, 0.0)
+
+
+def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """All pairs of ranked answers, by position, the better one first; of equal ones the one that stands first."""
+    return [(a, b) if ranks[a] <= ranks[b] else (b, a) for a, b in combinations(range(len(ranks)), 2)]
