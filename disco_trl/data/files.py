@@ -10,7 +10,7 @@ import glob
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,13 @@ ROWS_AT_ONCE = 256
 """Rows of a chunk if nobody says otherwise: enough to batch by length, few enough to hold."""
 
 
-def open_rows(name: str, config: str | None = None, split: str | None = None) -> Dataset | IterableDataset:
+def open_rows(
+    name: str,
+    config: str | None = None,
+    split: str | None = None,
+    argument: str = "--dataset_name",
+    split_argument: str = "--dataset_split",
+) -> Dataset | IterableDataset:
     """
     The rows of what `disco_trl.data.files.load_preferences` reads. Local files are streamed; a Hub dataset, which is
     read more than once, is downloaded and then read from disk.
@@ -35,16 +41,17 @@ def open_rows(name: str, config: str | None = None, split: str | None = None) ->
         name: a file, a folder, or a Hub id.
         config: name of the dataset's configuration.
         split: which split; may be left out where there is only one.
+        argument, split_argument: what the command line calls name and split, for messages.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file or split; the message says which there are.
     """
-    splits = load_preferences(name, config, streaming=Path(name).exists(), argument="DATA")
+    splits = load_preferences(name, config, streaming=Path(name).exists(), argument=argument)
     if split is None:
         if len(splits) > 1:
-            raise ValueError(f"{name} has the splits {', '.join(map(repr, splits))}; choose one with --split")
+            raise ValueError(f"{name} has the splits {', '.join(map(repr, splits))}; choose one with {split_argument}")
         split = next(iter(splits))
-    return choose_split(splits, split, "--split").with_format(None)
+    return choose_split(splits, split, split_argument).with_format(None)
 
 
 def chunks(dataset: Dataset | IterableDataset, size: int = ROWS_AT_ONCE) -> Iterator[list[Row]]:
@@ -96,9 +103,9 @@ def refuse_clash(found: list[str], new: list[str], fix: str) -> None:
 def check_output(path: Path) -> None:
     """Raise a `ValueError` unless rows can be written to that path, which must not exist yet."""
     if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"--out {path}: its name must end in .parquet or .jsonl")
+        raise ValueError(f"--output_file {path}: its name must end in .parquet or .jsonl")
     if os.path.lexists(path):  # a link to nowhere too
-        raise ValueError(f"--out {path} exists already; delete it, or choose another name")
+        raise ValueError(f"--output_file {path} exists already; delete it, or choose another name")
 
 
 def as_json(row: Row, row_number: int) -> str:
@@ -255,7 +262,7 @@ def _refuse_odd_file(path: Path, suffix: str, argument: str) -> None:
             )
 
 
-def choose_split(dataset: Any, split: str, argument: str) -> Any:
+def choose_split(dataset: Any, split: str, argument: str, more_fixes: Sequence[str] = ()) -> Any:
     """
     `dataset[split]`, or an error that lists the splits there are and how to make this one.
 
@@ -266,6 +273,8 @@ def choose_split(dataset: Any, split: str, argument: str) -> Any:
             Name of the wanted split.
         argument (`str`):
             The argument that named it, for the message.
+        more_fixes (`Sequence[str]`, *optional*, defaults to `()`):
+            What else the caller's user can do, for the message.
 
     Raises:
         ValueError: there is no such split.
@@ -274,9 +283,8 @@ def choose_split(dataset: Any, split: str, argument: str) -> Any:
         fixes = [
             f"pass {argument} with one of these names",
             f"put the data in a folder as train.jsonl and {split}.jsonl and pass the folder",
+            *more_fixes,
         ]
-        if argument == "--dataset_test_split":
-            fixes += ["set test_split_size if you mix `datasets`", "train without evaluation (--eval_strategy no)"]
         raise ValueError(
             f"{argument}: the dataset has no split {split!r}; it has {', '.join(map(repr, dataset))}. "
             f"Either {', or '.join(fixes)}."

@@ -17,15 +17,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..data.columns import tokenized_pair
-from ..data.curation.formats import BadRow, first_of, prompt_messages
-from ..data.files import Row
+from ..data.curation.formats import FORMATS, BadRow, first_of, prompt_messages
 from ..data.values import as_number, as_ratings, as_truth, is_missing, shown
+
+
+if TYPE_CHECKING:
+    # Importing it would import `datasets`, and `disco-trl evaluate --help` lists the kinds.
+    from ..data.files import Row
 
 
 @dataclass(frozen=True)
@@ -382,3 +386,8 @@ BENCHMARKS = {
     "llm-bar": Benchmark("LLMBar", _is_llm_bar, _read_llm_bar, _summarize_by_subset),
 }
 """By name. Rows of a preference dataset are of none of them."""
+
+PREFERENCES = "preferences"
+"""The kind of rows that training takes."""
+KINDS = (PREFERENCES, *BENCHMARKS, *(name for name in FORMATS if name != "ratings"))
+"""What rows may be: those of training, of a benchmark, or of a format that `disco-trl data convert` reads."""

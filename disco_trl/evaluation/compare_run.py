@@ -33,8 +33,6 @@ from .held_out import HeldOut
 
 
 BRADLEY_TERRY = "bradley-terry"
-TRAINERS = ("trl", "disco")
-"""Whose trainer Bradley–Terry is trained with."""
 FIGURES_FILE = "metrics.json"
 REWARDS_FILE = "rewards.safetensors"
 DRAWS = 300
@@ -47,7 +45,7 @@ class Run:
 
     Attributes:
         base: `bradley-terry`, or a family.
-        bradley_terry: one of :data:`TRAINERS`.
+        bradley_terry: whose trainer it is trained with, `"trl"` or `"disco"`.
         settings: fields of the trainer's config.
         seed: of the order of the data and of all that is random in training.
         model, dtype: what to start from.
@@ -79,9 +77,9 @@ class Run:
 
 def read_data(run: Run, processing_class: PreTrainedTokenizerBase) -> tuple[Dataset, HeldOut]:
     """The rows to train on, and the held-out data."""
-    splits = load_preferences(run.data, argument="DATA")
-    train = choose_split(splits, run.train_split, "--train-split")
-    test = choose_split(splits, run.test_split, "--test-split")
+    splits = load_preferences(run.data)
+    train = choose_split(splits, run.train_split, "--dataset_train_split")
+    test = choose_split(splits, run.test_split, "--dataset_test_split")
     if run.max_length is not None:
         longest = run.max_length
         train = train.filter(lambda row: max(map(len, tokenize_pair(row, processing_class))) <= longest)

@@ -21,14 +21,8 @@ from ..data.files import Row
 from ..data.tokenization import chat_template_arguments, tokenize
 from ..data.validation import find_layout, find_row_problem
 from ..distributions.reward_distribution import RewardDistribution
-from .benchmarks import BENCHMARKS, Benchmark, Item, read_preference
+from .benchmarks import BENCHMARKS, KINDS, PREFERENCES, Benchmark, Item, read_preference
 from .metrics import Forecasts
-
-
-PREFERENCES = "preferences"
-"""The kind of rows that training takes."""
-KINDS = (PREFERENCES, *BENCHMARKS, *(name for name in FORMATS if name != "ratings"))
-"""What rows may be: those of training, of a benchmark, or of a format that `disco-trl data convert` reads."""
 
 
 def detect_kind(row: Row) -> str:

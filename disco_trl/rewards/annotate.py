@@ -5,7 +5,7 @@
 
 It works in parts of a few hundred rows. Each part's scores, numbers alone, are a file of their own in `OUT.parts`,
 which appears when it is complete. At the end the data is read once more and written with its scores beside it. Several
-processes (`accelerate launch -m disco_trl.rewards.annotate DATA ...`) share out the parts.
+processes (`accelerate launch -m disco_trl.cli.score MODEL DATA OUTPUT_FILE`) share out the parts.
 
 Which process scores a part, and in which run, makes no difference to its batches, nor to what it draws for the
 transform `"sample"`: the result is the same.
@@ -346,7 +346,7 @@ def annotate_file(
             for index, rows in enumerate(chunks(dataset, rows_per_part)):
                 scores = pq.read_table(parts / f"part-{index:06d}.parquet").to_pylist()
                 writer.write([row | numbers for row, numbers in zip(rows, scores, strict=True)])
-        _remove(parts)
+        remove_parts(parts)
     state.wait_for_everyone()
     return total, rows_before
 
@@ -397,7 +397,8 @@ def _write_part(path: Path, scores: dict[str, list[float]]) -> None:
     os.replace(unfinished, path)
 
 
-def _remove(parts: Path) -> None:
+def remove_parts(parts: Path) -> None:
+    """Remove the parts, and their folder, of an output that is complete."""
     for path in (*parts.glob("part-*"), parts / "settings.json"):
         path.unlink()
     parts.rmdir()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .memory import DatalessTrainer, Settings
+from .memory import METHODS, DatalessTrainer, Settings, check_choice
 
 
 SHARDINGS = ("none", "zero2", "zero3", "fsdp")
@@ -74,6 +74,8 @@ def estimate(
     Raises:
         ValueError: the model cannot be trained so.
     """
+    check_choice("method", method, METHODS)
+    check_choice("sharding", sharding, SHARDINGS)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and settings.length > longest:
         raise ValueError(f"{path} reads at most {longest} tokens, and --length is {settings.length}")

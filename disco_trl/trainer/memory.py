@@ -15,7 +15,7 @@ import copy
 import itertools
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,12 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bi
 BLOCK, NESTED_BLOCK = 64, 256
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a `ValueError` unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """
@@ -72,6 +78,10 @@ class Settings:
     lora_r: int = 16
     lora_targets: str | tuple[str, ...] = "all-linear"
     device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("optim", self.optim, OPTIMIZERS)
 
     @property
     def weight_dtype(self) -> torch.dtype:

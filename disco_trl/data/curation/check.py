@@ -120,7 +120,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             for row in rows:
                 columns |= dict.fromkeys(row)
                 if layout is None:
-                    _require_answers(row)
+                    require_answers(row)
                     layout = find_layout(row)
                 problem = find_row_problem(row, layout)
                 if problem is None and tokenizer is not None:
@@ -154,7 +154,8 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     return {"warnings": _warnings(found), **found}, survey
 
 
-def _require_answers(row: Row) -> None:
+def require_answers(row: Row) -> None:
+    """Raise a `ValueError` with the fix unless the row has the columns of a pair or of a ranking."""
     if any(row.keys() >= set(pair) for pair in (TEXT_PAIR, TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR, RANKING)):
         return
     renames = [f"{old!r} to {new!r}" for old, new in find_look_alikes(list(row)).items()]
@@ -185,18 +186,19 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     if count := found["identical_sides"]["rows"]:
         warnings.append(
             f"{rows_of(count)} with the same answer on both sides, which teaches nothing; training leaves them out "
-            f"({_named(found['identical_sides']['first'])})"
+            f"({row_numbers(found['identical_sides']['first'])})"
         )
     if repeated.get("judged_both_ways"):
         warnings.append(
             f"{repeated['judged_both_ways']:,} pairs are judged both ways in different rows "
-            f"({_named(repeated['judged_both_ways_first'])}); if these are several people's judgements, make them one "
-            "row with chosen_votes and rejected_votes: only then can the model's error be told from disagreement"
+            f"({row_numbers(repeated['judged_both_ways_first'])}); if these are several people's judgements, make "
+            "them one row with chosen_votes and rejected_votes: only then can the model's error be told from "
+            "disagreement"
         )
     elif repeated["rows"]:
         warnings.append(
-            f"{rows_of(repeated['rows'])} with the pair of an earlier row ({_named(repeated['first'])}); drop them if "
-            "they are copies, or count them in chosen_votes and rejected_votes if they are several people's"
+            f"{rows_of(repeated['rows'])} with the pair of an earlier row ({row_numbers(repeated['first'])}); drop "
+            "them if they are copies, or count them in chosen_votes and rejected_votes if they are several people's"
         )
     if count := terms.get("ratings with a forced choice"):
         warnings.append(
@@ -225,8 +227,8 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         )
     if special := found.get("special_tokens"):
         warnings.append(
-            f"{rows_of(special['rows'])} with a special token of the model in a text ({_named(special['first'])}), "
-            "which the tokenizer takes for a real one: whoever wrote it can end a turn, or begin another; take it "
+            f"{rows_of(special['rows'])} with a special token of the model in a text ({row_numbers(special['first'])})"
+            ", which the tokenizer takes for a real one: whoever wrote it can end a turn, or begin another; take it "
             "out, unless you rendered the texts yourself"
         )
     longer = found.get("longer_is_chosen")
@@ -245,5 +247,6 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _named(numbers: list[int]) -> str:
+def row_numbers(numbers: list[int]) -> str:
+    """The first rows of some kind, for a message."""
     return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}{', ...' * (len(numbers) == ROWS_NAMED)}"

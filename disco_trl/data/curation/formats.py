@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..files import Row
 from ..values import Problem, as_number, is_missing, shown
+
+
+if TYPE_CHECKING:
+    # Importing it would import `datasets`, and `disco-trl data convert --help` lists the formats.
+    from ..files import Row
 
 
 PAIRS_OF_ANSWERS = (
