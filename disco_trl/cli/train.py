@@ -121,9 +121,10 @@ def how_to_go_on(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> str:
-    """What to do after an interrupt: resume from the last checkpoint, if there is one."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """What to do after an interrupt: resume from the newest checkpoint, if one was saved as a whole."""
+    from ..trainer.checkpoints import why_torn
 
-    output_dir = str(training_args.output_dir)
-    checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    return "" if checkpoint is None else f"run again with --resume_from_checkpoint {checkpoint} to go on"
+    checkpoints = Path(str(training_args.output_dir)).glob("checkpoint-*")
+    newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime, reverse=True)
+    whole = next((path for path in newest_first if why_torn(path) is None), None)
+    return "" if whole is None else f"run again with --resume_from_checkpoint {whole} to go on"
