@@ -341,7 +341,7 @@ def main() -> None:
     )
 
     if args.hostile:
-        limits = ("--max-queue", str(HOSTILE_QUEUE), "--max-body-bytes", str(MAX_BODY_BYTES))
+        limits = ("--max_queue", str(HOSTILE_QUEUE), "--max_body_bytes", str(MAX_BODY_BYTES))
         with server(args.model, args.dtype, *limits) as (host, port, process):
             measure_load((host, port), process, 4, 32, texts, expected, tolerance)  # first calls allocate
             found = measure_hostility((host, port), process, args.requests, texts, expected, tolerance)
@@ -360,7 +360,7 @@ def main() -> None:
         report["load"] = []
         print("\n| batching | clients | requests/s | cores busy | p50 ms | p99 ms | errors | wrong |")
         print("| --- " + "| ---: " * 7 + "|")
-        for name, arguments in (("one at a time", ("--max-batch-tokens", "1")), ("dynamic", ())):
+        for name, arguments in (("one at a time", ("--max_batch_tokens", "1")), ("dynamic", ())):
             with server(args.model, args.dtype, *arguments) as (host, port, process):
                 measure_load((host, port), process, 4, 32, texts, expected, tolerance)  # first calls allocate
                 for clients in args.clients:

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from transformers import AutoTokenizer
 
-from disco_trl.cli.compare import main as compare_main
+from disco_trl.cli.main import main as disco_trl
 from disco_trl.data.files import open_rows
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.distributions.transforms import get_transform
@@ -126,9 +126,9 @@ def run(world: World, variants: Sequence[str], args: argparse.Namespace) -> dict
             human_ratings.main(
                 [*world.arguments(), "--block", "8", "16", "--seed", str(seed + 1), "--output", str(data)]
             )
-    command = [str(folder / "data-{seed}"), "--model", args.model, "--dtype", args.dtype, "--out", str(folder)]
-    command += ["--variants", *variants, "--seeds", *map(str, args.seeds), "--bradley-terry", "disco"]
-    compare_main([*command, "--set", *SETTINGS, f"bf16={args.dtype == 'bfloat16'}"])
+    command = ["compare", args.model, str(folder / "data-{seed}"), str(folder), "--dtype", args.dtype]
+    command += ["--variants", *variants, "--seeds", *map(str, args.seeds), "--bradley_terry", "disco"]
+    disco_trl([*command, "--set", *SETTINGS, f"bf16={args.dtype == 'bfloat16'}"])
     return {
         name: [
             Result.load(Variant.parse(name), seed, folder / f"{Variant.parse(name).folder}-{seed}")

@@ -28,8 +28,8 @@ All of it may stand in a YAML file: `--config reward.yaml`. The installed comman
 and starts `accelerate launch` by itself.
 """
 
-from disco_trl.cli.train_reward import main
+from disco_trl.cli.launch import main
 
 
 if __name__ == "__main__":
-    main()
+    main("train")

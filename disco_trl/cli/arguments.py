@@ -1,92 +1,147 @@
-"""What the commands that score (`score`, `filter`, `best-of-n`) have in common: their arguments, and the model."""
+"""Arguments that several commands have.
+
+The defaults of numbers are those of the functions that take them; a test holds them to that.
+"""
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
-from ..distributions.transforms import TRANSFORMS
-from ..evaluation.report import EXAMPLES
-from ..models.inference import TOKENS_PER_BATCH
-from ..rewards.disco_reward import DiscoReward
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 
-TRANSFORM_OPTIONS = ("k", "q", "beta", "seed", "total")
+if TYPE_CHECKING:
+    from ..rewards.disco_reward import DiscoReward
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """DATA, --config, --split and --out."""
-    parser.add_argument("data", metavar="DATA", help=f"{what}: .jsonl, .json, .parquet, .csv, a folder, or a Hub id")
-    parser.add_argument("--config", help="configuration of a Hub dataset")
-    parser.add_argument("--split", help="split to read; needed where there are several")
-    parser.add_argument("--out", required=True, help="file to write, .parquet or .jsonl")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--model, --dtype, --device and --tokens-per-batch."""
-    parser.add_argument(
-        "--model", required=required, help="disco checkpoint, adapter or scalar reward model: a path or a Hub id"
-    )
-    add_loading_arguments(parser)
-    parser.add_argument(
-        "--tokens-per-batch",
-        type=int,
-        default=TOKENS_PER_BATCH,
-        help="tokens that go through the model at once, padding counted (default: %(default)s)",
-    )
-
-
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """--dtype and --device."""
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the language model (default: the checkpoint's)",
-    )
-    parser.add_argument("--device", help="cpu, cuda:1, ... (default: an accelerator if there is one)")
-
-
-def add_transform_arguments(parser: argparse.ArgumentParser) -> None:
-    """--transform and the transforms' options."""
-    parser.add_argument(
-        "--transform",
-        default="mean",
-        choices=list(TRANSFORMS),
-        help="what the reward is (default: the location)",
-    )
-    parser.add_argument("--k", type=float, help="of lower_bound: location - k * scale")
-    parser.add_argument("--q", type=float, help="of quantile: its level")
-    parser.add_argument("--beta", type=float, help="of certainty_equivalent: the risk tolerance")
-    parser.add_argument("--seed", type=int, help="of sample")
-    parser.add_argument(
-        "--total", action="store_const", const=True, help="count what the model does not know into the scale"
-    )
-
-
-def transform_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the transform that were given."""
-    return {name: getattr(args, name) for name in TRANSFORM_OPTIONS if getattr(args, name) is not None}
-
-
-def load_reward(args: argparse.Namespace) -> DiscoReward:
+def at_least_one(arguments: Any, *names: str) -> None:
     """
-    The model that the arguments name, with its tokenizer; scalar reward models are read as Bradley–Terry.
+    Check numbers among the arguments of a command.
+
+    Args:
+        arguments (`Any`):
+            The dataclass.
+        *names (`str`):
+            Its fields; one that is `None` passes.
 
     Raises:
-        ValueError: the model has no trained reward head.
+        `ValueError`: If one is less than 1.
     """
-    if args.tokens_per_batch < 1:
-        raise ValueError(f"--tokens-per-batch {args.tokens_per_batch} must be at least 1")
-    return DiscoReward(args.model, dtype=args.dtype, device=args.device, tokens_per_batch=args.tokens_per_batch)
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
 
 
-def add_examples(parser: argparse.ArgumentParser) -> None:
-    """Have a command ask how many examples its report shows."""
-    parser.add_argument(
-        "--examples",
-        type=int,
-        default=EXAMPLES,
-        metavar="N",
-        help="of each kind, whose texts the report shows; 0 if they are not to be passed on (default: %(default)s)",
+@dataclass(kw_only=True)
+class DataArguments:
+    """What to read."""
+
+    dataset_name: str = field(
+        metadata={
+            "help": "DATA: a file (.jsonl, .json, .parquet, .csv), a folder with train.jsonl and test.jsonl, or an id "
+            "on the Hub."
+        }
     )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Name of the configuration of a dataset on the Hub."}
+    )
+
+
+@dataclass(kw_only=True)
+class SplitArguments(DataArguments):
+    """What to read, in commands that read one split."""
+
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split to read; needed where there are several."}
+    )
+
+
+@dataclass(kw_only=True)
+class LoadingArguments:
+    """A reward model, and where it goes."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "MODEL: a disco checkpoint, a PEFT adapter or a scalar reward model; a folder, or an id on the "
+            "Hub."
+        }
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Dtype of the language model; `auto`, the default, is the checkpoint's."}
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "Device, such as cpu or cuda:1. Without it, an accelerator is taken if there is one."},
+    )
+
+
+@dataclass(kw_only=True)
+class ScoringArguments(LoadingArguments):
+    """A reward model, and how many tokens go through it at once."""
+
+    tokens_per_batch: int = field(
+        default=8192,
+        metadata={"help": "Tokens that go through the model at once, padding counted (default: %(default)s)."},
+    )
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "tokens_per_batch")
+
+    def load_reward(self) -> DiscoReward:
+        """
+        Load the model with its tokenizer; scalar reward models are read as Bradley–Terry.
+
+        Raises:
+            `ValueError`: If the model has no trained reward head.
+        """
+        from ..rewards.disco_reward import DiscoReward
+
+        return DiscoReward(
+            self.model_name_or_path, dtype=self.dtype, device=self.device, tokens_per_batch=self.tokens_per_batch
+        )
+
+
+@dataclass(kw_only=True)
+class TransformArguments:
+    """What the reward is, given its distribution."""
+
+    transform: str = field(
+        default="mean",
+        metadata={
+            "help": "What the reward is: mean (the location, the default), lower_bound, quantile, "
+            "certainty_equivalent, win_rate (which best-of-n alone can compute) or sample."
+        },
+    )
+    k: float | None = field(default=None, metadata={"help": "For lower_bound, which is location - k * scale."})
+    q: float | None = field(default=None, metadata={"help": "For quantile: its level, between 0 and 1."})
+    beta: float | None = field(default=None, metadata={"help": "For certainty_equivalent: the risk tolerance."})
+    seed: int | None = field(default=None, metadata={"help": "For sample: the seed of the draws."})
+    total: bool = field(
+        default=False, metadata={"help": "Count what the model does not know into the scale, for any transform."}
+    )
+
+    @property
+    def transform_options(self) -> dict[str, Any]:
+        """The options of the transform that were given."""
+        options = {name: getattr(self, name) for name in ("k", "q", "beta", "seed", "total")}
+        return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """What the report shows of the data."""
+
+    examples: int = field(
+        default=2,
+        metadata={
+            "help": "Examples of each kind whose texts the report shows; 0 if the texts are not to be passed on "
+            "(default: %(default)s)."
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class OutputFileArguments:
+    """Where to write rows."""
+
+    output_file: str = field(metadata={"help": "OUTPUT_FILE: the file to write, .parquet or .jsonl."})

@@ -1,21 +1,35 @@
-"""The best of several answers to each prompt of a file: what `disco-trl best-of-n` runs."""
+"""Choose the best of several answers to each prompt.
+
+A row of DATA has a prompt and a list of answers, its candidates. A row of OUTPUT_FILE has, besides, the best of them
+with its position, and the reward, location and scale of each.
+"""
 
 from __future__ import annotations
 
-import argparse
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import List, Value
-from transformers.utils import logging
+from .arguments import OutputFileArguments, ScoringArguments, SplitArguments, TransformArguments
 
-from ..data.files import Row, RowWriter, check_output, chunks, open_rows, parquet_features, refuse_clash
-from ..rewards.best_of_n import best_of_n
-from .arguments import add_data_arguments, add_model_arguments, add_transform_arguments, load_reward, transform_options
 
+if TYPE_CHECKING:
+    from ..data.files import Row
 
 ROWS_AT_ONCE = 64
 NEW_COLUMNS = ["best", "best_index", "rewards", "locations", "scales"]
+
+
+@dataclass(kw_only=True)
+class Arguments(TransformArguments, OutputFileArguments, SplitArguments, ScoringArguments):
+    """The arguments of `disco-trl best-of-n`."""
+
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column with a prompt, text or messages (default: %(default)s)."}
+    )
+    candidates_column: str = field(
+        default="candidates", metadata={"help": "Column with a list of answers (default: %(default)s)."}
+    )
 
 
 def check_candidates(row: Row, number: int, prompt_column: str, candidates_column: str) -> None:
@@ -38,36 +52,23 @@ def check_candidates(row: Row, number: int, prompt_column: str, candidates_colum
             )
 
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl best-of-n`."""
-    parser = argparse.ArgumentParser(
-        prog="disco-trl best-of-n",
-        description="Choose the best of several answers to each prompt.",
-        allow_abbrev=False,
-    )
-    add_data_arguments(parser, "rows with a prompt and a list of answers")
-    parser.add_argument("--prompt-column", default="prompt", metavar="NAME")
-    parser.add_argument("--candidates-column", default="candidates", metavar="NAME")
-    add_model_arguments(parser)
-    add_transform_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        rows = _run(args)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    print(f"{args.out}: the best answers to {rows} prompts")
+def run(args: Arguments) -> None:
+    """Write the best answer to each prompt of a dataset."""
+    from datasets import List, Value
+    from transformers.utils import logging
 
+    from ..data.files import RowWriter, check_output, chunks, open_rows, parquet_features, refuse_clash
+    from ..rewards.best_of_n import best_of_n
 
-def _run(args: argparse.Namespace) -> int:
-    out = Path(args.out)
+    out = Path(args.output_file)
     check_output(out)
-    dataset = open_rows(args.data, args.config, args.split)
+    dataset = open_rows(args.dataset_name, args.dataset_config, args.dataset_split)
     first_row: Row = next(iter(dataset), {})
     for column in (args.prompt_column, args.candidates_column):
         if column not in first_row:
             raise ValueError(
                 f"column {column!r}: missing (there are {', '.join(map(repr, first_row)) or 'no rows'}); name the "
-                "columns with --prompt-column and --candidates-column"
+                "columns with --prompt_column and --candidates_column"
             )
     refuse_clash(list(first_row), NEW_COLUMNS, "rename it in the data")
     features = None
@@ -77,11 +78,10 @@ def _run(args: argparse.Namespace) -> int:
         types = [Value("string"), Value("int64"), numbers, numbers, numbers]
         features = parquet_features(dataset, dict(zip(NEW_COLUMNS, types, strict=True)))
         candidates = features[args.candidates_column]
-        features["best"] = getattr(
-            candidates, "feature", candidates
-        )  # a column of mixed messages is of one type, Json
-    options = transform_options(args)
-    reward = load_reward(args)
+        # A column of mixed messages is of one type, Json.
+        features["best"] = getattr(candidates, "feature", candidates)
+    options = args.transform_options
+    reward = args.load_reward()
     with RowWriter(out, features) as writer, logging.tqdm(desc="best of n", unit="row") as bar:
         for rows in chunks(dataset, ROWS_AT_ONCE):
             for number, row in enumerate(rows, start=writer.rows):
@@ -117,4 +117,4 @@ def _run(args: argparse.Namespace) -> int:
                 ]
             )
             bar.update(len(rows))
-    return writer.rows
+    print(f"{out}: the best answers to {writer.rows} prompts")

@@ -1,78 +1,99 @@
-"""`disco-trl compare`: train Bradley–Terry and disco variants alike, and say which is better."""
+"""Train Bradley–Terry with TRL's trainer, and variants of ours, alike; tell which is better.
+
+DATA has a split to train on and one to test on; {seed} in its name stands for the seed. A variant is bradley-terry or
+a reward family (--reward_family of `disco-trl train`), perhaps with settings of its own: normal,
+normal:prefix_sharing=false, logistic:label_noise=0.05. OUTPUT_DIR gets a folder for each run, a table and a report. A
+comparison that was interrupted goes on with the runs that are missing if the same command is run again.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from transformers import AutoTokenizer
-
-from ..evaluation.compare import (
-    Result,
-    Variant,
-    _mean_and_range,
-    as_table,
-    compare,
-    find_settings,
-    mean_over_seeds,
-    parse_settings,
-    run_all,
-    verdict_table,
-)
-from ..evaluation.compare_run import BRADLEY_TERRY, TRAINERS, Run, read_data
-from ..evaluation.evaluate import versions
-from ..evaluation.held_out import HeldOut
-from ..evaluation.report import Model, Verdict, write_report
-from .arguments import add_examples
+from .arguments import ReportArguments
 
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl compare`."""
-    parser = argparse.ArgumentParser(
-        prog="disco-trl compare",
-        description="Train Bradley–Terry with TRL's trainer, and variants of ours, alike; say which is better.",
-        epilog="A variant is a family, perhaps with settings of its own: normal, normal:prefix_sharing=false, "
-        "logistic:label_noise=0.05. In DATA, {seed} stands for the seed.",
-        allow_abbrev=False,
+if TYPE_CHECKING:
+    from ..evaluation.compare import Result, Variant
+    from ..evaluation.compare_run import Run
+    from ..evaluation.held_out import HeldOut
+    from ..evaluation.report import Verdict
+
+
+@dataclass(kw_only=True)
+class Arguments(ReportArguments):
+    """The arguments of `disco-trl compare`."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "MODEL: language model or reward model to start from; a folder, or an id on the Hub."}
     )
-    parser.add_argument("data", metavar="DATA", help="preferences with a split to train on and one to test on")
-    parser.add_argument("--model", required=True, help="language model or reward model to start from")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the report")
-    parser.add_argument("--variants", nargs="+", default=[BRADLEY_TERRY, "normal"], metavar="VARIANT")
-    parser.add_argument(
-        "--bradley-terry",
-        choices=TRAINERS,
-        default=TRAINERS[0],
-        help="who trains Bradley–Terry: TRL's own trainer, or ours, the same likelihood in less time (default: trl; "
-        "where data say more than who won, only ours can)",
+    dataset_name: str = field(
+        metadata={"help": "DATA: preferences; a folder with train.jsonl and test.jsonl, or the id of a dataset."}
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="for all variants")
-    parser.add_argument(
-        "--search",
-        type=int,
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on (default: %(default)s)."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to test on (default: %(default)s)."})
+    output_dir: str = field(metadata={"help": "OUTPUT_DIR: folder of the runs and of the report."})
+    variants: list[str] = field(
+        default_factory=lambda: ["bradley-terry", "normal"],
+        metadata={"metavar": "VARIANT", "help": "What to train (default: bradley-terry normal)."},
+    )
+    bradley_terry: Literal["trl", "disco"] = field(
+        default="trl",
+        metadata={
+            "help": "Whose trainer Bradley–Terry is trained with: TRL's own (the default), or ours, which has the "
+            "same likelihood and takes less time. Where the data say more than who won, only ours can train it."
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"metavar": "SEED", "help": "Seeds of the runs (default: 0)."}
+    )
+    set: list[str] = field(
+        default_factory=list,
+        metadata={"metavar": "KEY=VALUE", "help": "Fields of DiscoRewardConfig, for all variants."},
+    )
+    search: int = field(
         default=0,
-        metavar="TRIALS",
-        help="first try so many learning rates and batch sizes for each variant, on a tenth of the training rows",
+        metadata={
+            "metavar": "TRIALS",
+            "help": "First try this many learning rates and batch sizes for each variant, on a tenth of the training "
+            "rows (default: none).",
+        },
     )
-    parser.add_argument("--lora-r", type=int, default=16, help="rank of LoRA adapters; 0 trains the whole model")
-    parser.add_argument("--dtype", default="auto", help="of the language model (default: the checkpoint's)")
-    parser.add_argument("--train-split", default="train")
-    parser.add_argument("--test-split", default="test")
-    parser.add_argument("--max-train", type=int, help="train on the first so many rows, shuffled by the seed")
-    parser.add_argument("--max-length", type=int, help="leave out rows with a longer answer, in tokens")
-    add_examples(parser)
-    parser.add_argument("--keep-models", action="store_true", help="save what was trained")
-    args = parser.parse_args(argv)
-    try:
-        _run(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    lora_r: int = field(
+        default=16, metadata={"help": "Rank of LoRA adapters; 0 trains the whole model (default: %(default)s)."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the language model; `auto`, the default, is the checkpoint's."}
+    )
+    max_train: int | None = field(
+        default=None, metadata={"help": "Train on this many rows at most, the first of a shuffle by the seed."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Leave out rows with an answer of more tokens than this."}
+    )
+    keep_models: bool = field(default=False, metadata={"help": "Save the models that were trained."})
 
 
-def _run(args: argparse.Namespace) -> None:
-    common = parse_settings(args.settings, "--set")
+def run(args: Arguments) -> None:
+    """Do the runs that are missing, and compare."""
+    from transformers import AutoTokenizer
+
+    from ..evaluation.compare import (
+        Variant,
+        as_table,
+        compare,
+        find_settings,
+        parse_settings,
+        run_all,
+        verdict_table,
+    )
+    from ..evaluation.compare_run import Run, read_data
+
+    output = Path(args.output_dir)
+    common = parse_settings(args.set, "--set")
     variants = [Variant.parse(text) for text in args.variants]
     runs = [
         (
@@ -83,46 +104,53 @@ def _run(args: argparse.Namespace) -> None:
                 bradley_terry=args.bradley_terry,
                 settings=common | variant.settings,
                 seed=seed,
-                model=args.model,
-                data=args.data.format(seed=seed),
-                train_split=args.train_split,
-                test_split=args.test_split,
+                model=args.model_name_or_path,
+                data=args.dataset_name.format(seed=seed),
+                train_split=args.dataset_train_split,
+                test_split=args.dataset_test_split,
                 max_train=args.max_train,
                 max_length=args.max_length,
                 lora_r=args.lora_r,
                 dtype=args.dtype,
                 keep_model=args.keep_models,
                 search=0,
-                output=str(args.out / f"{variant.folder}-{seed}"),
+                output=str(output / f"{variant.folder}-{seed}"),
             ),
         )
         for seed in args.seeds
         for variant in variants
     ]
     # What is wrong with the data is said before anything is trained.
-    _, held_out = read_data(runs[0][2], AutoTokenizer.from_pretrained(args.model, trust_remote_code=False))
+    _, held_out = read_data(
+        runs[0][2], AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    )
     if args.search:
         runs = find_settings(runs, args.search)
     results, failures = run_all(runs)
     for name, words in failures.items():
         print(f"{name} failed:\n{words}\n", file=sys.stderr)
     if not results:
-        raise ValueError("no run succeeded; the folders in --out hold their logs")
+        raise ValueError("no run succeeded; the folders in --output_dir hold their logs")
     verdicts = compare(results, held_out)
     tables = as_table(results) + (f"\n\n{verdict_table(verdicts)}" if verdicts else "")
-    (args.out / "table.md").write_text(f"{tables}\n", encoding="utf-8")
+    (output / "table.md").write_text(f"{tables}\n", encoding="utf-8")
     report = _report(args, runs, results, failures, verdicts, held_out)
     print(f"\n{tables}\n\n{report}")
 
 
 def _report(
-    args: argparse.Namespace,
+    args: Arguments,
     runs: list[tuple[Variant, int, Run]],
     results: list[Result],
     failures: dict[str, str],
     verdicts: dict[str, dict[str, Verdict]],
     held_out: HeldOut,
 ) -> Path:
+    from ..evaluation.compare import mean_and_range, mean_over_seeds
+    from ..evaluation.compare_run import BRADLEY_TERRY
+    from ..evaluation.evaluate import versions
+    from ..evaluation.report import Model, write_report
+
     by_variant: dict[str, list[Result]] = {}
     for result in results:
         by_variant.setdefault(result.variant.name, []).append(result)
@@ -135,8 +163,8 @@ def _report(
             mean_over_seeds(by_variant[name]),
             [tuple(point) for point in by_variant[name][0].figures["history"]],
             {
-                "minutes": _mean_and_range([run.figures["minutes"] for run in by_variant[name]], "{:.1f}"),
-                "peak memory, GiB": _mean_and_range([run.figures["peak_gib"] for run in by_variant[name]], "{:.1f}"),
+                "minutes": mean_and_range([run.figures["minutes"] for run in by_variant[name]], "{:.1f}"),
+                "peak memory, GiB": mean_and_range([run.figures["peak_gib"] for run in by_variant[name]], "{:.1f}"),
                 "trainer": by_variant[name][0].figures["trainer"],
                 "settings": ", ".join(f"{key}={value}" for key, value in settings[name].items()) or "TRL's defaults",
             },
@@ -144,14 +172,16 @@ def _report(
         for name in order
     ]
     setup = {
-        "Data": args.data,
-        "Model": args.model,
+        "Data": args.dataset_name,
+        "Model": args.model_name_or_path,
         "LoRA rank": str(args.lora_r or "none, the whole model"),
         "Seeds": ", ".join(map(str, args.seeds)),
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
     setup |= {f"{name} failed": words.splitlines()[-1] for name, words in failures.items()}
-    title = f"{Path(args.model).name}: {len(results)} runs compared"
+    title = f"{Path(args.model_name_or_path).name}: {len(results)} runs compared"
     ranges = {"brackets": "the range over seeds"} if len(args.seeds) > 1 else {}
     rewards = by_variant[order[0]][0].rewards
-    return write_report(args.out, title, models, rewards, held_out, verdicts, setup, examples=args.examples, **ranges)
+    return write_report(
+        Path(args.output_dir), title, models, rewards, held_out, verdicts, setup, examples=args.examples, **ranges
+    )

@@ -1,61 +1,60 @@
-"""`disco-trl data check`: what a preference dataset holds, and what is wrong with it."""
+"""Check a preference dataset: its columns, rows and judgements, and what can be learned from it.
+
+The exit status is 1 if a row is bad.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer
-
-from ..data.columns import find_layout
-from ..data.curation.check import check_dataset, named, require_answers
-from ..data.curation.check_report import draw, render, rows_of
-from ..data.curation.survey import SHORTEST_LEAK, Fingerprints, texts_of
-from ..data.files import chunks, load_preferences, open_rows
-from ..data.records import read_record
-from ..data.values import BadRow
+from .arguments import SplitArguments
 
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl data check`; the exit status is 1 if a row is bad."""
-    parser = argparse.ArgumentParser(
-        prog="disco-trl data check",
-        description="Check a preference dataset: its columns, rows and judgements, and what can be learned from it.",
-        allow_abbrev=False,
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from ..data.curation.survey import Fingerprints
+
+
+@dataclass(kw_only=True)
+class Arguments(SplitArguments):
+    """The arguments of `disco-trl data check`."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Measure lengths in tokens of this model's tokenizer; a folder, or an id on the Hub."},
     )
-    parser.add_argument(
-        "data", metavar="DATA", help="preferences: .jsonl, .json, .parquet, .csv, a folder, or a Hub id"
+    against: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "SPLIT_OR_DATA",
+            "help": "What should have nothing in common with DATA: a split of it, or other data.",
+        },
     )
-    parser.add_argument("--config", help="configuration of a Hub dataset")
-    parser.add_argument("--split", help="split to read; needed where there are several")
-    parser.add_argument(
-        "--against",
-        metavar="SPLIT_OR_DATA",
-        help="what should have nothing in common with DATA: a split of it, a file",
+    plot: str | None = field(default=None, metadata={"metavar": "FILE.png", "help": "Picture to draw."})
+    json: str | None = field(
+        default=None, metadata={"metavar": "FILE.json", "help": "File to write the figures into."}
     )
-    parser.add_argument(
-        "--model", metavar="TOKENIZER", help="measure lengths in tokens of this model, a path or Hub id"
-    )
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a picture")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    args = parser.parse_args(argv)
-    try:
-        found = _run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    if found["errors"]:
-        sys.exit(1)
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
-    tokenizer = None if args.model is None else AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    other = None if args.against is None else _open_other(args)
-    found, survey = check_dataset(open_rows(args.data, args.config, args.split), tokenizer)
+def run(args: Arguments) -> int:
+    """Check a dataset, and print what was found."""
+    from transformers import AutoTokenizer
+
+    from ..data.curation.check import check_dataset, named
+    from ..data.curation.check_report import draw, render, rows_of
+    from ..data.curation.survey import SHORTEST_LEAK
+    from ..data.files import open_rows
+
+    tokenizer = None
+    if args.model_name_or_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    other = None if args.against is None else _open_other(args.against, args)
+    found, survey = check_dataset(open_rows(args.dataset_name, args.dataset_config, args.dataset_split), tokenizer)
     if other is not None:
         overlap = survey.fingerprints.overlap(_fingerprints(other))
         found["in_common"] = {"with": args.against, **overlap}
@@ -64,24 +63,33 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
                 found["warnings"].append(
                     f"{rows_of(count)} with {of} that {args.against} has too ({named(overlap[what]['first'])})"
                 )
-    print(render(found, args.data))
+    print(render(found, args.dataset_name))
     if args.json is not None:
         Path(args.json).write_text(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if args.plot is not None:
         draw(survey, Path(args.plot))
-    return found
+    return 1 if found["errors"] else 0
 
 
-def _open_other(args: argparse.Namespace) -> Dataset | IterableDataset:
+def _open_other(against: str, args: Arguments) -> Dataset | IterableDataset:
     """The dataset of --against, a split of DATA if there is one of this name."""
-    if not Path(args.against).exists():
-        splits = load_preferences(args.data, args.config, streaming=True, argument="DATA")
-        if args.against in splits:
-            return open_rows(args.data, args.config, args.against)
-    return open_rows(args.against)
+    from ..data.files import load_preferences, open_rows
+
+    if not Path(against).exists():
+        splits = load_preferences(args.dataset_name, args.dataset_config, streaming=True)
+        if against in splits:
+            return open_rows(args.dataset_name, args.dataset_config, against)
+    return open_rows(against, argument="--against")
 
 
 def _fingerprints(dataset: Dataset | IterableDataset) -> Fingerprints:
+    from ..data.columns import find_layout
+    from ..data.curation.check import require_answers
+    from ..data.curation.survey import Fingerprints, texts_of
+    from ..data.files import chunks
+    from ..data.records import read_record
+    from ..data.values import BadRow
+
     fingerprints = Fingerprints()
     number = 0
     layout = None

@@ -1,78 +1,76 @@
-"""`disco-trl data convert`: preferences of another format as the columns that disco-trl reads."""
+"""Convert preferences of another format to the columns that disco-trl reads."""
 
 from __future__ import annotations
 
-import argparse
-import sys
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from datasets import Features, List, Value
-
-from ..data.curation.convert import MESSAGES, TYPES, Converter, Report, _converted, _paired, detect_format, rename
 from ..data.curation.formats import FORMATS, rated_answers_of_ultrafeedback
-from ..data.files import Row, RowWriter, check_output, choose_split, load_preferences, open_rows
-from .arguments import add_data_arguments
+from .arguments import OutputFileArguments, SplitArguments, at_least_one
 
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl data convert`."""
-    parser = argparse.ArgumentParser(
-        prog="disco-trl data convert",
-        description="Convert preferences of another format to the columns that disco-trl reads.",
-        epilog="formats:\n" + "\n".join(f"  {name:14} {known.what}" for name, known in FORMATS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_data_arguments(parser, "what to convert")
-    parser.add_argument(
-        "--from",
-        dest="format",
+if TYPE_CHECKING:
+    from datasets import Features
+
+    from ..data.files import Row
+
+
+@dataclass(kw_only=True)
+class Arguments(OutputFileArguments, SplitArguments):
+    """The arguments of `disco-trl data convert`."""
+
+    format: str = field(
         default="auto",
-        choices=["auto", *FORMATS],
-        help="the format; auto tells it by the columns (default)",
+        metadata={
+            "choices": ["auto", *FORMATS],
+            "metavar": "FORMAT",
+            "help": "What the rows are: auto (the default), which is inferred from the columns; "
+            + "; ".join(f"{name}: {known.what}" for name, known in FORMATS.items())
+            + ".",
+        },
     )
-    parser.add_argument(
-        "--rename",
-        action="append",
-        default=[],
-        metavar="OLD=NEW",
-        help="read column OLD as if it were called NEW; may be given several times",
+    rename: list[str] = field(
+        default_factory=list,
+        metadata={"metavar": "OLD=NEW", "help": "Read column OLD as if it were called NEW; any number of them."},
     )
-    parser.add_argument(
-        "--plain-text",
-        action="store_true",
-        help="leave prompts and answers as text; without it they become messages, for the chat template to join",
+    plain_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave prompts and answers as text. Without it they become messages, for the chat template."
+        },
     )
-    parser.add_argument("--skip-bad", action="store_true", help="skip and count rows that cannot be converted")
-    parser.add_argument(
-        "--pairs", type=int, metavar="N", help="of ratings: how many pairs (default: each answer once)"
+    skip_bad: bool = field(default=False, metadata={"help": "Skip and count rows that cannot be converted."})
+    pairs: int | None = field(
+        default=None, metadata={"help": "For ratings: the number of pairs (default: each answer is in one)."}
     )
-    parser.add_argument("--seed", type=int, default=0, help="of ratings: seed of the pairs (default: 0)")
-    parser.add_argument(
-        "--to",
-        choices=["rankings", "pairs"],
-        help="of ultrafeedback: rankings (default), or pairs with ratings",
+    seed: int = field(default=0, metadata={"help": "For ratings: the seed of the pairs (default: %(default)s)."})
+    to: Literal["rankings", "pairs"] | None = field(
+        default=None, metadata={"help": "For ultrafeedback: rankings (the default), or pairs with ratings."}
     )
-    parser.add_argument(
-        "--score",
-        help="of ultrafeedback: overall_score (default), fine-grained_score, or an aspect such as helpfulness",
+    score: str | None = field(
+        default=None,
+        metadata={
+            "help": "For ultrafeedback: overall_score (the default), fine-grained_score, or an aspect such as "
+            "helpfulness."
+        },
     )
-    args = parser.parse_args(argv)
-    try:
-        report = _run(args)
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    print(report)
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "pairs")
 
 
-def _run(args: argparse.Namespace) -> Report:
-    out = Path(args.out)
+def run(args: Arguments) -> None:
+    """Convert a dataset, and print how many rows were read and written."""
+    from ..data.curation.convert import Converter, Report, convert_pairs, convert_rows, detect_format, rename
+    from ..data.files import RowWriter, check_output, choose_split, load_preferences, open_rows
+
+    out = Path(args.output_file)
     check_output(out)
     renamed = dict(_renaming(argument) for argument in args.rename)
-    dataset = open_rows(args.data, args.config, args.split)
+    dataset = open_rows(args.dataset_name, args.dataset_config, args.dataset_split)
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError("the data is empty; check its path and split")
@@ -85,8 +83,6 @@ def _run(args: argparse.Namespace) -> Report:
     for option, owner in {"pairs": "ratings", "to": "ultrafeedback", "score": "ultrafeedback"}.items():
         if getattr(args, option) is not None and name != owner:
             raise ValueError(f"--{option} is for the format {owner}, and this is {name}; leave it out")
-    if args.pairs is not None and args.pairs < 1:
-        raise ValueError(f"--pairs {args.pairs} must be at least 1")
 
     convert = FORMATS[name].convert
     if args.to == "pairs":
@@ -98,11 +94,11 @@ def _run(args: argparse.Namespace) -> Report:
     converter = Converter(convert, report, args.plain_text, renamed, args.skip_bad, flat)
     if name == "ratings":
         # Which answer meets which is drawn from all of them, so they are read in any order: from disk.
-        splits = load_preferences(args.data, args.config, argument="DATA")
-        stored = choose_split(splits, args.split or next(iter(splits)), "--split").with_format(None)
-        groups = _paired(stored, converter, args.pairs, args.seed)
+        splits = load_preferences(args.dataset_name, args.dataset_config)
+        stored = choose_split(splits, args.dataset_split or next(iter(splits)), "--dataset_split").with_format(None)
+        groups = convert_pairs(stored, converter, args.pairs, args.seed)
     else:
-        groups = _converted(dataset, converter, rated=args.to == "pairs")
+        groups = convert_rows(dataset, converter, rated=args.to == "pairs")
     first = next(filter(None, groups), None)
     if first is None:
         raise ValueError(f"no row is left, so {out} is not written\n{report}")
@@ -115,7 +111,7 @@ def _run(args: argparse.Namespace) -> Report:
                 buffer = []
         writer.write(buffer)
         report.written = writer.rows
-    return report
+    print(report)
 
 
 def _renaming(argument: str) -> tuple[str, str]:
@@ -126,6 +122,10 @@ def _renaming(argument: str) -> tuple[str, str]:
 
 
 def _features(row: Row) -> Features:
+    from datasets import Features, List, Value
+
+    from ..data.curation.convert import MESSAGES, TYPES
+
     types: dict[str, Any] = {}
     for name, value in row.items():
         if name in TYPES:

@@ -1,20 +1,86 @@
-"""`disco-trl estimate`: parameters and memory of a training run, before anyone rents a machine."""
+"""Tell how many parameters and how much memory the training of a reward model will need.
+
+In full, with LoRA, and with QLoRA (nf4, double quantization). Only the model's config is read.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from transformers import AutoConfig
+from .arguments import at_least_one
 
-from ..trainer.dataless_model import DTYPES, METHODS, OPTIMIZERS, Settings
-from ..trainer.estimate import SHARDINGS, Estimate, estimate
 
+if TYPE_CHECKING:
+    from ..trainer.estimate import Estimate
 
 LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 GIB = 2**30
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """The arguments of `disco-trl estimate`."""
+
+    model_name_or_path: str = field(metadata={"help": "MODEL: a local folder, or an id on the Hub."})
+    batch_size: int = field(default=8, metadata={"help": "Pairs on each device (default: %(default)s)."})
+    length: int = field(default=1024, metadata={"help": "Tokens of a side of a pair (default: %(default)s)."})
+    prompt_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Part of a side that both sides share, which prefix sharing computes once (default: %(default)s)."
+        },
+    )
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Whether prefixes are shared (the default) or batches padded, as TRL's are."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters (default: %(default)s)."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"metavar": "MODULE", "help": "Modules that get an adapter, by name (default: all-linear)."},
+    )
+    dtype: str = field(
+        default="mixed",
+        metadata={
+            "help": "mixed (the default): weights in float32, computing in bfloat16, which is what TRL's defaults "
+            "come to; bfloat16: weights too; float32: everything."
+        },
+    )
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "help": "Optimizer, as in transformers: adamw_torch_fused (the default), adamw_torch, adamw_8bit, "
+            "paged_adamw_8bit, sgd or adafactor."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Whether activations are dropped and computed again, as by TRL's default."}
+    )
+    processes: int = field(default=1, metadata={"help": "Number of devices (default: %(default)s)."})
+    sharding: str = field(
+        default="none", metadata={"help": "What the devices share: none (the default), zero2, zero3 or fsdp."}
+    )
+    device: Literal["cuda", "cpu"] = field(default="cuda", metadata={"help": "Kind of device (default: %(default)s)."})
+    methods: list[str] = field(
+        default_factory=lambda: list(LABELS),
+        metadata={"metavar": "METHOD", "help": "Ways of training: full, lora, qlora (default: all)."},
+    )
+    memory: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "GIB",
+            "help": "Memory of a device; the table then tells what fits, and the largest batch.",
+        },
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON, with memory in bytes."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "batch_size", "length", "lora_r", "processes")
+        if not 0 <= self.prompt_share <= 1:
+            raise ValueError(f"--prompt_share {self.prompt_share} must be between 0 and 1")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"--memory {self.memory} must be positive")
 
 
 def table(estimates: dict[str, Estimate], memory: int | None) -> str:
@@ -37,78 +103,19 @@ def table(estimates: dict[str, Estimate], memory: int | None) -> str:
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="disco-trl estimate",
-        description="Parameters and memory of training a reward model: in full, with LoRA, and with QLoRA (nf4, "
-        "double quantization). Only the model's config is read.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", help="local folder or Hub id")
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs on each device (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a side of a pair (default: %(default)s)")
-    parser.add_argument(
-        "--prompt-share",
-        type=float,
-        default=0.0,
-        help="part of a side that both sides share, which prefix sharing computes once (default: %(default)s)",
-    )
-    parser.add_argument("--no-prefix-sharing", action="store_true", help="padded batches, as TRL's")
-    parser.add_argument("--lora-r", type=int, default=16, help="rank of the adapters (default: %(default)s)")
-    parser.add_argument(
-        "--lora-target-modules",
-        nargs="+",
-        default=["all-linear"],
-        help="modules that get one, by name (default: all-linear)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="mixed",
-        help="mixed: weights in float32, computing in bfloat16, what TRL's defaults come to; bfloat16: weights too; "
-        "float32: all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--optim", choices=OPTIMIZERS, default=OPTIMIZERS[0], help="as in transformers (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="forget activations and compute them again (default: on, as TRL's)",
-    )
-    parser.add_argument("--processes", type=int, default=1, help="devices (default: %(default)s)")
-    parser.add_argument(
-        "--sharding", choices=SHARDINGS, default="none", help="what the devices share (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="kind of device (default: %(default)s)"
-    )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="of a device: say what fits, and the largest batch"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
-    return parser
+def run(args: Arguments) -> None:
+    """Estimate, and print a table."""
+    from transformers import AutoConfig
 
+    from ..trainer.dataless_model import Settings
+    from ..trainer.estimate import estimate
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl estimate` with these arguments."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "length", "lora_r", "processes"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if not 0 <= args.prompt_share <= 1:
-        parser.error(f"--prompt-share {args.prompt_share} must be between 0 and 1")
-    if args.memory is not None and not args.memory > 0:
-        parser.error(f"--memory {args.memory} must be positive")
+    model = args.model_name_or_path
     targets = args.lora_target_modules
     settings = Settings(
         length=args.length,
         prompt_share=args.prompt_share,
-        prefix_sharing=not args.no_prefix_sharing,
+        prefix_sharing=args.prefix_sharing,
         dtype=args.dtype,
         optim=args.optim,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -117,16 +124,11 @@ def main(argv: list[str]) -> None:
         device=args.device,
     )
     memory = None if args.memory is None else round(args.memory * GIB)
-    try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-        estimates = {
-            method: estimate(
-                config, args.model, method, settings, args.batch_size, args.processes, args.sharding, memory
-            )
-            for method in args.methods
-        }
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    estimates = {
+        method: estimate(config, model, method, settings, args.batch_size, args.processes, args.sharding, memory)
+        for method in args.methods
+    }
     if args.json:
         result = {"settings": vars(args), "estimates": {name: asdict(found) for name, found in estimates.items()}}
         print(json.dumps(result, indent=2))
@@ -134,7 +136,7 @@ def main(argv: list[str]) -> None:
     refusal = next(iter(estimates.values())).prefix_sharing_refusal
     layout = "prefixes shared" if refusal is None else "padded"
     print(
-        f"{args.model}, on each of {args.processes} {args.device}: {args.batch_size} pairs, {args.length} tokens a "
+        f"{model}, on each of {args.processes} {args.device}: {args.batch_size} pairs, {args.length} tokens a "
         f"side, {layout}, {args.dtype}, {args.optim}"
     )
     if refusal is not None and settings.prefix_sharing:

@@ -1,34 +1,40 @@
-"""`disco-trl export`: write a reward model in a form that other tools take."""
+"""Write a reward model in a form that other tools take as it is. Adapters are merged.
+
+The rewards of what was written are compared with those of its source before it gets its name.
+"""
 
 from __future__ import annotations
 
-import argparse
-import sys
-
-from ..models.export import DTYPES, TARGETS, ProofError, export
+from dataclasses import dataclass, field
 
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl export` with these arguments."""
-    parser = argparse.ArgumentParser(
-        prog="disco-trl export",
-        description="Write a reward model in a form that other tools take as it is; adapters are merged.",
-        allow_abbrev=False,
+@dataclass(kw_only=True)
+class Arguments:
+    """The arguments of `disco-trl export`."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "MODEL: a disco checkpoint, a PEFT adapter or a scalar reward model; a folder, or an id on the "
+            "Hub."
+        }
     )
-    parser.add_argument("model", help="path or Hub id of a disco checkpoint, a scalar reward model or an adapter")
-    parser.add_argument("output", help="directory to write")
-    parser.add_argument(
-        "--to",
-        choices=TARGETS,
-        required=True,
-        help="scalar: a plain reward model, the location; two-logit: a plain classifier with location and raw scale, "
-        "for engines such as vLLM; disco: a full disco checkpoint",
+    output_dir: str = field(metadata={"help": "OUTPUT_DIR: the folder to write."})
+    to: str = field(
+        metadata={
+            "help": "What to write. scalar: a plain reward model, the location alone; two-logit: a plain classifier "
+            "with the location and the raw scale, for engines such as vLLM; disco: a full disco checkpoint."
+        }
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in OUTPUT")
-    args = parser.parse_args(argv)
-    try:
-        report = export(args.model, args.output, args.to, args.dtype, args.overwrite)
-    except (ValueError, OSError, ProofError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    print(f"{args.output}: {report}")
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the weights: float32 (the default), bfloat16 or float16."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in OUTPUT_DIR."})
+
+
+def run(args: Arguments) -> None:
+    """Export a model."""
+    from ..models.export import export
+
+    report = export(args.model_name_or_path, args.output_dir, args.to, args.dtype, args.overwrite)
+    print(f"{args.output_dir}: {report}")

@@ -1,61 +1,75 @@
-"""`disco-trl filter`: keep, drop or flip preference pairs by predicted probability and uncertainty."""
+"""Keep, drop or flip preference pairs by what a reward model thinks of their labels.
+
+DATA holds pairs that `disco-trl score` has scored, or pairs that --model_name_or_path scores here. p is the
+probability that the chosen answer beats the rejected one. The rules apply in this order: flip_below, min_prob,
+max_prob, max_scale.
+"""
 
 from __future__ import annotations
 
-import argparse
 import array
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value
-from transformers.utils import logging
-
-from ..data.files import Row, RowWriter, check_output, chunks, open_rows, parquet_features, refuse_clash
-from ..rewards.annotate import Annotator, find_answers
-from ..rewards.filter import PairFilter, Report, Rules
-from .arguments import add_data_arguments, add_model_arguments, load_reward
+from .arguments import OutputFileArguments, ScoringArguments, SplitArguments
 
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl filter`."""
-    parser = argparse.ArgumentParser(
-        prog="disco-trl filter",
-        description="Keep, drop or flip preference pairs by what a reward model thinks of their labels.",
-        epilog="The rules apply in the order in which they stand above. p is P(chosen beats rejected).",
-        allow_abbrev=False,
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+    from ..data.files import Row
+    from ..rewards.filter import PairFilter
+
+
+@dataclass(kw_only=True)
+class Arguments(ScoringArguments, OutputFileArguments, SplitArguments):
+    """The arguments of `disco-trl filter`."""
+
+    model_name_or_path: str | None = field(  # type: ignore[assignment]  # here alone a model may be left out
+        default=None,
+        metadata={"help": "Reward model to score the pairs with, if `disco-trl score` has not done so."},
     )
-    add_data_arguments(parser, "preference pairs, scored by `disco-trl score` or, with --model, here")
-    rules = parser.add_argument_group("rules")
-    rules.add_argument("--flip-below", type=float, metavar="P", help="swap the answers where p is below P")
-    rules.add_argument("--min-prob", type=float, metavar="P", help="drop pairs whose label is less likely than P")
-    rules.add_argument("--max-prob", type=float, metavar="P", help="drop pairs whose label is more likely than P")
-    scale = rules.add_mutually_exclusive_group()
-    scale.add_argument("--max-scale", type=float, metavar="S", help="drop pairs with an answer whose scale is above S")
-    scale.add_argument(
-        "--max-scale-quantile",
-        type=float,
-        metavar="Q",
-        help="the same, with S such that a share Q of all pairs read is not above it",
+    flip_below: float | None = field(
+        default=None, metadata={"help": "Swap the answers of pairs whose p is below this."}
     )
-    parser.add_argument("--prefix", default="", help="what `disco-trl score --prefix` put before the names")
-    parser.add_argument("--report", help="JSON file for what was done")
-    add_model_arguments(parser, required=False)
-    args = parser.parse_args(argv)
-    try:
-        report = _run(args)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    print(report)
+    min_prob: float | None = field(default=None, metadata={"help": "Drop pairs whose p is below this."})
+    max_prob: float | None = field(default=None, metadata={"help": "Drop pairs whose p is above this."})
+    max_scale: float | None = field(
+        default=None, metadata={"help": "Drop pairs with an answer whose scale is above this."}
+    )
+    max_scale_quantile: float | None = field(
+        default=None,
+        metadata={"help": "As max_scale, which is chosen such that this share of all pairs is not above it."},
+    )
+    prefix: str = field(default="", metadata={"help": "The prefix that `disco-trl score` was given, if any."})
+    report: str | None = field(default=None, metadata={"help": "JSON file to write with what was done."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_scale_quantile is None:
+            return
+        if self.max_scale is not None:
+            raise ValueError("--max_scale and --max_scale_quantile exclude each other; give one of them")
+        if self.model_name_or_path is not None:
+            raise ValueError("--max_scale_quantile reads the scores twice; run `disco-trl score` first")
+        if not 0 < self.max_scale_quantile < 1:
+            raise ValueError(f"--max_scale_quantile {self.max_scale_quantile} must be strictly between 0 and 1")
 
 
-def _run(args: argparse.Namespace) -> Report:
-    out = Path(args.out)
+def run(args: Arguments) -> None:
+    """Write the pairs of a dataset that are to be kept."""
+    import numpy as np
+
+    from ..data.files import RowWriter, check_output, open_rows, refuse_clash
+    from ..rewards.annotate import Annotator, find_answers
+    from ..rewards.filter import PairFilter, Rules
+
+    out = Path(args.output_file)
     check_output(out)
     rules = Rules(
         flip_below=args.flip_below,
@@ -64,25 +78,20 @@ def _run(args: argparse.Namespace) -> Report:
         # To be read from the data.
         max_scale=args.max_scale if args.max_scale_quantile is None else math.inf,
     )
-    if args.max_scale_quantile is not None:
-        if args.model is not None:
-            raise ValueError("--max-scale-quantile reads the scores twice; run `disco-trl score` first")
-        if not 0 < args.max_scale_quantile < 1:
-            raise ValueError(f"--max-scale-quantile {args.max_scale_quantile} must be strictly between 0 and 1")
-    dataset = open_rows(args.data, args.config, args.split)
+    dataset = open_rows(args.dataset_name, args.dataset_config, args.dataset_split)
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError("the data is empty; check its path and split")
 
     new_columns: list[str] = []
     annotator = layout = None
-    if args.model is not None:
+    if args.model_name_or_path is not None:
         layout = find_answers(first_row)
         if not layout.is_pair:
             raise ValueError(f"the rows hold one answer each, in {layout.columns[0]!r}; only pairs can be filtered")
-        annotator = Annotator(load_reward(args), prefix=args.prefix)
+        annotator = Annotator(args.load_reward(), prefix=args.prefix)
         new_columns = annotator.column_names(layout)
-        refuse_clash(list(first_row), new_columns, "leave out --model to filter by it, or pass --prefix")
+        refuse_clash(list(first_row), new_columns, "leave out --model_name_or_path to filter by it, or pass --prefix")
     pair_filter = PairFilter(rules, [*first_row, *new_columns], args.prefix)
     if args.max_scale_quantile is not None:
         # One number a pair is all that is held of it.
@@ -109,10 +118,14 @@ def _run(args: argparse.Namespace) -> Report:
             )
         if report.kept == 0:
             raise ValueError(f"no pair is left, so {out} is not written\n{report}")
-    return report
+    print(report)
 
 
 def _with_bar(dataset: Dataset | IterableDataset, what: str) -> Iterator[list[Row]]:
+    from transformers.utils import logging
+
+    from ..data.files import chunks
+
     with logging.tqdm(desc=what, unit="row") as bar:
         for rows in chunks(dataset):
             yield rows
@@ -120,6 +133,10 @@ def _with_bar(dataset: Dataset | IterableDataset, what: str) -> Iterator[list[Ro
 
 
 def _features(dataset: Dataset | IterableDataset, pair_filter: PairFilter, new_columns: list[str]) -> Features:
+    from datasets import Value
+
+    from ..data.files import parquet_features
+
     added: dict[str, Any] = dict.fromkeys(new_columns, Value("float32"))
     if pair_filter.rules.flip_below is not None:
         added["flipped"] = Value("bool")

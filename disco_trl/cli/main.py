@@ -1,54 +1,47 @@
-"""The `disco-trl` command. Each subcommand is a module with a `main(argv)`, imported when it runs."""
+"""The `disco-trl` command."""
+
+from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-
-
-# name: (module, what it does)
-COMMANDS = {
-    "train": ("train", "train a reward model; takes the arguments of `trl reward` and those of DiscoRewardConfig"),
-    "estimate": ("estimate", "say how many parameters and how much memory training will need"),
-    "evaluate": ("evaluate", "say how good a reward model is on held-out data, and how honest; with a report"),
-    "compare": ("compare", "train Bradley-Terry and our variants alike, and say which is better"),
-    "score": ("score", "add location, scale and reward to each row of a dataset"),
-    "filter": ("filter", "keep, drop or flip preference pairs by predicted probability and uncertainty"),
-    "best-of-n": ("best_of_n", "pick the best of several answers to each prompt"),
-    "data": ("data", "check a preference dataset, or convert another format to one"),
-    "export": ("export", "merge an adapter; write a plain scalar, a two-logit or a disco checkpoint"),
-    "serve": ("serve", "answer requests for rewards over HTTP"),
-}
+from .commands import COMMANDS, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `disco-trl` with `argv` (default: the command line) and return its exit status."""
+    """
+    Run `disco-trl`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            The command and its arguments, by default those of this process.
+
+    Returns:
+        `int`: The exit status.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(argv[:2]) in COMMANDS:
+        argv[:2] = [" ".join(argv[:2])]
     parser = argparse.ArgumentParser(
         prog="disco-trl",
         description="Reward models that give a distribution in place of a number.",
+        epilog="disco-trl COMMAND --help lists the arguments of a command.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"disco-trl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (_, help_text) in COMMANDS.items():
-        # `disco-trl train --help` is the training parser's own.
-        commands.add_parser(name, help=help_text, add_help=False)
+    for command in COMMANDS.values():
+        commands.add_parser(command.name, help=command.help, add_help=False)
 
     # What follows the command is its own, words that look like ours included.
-    args, rest = parser.parse_known_args(argv)
-    if args.command is None:
+    name = parser.parse_args(argv[:1]).command
+    if name is None:
         parser.print_help()
         return 0
-    module, _ = COMMANDS[args.command]
-    try:
-        command = importlib.import_module(f".{module}", __package__)
-    except ImportError as error:  # of an optional dependency; the message names the extra
-        sys.exit(f"disco-trl {args.command}: {error}")
-    try:
-        command.main(rest)
-    except RecursionError:
-        sys.exit(f"disco-trl {args.command}: a value in a file is nested too deeply to be read")
-    return 0
+    if COMMANDS[name].is_launched:
+        from .launch import launch  # imports nothing of weight itself, but for the one command
+
+        return launch(COMMANDS[name], argv[1:])
+    return run(COMMANDS[name], argv[1:])

@@ -1,70 +1,65 @@
-"""`disco-trl score`: add location, scale and reward to each row of a dataset."""
+"""Score every answer of a dataset: add its location, scale and reward to each row.
+
+The rows may be preferences, prompts with completions, messages or texts. A run that was killed goes on where it was if
+the same command is run again. On several processes:
+
+  accelerate launch --num_processes 2 -m disco_trl.cli.score MODEL DATA OUTPUT_FILE
+"""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.files import (
-    ROWS_AT_ONCE,
-    check_output,
-    open_rows,
-)
-from ..distributions.transforms import get_transform
-from ..models.distributed import process_state
-from ..rewards.annotate import Annotator, _remove, annotate_file
-from .arguments import add_data_arguments, add_model_arguments, add_transform_arguments, load_reward, transform_options
+from .arguments import OutputFileArguments, ScoringArguments, SplitArguments, TransformArguments, at_least_one
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="disco-trl score",
-        description="Score every answer of a data set. Run again after a kill, it goes on where it was.",
-        epilog="Several processes: accelerate launch --num_processes N -m disco_trl.cli.score DATA ...",
-        allow_abbrev=False,
+@dataclass(kw_only=True)
+class Arguments(TransformArguments, OutputFileArguments, SplitArguments, ScoringArguments):
+    """The arguments of `disco-trl score`."""
+
+    prefix: str = field(default="", metadata={"help": "Prefix of the names of the new columns."})
+    rows_per_part: int = field(
+        default=256, metadata={"help": "Rows that a kill can cost, and that are held at once (default: %(default)s)."}
     )
-    add_data_arguments(parser, "preferences, prompts with completions, messages or texts")
-    add_model_arguments(parser)
-    add_transform_arguments(parser)
-    parser.add_argument("--prefix", default="", help="put before the names of the new columns")
-    parser.add_argument(
-        "--rows-per-part", type=int, default=ROWS_AT_ONCE, help="rows that a kill can cost (default: %(default)s)"
-    )
-    return parser
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "rows_per_part")
 
 
-def main(argv: list[str]) -> None:
-    """Run `disco-trl score`."""
-    parser = _make_parser()
-    args = parser.parse_args(argv)
+def run(args: Arguments) -> None:
+    """Score a dataset, in one process or in several."""
+    from ..data.files import check_output, open_rows
+    from ..distributions.transforms import get_transform
+    from ..models.distributed import process_state
+    from ..rewards.annotate import Annotator, annotate_file, remove_parts
+
     # The timeout is for the slowest process: the default of ten minutes might be less than it needs for its last part.
     state = process_state(use_cpu=args.device == "cpu", timeout=datetime.timedelta(days=7))
-    try:
-        out = Path(args.out)
-        parts = out.with_name(f"{out.name}.parts")
-        is_complete = out.exists() and (parts / "settings.json").exists()
-        state.wait_for_everyone()
-        if is_complete:
-            # Killed after the last step but one: the file gets its name when it is complete.
-            if state.is_main_process:
-                _remove(parts)
-                print(f"{out} was complete")
-            return
-        check_output(out)
-        if args.rows_per_part < 1:
-            raise ValueError(f"--rows-per-part {args.rows_per_part} must be at least 1")
-        transform = get_transform(args.transform, **transform_options(args))
-        dataset = open_rows(args.data, args.config, args.split)
-        annotator = Annotator(load_reward(args), transform, args.prefix)
-        rows, rows_before = annotate_file(dataset, out, annotator, args.rows_per_part)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    out = Path(args.output_file)
+    parts = out.with_name(f"{out.name}.parts")
+    is_complete = out.exists() and (parts / "settings.json").exists()
+    state.wait_for_everyone()
+    if is_complete:
+        # Killed after the last step but one: the file gets its name when it is complete.
+        if state.is_main_process:
+            remove_parts(parts)
+            print(f"{out} was complete")
+        return
+    check_output(out)
+    transform = get_transform(args.transform, **args.transform_options)
+    dataset = open_rows(args.dataset_name, args.dataset_config, args.dataset_split)
+    annotator = Annotator(args.load_reward(), transform, args.prefix)
+    rows, rows_before = annotate_file(dataset, out, annotator, args.rows_per_part)
     if state.is_main_process:
         print(f"{out}: {rows} rows, {rows_before} of them scored before")
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from .main import main
+
+    raise SystemExit(main(["score", *sys.argv[1:]]))

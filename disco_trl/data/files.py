@@ -12,7 +12,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,13 @@ ROWS_AT_ONCE = 256
 """Rows of a chunk by default: enough to batch by length, few enough to hold."""
 
 
-def open_rows(name: str, config: str | None = None, split: str | None = None) -> Dataset | IterableDataset:
+def open_rows(
+    name: str,
+    config: str | None = None,
+    split: str | None = None,
+    argument: str = "--dataset_name",
+    split_argument: str = "--dataset_split",
+) -> Dataset | IterableDataset:
     """
     The rows of what `load_preferences` loads. Local files are streamed. A Hub dataset, which is read more than once,
     is downloaded and then read from disk.
@@ -40,7 +46,11 @@ def open_rows(name: str, config: str | None = None, split: str | None = None) ->
         config (`str`, *optional*):
             Name of the dataset's configuration.
         split (`str`, *optional*):
-            Which split; may be left out where there is only one.
+            Name of the split. It can be left out if there is only one.
+        argument (`str`, *optional*, defaults to `"--dataset_name"`):
+            What the command line calls `name`, for messages.
+        split_argument (`str`, *optional*, defaults to `"--dataset_split"`):
+            What the command line calls `split`, for messages.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The rows, without a format.
@@ -48,12 +58,12 @@ def open_rows(name: str, config: str | None = None, split: str | None = None) ->
     Raises:
         `FileNotFoundError`, `ValueError`: If there is no such file or split; the message says which there are.
     """
-    splits = load_preferences(name, config, streaming=Path(name).exists(), argument="DATA")
+    splits = load_preferences(name, config, streaming=Path(name).exists(), argument=argument)
     if split is None:
         if len(splits) > 1:
-            raise ValueError(f"{name} has the splits {', '.join(map(repr, splits))}; choose one with --split")
+            raise ValueError(f"{name} has the splits {', '.join(map(repr, splits))}; choose one with {split_argument}")
         split = next(iter(splits))
-    return choose_split(splits, split, "--split").with_format(None)
+    return choose_split(splits, split, split_argument).with_format(None)
 
 
 def chunks(dataset: Dataset | IterableDataset, size: int = ROWS_AT_ONCE) -> Iterator[list[Row]]:
@@ -116,9 +126,9 @@ def refuse_clash(found: list[str], new: list[str], fix: str) -> None:
 def check_output(path: Path) -> None:
     """Raise `ValueError` unless rows can be written to that path, which must not exist yet."""
     if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"--out {path}: its name must end in .parquet or .jsonl")
+        raise ValueError(f"--output_file {path}: its name must end in .parquet or .jsonl")
     if os.path.lexists(path):  # a link to nowhere too
-        raise ValueError(f"--out {path} exists already; delete it, or choose another name")
+        raise ValueError(f"--output_file {path} exists already; delete it, or choose another name")
 
 
 def as_json(row: Row, row_number: int) -> str:
@@ -345,7 +355,7 @@ def _refuse_odd_file(path: Path, suffix: str, argument: str) -> None:
             )
 
 
-def choose_split(dataset: Any, split: str, argument: str) -> Any:
+def choose_split(dataset: Any, split: str, argument: str, more_fixes: Sequence[str] = ()) -> Any:
     """
     `dataset[split]`, or an error that lists the splits there are and how to make this one.
 
@@ -356,6 +366,8 @@ def choose_split(dataset: Any, split: str, argument: str) -> Any:
             Name of the wanted split.
         argument (`str`):
             The argument that named it, for the message.
+        more_fixes (`Sequence[str]`, *optional*, defaults to `()`):
+            What else the user can do, for the message.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The split.
@@ -367,9 +379,8 @@ def choose_split(dataset: Any, split: str, argument: str) -> Any:
         fixes = [
             f"pass {argument} with one of these names",
             f"put the data in a folder as train.jsonl and {split}.jsonl and pass the folder",
+            *more_fixes,
         ]
-        if argument == "--dataset_test_split":
-            fixes += ["set test_split_size if you mix `datasets`", "train without evaluation (--eval_strategy no)"]
         raise ValueError(
             f"{argument}: the dataset has no split {split!r}; it has {', '.join(map(repr, dataset))}. "
             f"Either {', or '.join(fixes)}."

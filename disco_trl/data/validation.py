@@ -219,7 +219,7 @@ class _Notice:
             f"{dataset_name} dataset, row {index}, column '{column}': the text holds {token!r}, which the tokenizer "
             "takes for the special token, as TRL does: whoever wrote it can end a turn, or begin another. If you "
             "rendered the text yourself all is well; else take it out. No further row is named; "
-            "`disco-trl data check --model` counts them"
+            "`disco-trl data check --model_name_or_path` counts them"
         )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..data.columns import Layout, find_layout
-from ..data.curation.formats import first_of, prompt_messages
+from ..data.curation.formats import FORMATS, first_of, prompt_messages
 from ..data.records import Comparison, Record, read_record
 from ..data.values import BadRow, Row, as_number, is_missing, shown
 
@@ -364,3 +364,8 @@ BENCHMARKS = {
     "llm-bar": Benchmark("LLMBar", _is_llm_bar, _read_llm_bar, _summarize_by_subset),
 }
 """By name. Rows of a preference dataset are of none of them."""
+
+PREFERENCES = "preferences"
+"""The kind of rows that training takes."""
+KINDS = (PREFERENCES, *BENCHMARKS, *(name for name in FORMATS if name != "ratings"))
+"""What rows may be: those of training, of a benchmark, or of a format that `disco-trl data convert` reads."""

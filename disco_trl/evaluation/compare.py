@@ -158,6 +158,10 @@ class Result:
         return cls(variant, seed, figures, RewardDistribution(family=figures["family"], **tensors))
 
 
+class SearchError(RuntimeError):
+    """A search for settings failed."""
+
+
 def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tuple[Variant, int, Run]]:
     """Searches for the best settings of each variant, with the seed of its first run.
 
@@ -171,7 +175,7 @@ def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tup
         `list[tuple[Variant, int, Run]]`: The runs with the settings that were found for their variant.
 
     Raises:
-        `RuntimeError`: If a search fails. The message ends with the last lines of its log.
+        `SearchError`: If a search fails. The message ends with the last lines of its log.
     """
     found: dict[str, dict[str, Any]] = {}
     for variant, _, run in logging.tqdm(runs, desc="Searches", unit="run"):
@@ -179,7 +183,7 @@ def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tup
             folder = Path(run.output).with_name(f"{variant.folder}-search")
             words = launch(replace(run, search=trials, output=str(folder)))
             if words is not None:
-                raise RuntimeError(f"the search for {variant.name} failed:\n{words}")
+                raise SearchError(f"the search for {variant.name} failed:\n{words}")
             found[variant.name] = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))["best"]
     return [(variant, seed, replace(run, settings=run.settings | found[variant.name])) for variant, seed, run in runs]
 
@@ -251,7 +255,8 @@ def _check_same(run: Run) -> None:
     changed = [name for name, value in asdict(run).items() if value != before.get(name)]
     if changed:
         raise ValueError(
-            f"{file.parent} holds a run with another {' and '.join(changed)}; remove it, or choose another --out"
+            f"{file.parent} holds a run with another {' and '.join(changed)}; remove it, or choose another "
+            "--output_dir"
         )
 
 
@@ -401,14 +406,15 @@ def as_table(results: list[Result]) -> str:
     lines.append("| --- |" + " ---: |" * (len(names) + 3))
     for variant in dict.fromkeys(result.variant.name for result in results):
         runs = [result for result in results if result.variant.name == variant]
-        cells = [_mean_and_range(_values(runs, group, name), "{:.3f}") for group, name in names]
+        cells = [mean_and_range(_values(runs, group, name), "{:.3f}") for group, name in names]
         for name in ("minutes", "peak_gib"):
-            cells.append(_mean_and_range([run.figures[name] for run in runs], "{:.1f}"))
+            cells.append(mean_and_range([run.figures[name] for run in runs], "{:.1f}"))
         lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _mean_and_range(values: list[float], form: str) -> str:
+def mean_and_range(values: list[float], form: str) -> str:
+    """The mean of a figure over seeds, with its range where there are several."""
     if not values:
         return "–"
     spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""

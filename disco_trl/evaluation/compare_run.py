@@ -32,8 +32,6 @@ from .held_out import HeldOut
 
 
 BRADLEY_TERRY = "bradley-terry"
-TRAINERS = ("trl", "disco")
-"""The trainers that can train Bradley–Terry."""
 FIGURES_FILE = "metrics.json"
 REWARDS_FILE = "rewards.safetensors"
 DRAWS = 300
@@ -47,7 +45,7 @@ class Run:
         base (`str`):
             `"bradley-terry"` or the name of a family.
         bradley_terry (`str`):
-            Trainer of Bradley–Terry, one of [`TRAINERS`].
+            Trainer of Bradley–Terry, `"trl"` or `"disco"`.
         settings (`dict`):
             Fields of the trainer's config.
         seed (`int`):
@@ -106,9 +104,9 @@ def read_data(run: Run, processing_class: PreTrainedTokenizerBase) -> tuple[Data
     Returns:
         `tuple[Dataset, HeldOut]`: Training rows and held-out data.
     """
-    splits = load_preferences(run.data, argument="DATA")
-    train = choose_split(splits, run.train_split, "--train-split")
-    test = choose_split(splits, run.test_split, "--test-split")
+    splits = load_preferences(run.data)
+    train = choose_split(splits, run.train_split, "--dataset_train_split")
+    test = choose_split(splits, run.test_split, "--dataset_test_split")
     if run.max_length is not None:
         longest = run.max_length
         train = train.filter(lambda row: max(map(len, tokenize_answers(row, processing_class))) <= longest)

@@ -23,14 +23,8 @@ from ..data.records import Record
 from ..data.tokenization import tokenize_record
 from ..data.values import BadRow, Row
 from ..distributions.reward_distribution import RewardDistribution
-from .benchmarks import BENCHMARKS, Benchmark, Item, read_preference
+from .benchmarks import BENCHMARKS, KINDS, PREFERENCES, Benchmark, Item, read_preference
 from .metrics import Forecasts
-
-
-PREFERENCES = "preferences"
-"""The kind of rows that training takes."""
-KINDS = (PREFERENCES, *BENCHMARKS, *(name for name in FORMATS if name != "ratings"))
-"""What rows may be: those of training, of a benchmark, or of a format that `disco-trl data convert` reads."""
 
 
 def detect_kind(row: Row) -> str:

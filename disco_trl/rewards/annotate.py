@@ -358,7 +358,7 @@ def annotate_file(
             for index, rows in enumerate(chunks(dataset, rows_per_part)):
                 scores = pq.read_table(parts / f"part-{index:06d}.parquet").to_pylist()
                 writer.write([row | numbers for row, numbers in zip(rows, scores, strict=True)])
-        _remove(parts)
+        remove_parts(parts)
     state.wait_for_everyone()
     return total, rows_before
 
@@ -404,7 +404,8 @@ def _write_part(path: Path, scores: dict[str, list[float]]) -> None:
         pq.write_table(table, unfinished)
 
 
-def _remove(parts: Path) -> None:
+def remove_parts(parts: Path) -> None:
+    """Remove the parts, and their folder, of an output that is complete."""
     for path in (*parts.glob("part-*"), parts / "settings.json"):
         path.unlink()
     parts.rmdir()

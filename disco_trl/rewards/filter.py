@@ -110,8 +110,9 @@ class PairFilter:
         missing = [name for name in (self.prob, *self.scales) if name not in columns]
         if missing:
             raise ValueError(
-                f"column {' and '.join(map(repr, missing))}: missing, the pairs are not scored; pass --model, or "
-                "score them first with `disco-trl score` (and --prefix here if it was given there)"
+                f"column {' and '.join(map(repr, missing))}: missing, the pairs are not scored; pass "
+                "--model_name_or_path, or score them first with `disco-trl score` (and --prefix here if it was given "
+                "there)"
             )
         # By name, so that other people's scores of the two answers stay with them: chosen_rating, score_rejected.
         others = {name: name.replace("chosen", "rejected") for name in columns if "chosen" in name}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,25 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bi
 # bitsandbytes' block sizes for nf4 with double quantization: `BLOCK` weights share a scale, and `NESTED_BLOCK` of
 # these scales, themselves quantized to 8 bits, share a float32 scale.
 BLOCK, NESTED_BLOCK = 64, 256
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """
+    Check an option that takes one of several values.
+
+    Args:
+        name (`str`):
+            Name of the option, for the message.
+        value (`str`):
+            Value that was given.
+        choices (`Sequence[str]`):
+            Values that there are.
+
+    Raises:
+        `ValueError`: If the value is none of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,10 @@ class Settings:
     lora_r: int = 16
     lora_targets: str | tuple[str, ...] = "all-linear"
     device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("optim", self.optim, OPTIMIZERS)
 
     @property
     def weight_dtype(self) -> torch.dtype:

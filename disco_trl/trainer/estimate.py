@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .dataless_model import Settings
+from .dataless_model import METHODS, Settings, check_choice
 from .dataless_step import DatalessTrainer
 
 
@@ -106,6 +106,8 @@ def estimate(
             length, or a step depends on the values of tensors.
         `ImportError`: If the optimizer is one of bitsandbytes, and bitsandbytes is not installed.
     """
+    check_choice("method", method, METHODS)
+    check_choice("sharding", sharding, SHARDINGS)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and settings.length > longest:
         raise ValueError(f"{path} reads at most {longest} tokens, and --length is {settings.length}")

@@ -10,7 +10,10 @@ import pytest
 import yaml
 from preference_rows import write_pairs
 
-from disco_trl.cli import train_reward as train
+from disco_trl import DiscoRewardTrainer
+from disco_trl.cli import launch, train
+from disco_trl.cli.commands import COMMANDS
+from disco_trl.data.files import choose_split, load_preferences
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "disco_reward.py"
@@ -44,7 +47,7 @@ def pairs_folder(tmp_path_factory) -> Path:
 def run_in_process(monkeypatch, *arguments: str) -> None:
     """What the script does, without the seconds that a new interpreter takes to import torch."""
     monkeypatch.setattr(sys, "argv", ["disco_reward.py", *arguments])
-    train.main()
+    launch.main("train")
 
 
 def assert_scores_as_a_plain_classifier(path: Path, family: str) -> None:
@@ -85,7 +88,7 @@ def test_local_files_load(tmp_path, suffix, streaming):
         else:
             text = json.dumps(rows)
         path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
-    dataset = train.load_preferences(str(path), streaming=streaming)
+    dataset = load_preferences(str(path), streaming=streaming)
     assert list(dataset) == ["train"]
     assert list(dataset["train"]) == rows
 
@@ -93,11 +96,11 @@ def test_local_files_load(tmp_path, suffix, streaming):
 def test_a_relative_path_loads(tmp_path, monkeypatch):
     write_pairs(tmp_path / "pairs.jsonl", number=3)
     monkeypatch.chdir(tmp_path)
-    assert len(train.load_preferences("pairs.jsonl")["train"]) == 3
+    assert len(load_preferences("pairs.jsonl")["train"]) == 3
 
 
 def test_a_folder_loads_with_its_splits(pairs_folder):
-    dataset = train.load_preferences(str(pairs_folder))
+    dataset = load_preferences(str(pairs_folder))
     assert {split: len(rows) for split, rows in dataset.items()} == {"train": 16, "test": 8}
 
 
@@ -106,7 +109,7 @@ def test_the_splits_of_a_folder_may_have_other_columns(tmp_path, streaming):
     pair = {"chosen": "good", "rejected": "bad"}
     (tmp_path / "train.jsonl").write_text(json.dumps(pair))
     (tmp_path / "test.jsonl").write_text(json.dumps(pair | {"chosen_rating": [1, 2]}))
-    dataset = train.load_preferences(str(tmp_path), streaming=streaming)
+    dataset = load_preferences(str(tmp_path), streaming=streaming)
     assert list(dataset["train"]) == [pair]
     assert list(dataset["test"]) == [pair | {"chosen_rating": [1, 2]}]
 
@@ -115,45 +118,49 @@ def test_the_splits_of_a_folder_may_have_other_columns(tmp_path, streaming):
 def test_a_missing_path_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"--dataset_name {name}: .*looked in {tmp_path}"):
-        train.load_preferences(name)
+        load_preferences(name)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "pairs.txt"
     path.write_text("chosen\trejected\n")
     with pytest.raises(ValueError, match=r"pairs\.txt: cannot tell .* \.parquet"):
-        train.load_preferences(str(path))
+        load_preferences(str(path))
 
 
 def test_a_missing_split_lists_the_splits_and_the_mends(pairs_folder):
-    dataset = train.load_preferences(str(pairs_folder / "train.jsonl"))
+    dataset = load_preferences(str(pairs_folder / "train.jsonl"))
     with pytest.raises(ValueError, match=r"has no split 'test'; it has 'train'.*train\.jsonl and test\.jsonl"):
-        train.choose_split(dataset, "test", "--dataset_test_split")
+        choose_split(dataset, "test", "--dataset_test_split")
+    with pytest.raises(ValueError, match=r"as train\.jsonl and test\.jsonl and pass the folder, or do without\."):
+        choose_split(dataset, "test", "--dataset_test_split", ["do without"])
 
 
 # Arguments
 
 
 def test_no_data_is_an_error(monkeypatch, tmp_path, tiny_llama_dir):
-    with pytest.raises(ValueError, match="--dataset_name"):
+    with pytest.raises(SystemExit, match=r"disco_reward\.py: .*--dataset_name"):
         run_in_process(monkeypatch, *as_arguments(model_name_or_path=tiny_llama_dir, output_dir=tmp_path, **SMALL_RUN))
 
 
 def test_no_model_is_an_error(monkeypatch, tmp_path, pairs_folder):
-    with pytest.raises(ValueError, match="--model_name_or_path"):
+    with pytest.raises(SystemExit, match=r"disco_reward\.py: --model_name_or_path"):
         run_in_process(monkeypatch, *as_arguments(dataset_name=pairs_folder, output_dir=tmp_path, **SMALL_RUN))
 
 
-def test_a_launcher_argument_after_the_script_says_where_it_belongs(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match=r"accelerate launch --num_processes 2 disco_reward\.py"):
+def test_a_launcher_argument_after_the_script_says_where_it_belongs(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         run_in_process(monkeypatch, *as_arguments(output_dir=tmp_path, use_cpu=True, num_processes=2))
+    assert "accelerate launch --num_processes 2 disco_reward.py" in capsys.readouterr().err
 
 
-def test_a_misspelt_key_in_a_config_file_is_an_error(monkeypatch, tmp_path):
+def test_a_misspelt_key_in_a_config_file_is_an_error(monkeypatch, tmp_path, capsys):
     config = tmp_path / "reward.yaml"
     config.write_text(yaml.safe_dump({"learning_rte": 1.0, "output_dir": str(tmp_path)}))
-    with pytest.raises(SystemExit, match=r"learning_rte\); did you mean --learning_rate\?"):
+    with pytest.raises(SystemExit):
         run_in_process(monkeypatch, "--use_cpu", "--config", str(config))
+    assert "unknown argument learning_rte; did you mean --learning_rate?" in capsys.readouterr().err
 
 
 # Training
@@ -178,21 +185,18 @@ def test_trains_evaluates_and_saves(monkeypatch, tmp_path, tiny_llama_dir, pairs
     assert_scores_as_a_plain_classifier(tmp_path / "out", family="cauchy")
 
 
-def test_model_init_kwargs_go_before_the_general_arguments(monkeypatch, tmp_path, tiny_llama_dir, pairs_folder):
+def test_model_init_kwargs_go_before_the_general_arguments(tmp_path, tiny_llama_dir, pairs_folder):
     # One attention implementation on the command line, another in `model_init_kwargs`: the second is the more exact.
-    monkeypatch.setattr(sys, "argv", ["disco_reward.py"])
-    arguments = train.make_parser().parse_args_and_config(
-        as_arguments(
-            model_name_or_path=tiny_llama_dir,
-            dataset_name=pairs_folder,
-            output_dir=tmp_path / "out",
-            attn_implementation="sdpa",
-            model_init_kwargs='{"attn_implementation": "eager"}',
-            **SMALL_RUN | {"max_steps": 1},
-        )
+    words = [tiny_llama_dir, str(pairs_folder), str(tmp_path / "out")]
+    words += as_arguments(
+        attn_implementation="sdpa",
+        model_init_kwargs='{"attn_implementation": "eager"}',
+        **SMALL_RUN | {"max_steps": 1},
     )
-    train.train(*arguments)
-    assert arguments[1].model_init_kwargs == {
+    parsed = COMMANDS["train"].parser().parse(words)
+    trainer = train.make_trainer(*parsed.arguments)
+    train.train(trainer, *parsed.arguments)
+    assert parsed.arguments[1].model_init_kwargs == {
         "revision": "main",
         "trust_remote_code": False,
         "attn_implementation": "eager",
@@ -274,6 +278,46 @@ def test_script_with_a_config_file_and_peft(tmp_path, tiny_llama_dir, pairs_fold
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert "PEFT adapter" in (tmp_path / "out" / "README.md").read_text()
     assert_scores_as_a_plain_classifier(tmp_path / "out", family="normal")
+
+
+def test_an_interrupted_run_says_how_to_resume(monkeypatch, capsys, tmp_path, tiny_llama_dir, pairs_folder):
+    options = SMALL_RUN | {"save_strategy": "steps", "save_steps": 1}
+    words = [tiny_llama_dir, str(pairs_folder), str(tmp_path / "out"), *as_arguments(**options)]
+
+    def interrupt(self, *_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("disco_trl.DiscoRewardTrainer.train", interrupt)
+    with pytest.raises(SystemExit) as exit_info:
+        run_in_process(monkeypatch, *words)
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err.endswith("disco_reward.py: interrupted\n")  # nothing was saved
+
+    monkeypatch.undo()
+    save, folders = DiscoRewardTrainer.save_model, []
+
+    def save_one(self, output_dir=None, **options):
+        folders.append(output_dir)
+        if len(folders) == 2:
+            raise KeyboardInterrupt
+        save(self, output_dir, **options)
+
+    monkeypatch.setattr("disco_trl.DiscoRewardTrainer.save_model", save_one)
+    with pytest.raises(SystemExit):
+        run_in_process(monkeypatch, *words)
+    # The second checkpoint is torn.
+    first, second = (tmp_path / "out" / f"checkpoint-{step}" for step in (1, 2))
+    assert folders == [str(first), str(second)]
+    assert f"interrupted; run again with --resume_from_checkpoint {first} to go on\n" in capsys.readouterr().err
+
+
+def test_an_error_while_training_keeps_its_traceback(monkeypatch, tmp_path, tiny_llama_dir, pairs_folder):
+    def fail(self, *_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("disco_trl.DiscoRewardTrainer.train", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        run_in_process(monkeypatch, tiny_llama_dir, str(pairs_folder), str(tmp_path), *as_arguments(**SMALL_RUN))
 
 
 @pytest.mark.slow

@@ -307,18 +307,16 @@ def test_leaks_between_splits_are_found_in_spite_of_case_and_punctuation(tmp_pat
         "row": {"rows": 1, "first": [3]},
     }
     # As splits of a folder
-    main(["data", "check", str(tmp_path), "--split", "test", "--against", "train"])
+    main(["data", "check", str(tmp_path), "--dataset_split", "test", "--against", "train"])
     assert "the same prompt: 2 rows" in capsys.readouterr().out
 
 
 def test_exit_status_and_what_is_shown(tmp_path, capsys):
     warned = write(tmp_path / "warned.jsonl", [pair("a", "a"), pair()])
-    main(["data", "check", warned])  # warnings alone: no exit
+    assert main(["data", "check", warned]) == 0  # warnings alone
     shown = capsys.readouterr().out
     assert "2 rows  forced choices" in shown and "\nWarnings\n" in shown and shown.endswith("No errors.\n")
-    with pytest.raises(SystemExit) as exit_info:
-        main(["data", "check", write(tmp_path / "bad.jsonl", [pair(), pair(tie="maybe")])])
-    assert exit_info.value.code == 1
+    assert main(["data", "check", write(tmp_path / "bad.jsonl", [pair(), pair(tie="maybe")])]) == 1
     shown = capsys.readouterr().out
     assert "Errors: 1 row\n  - 1 row, column 'tie': 'maybe' is not true or false; give true" in shown
 

@@ -80,7 +80,7 @@ def convert(tmp_path):
     def run(rows, *arguments, suffix=".jsonl"):
         source, out = tmp_path / "in.jsonl", tmp_path / f"out{suffix}"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        main(["data", "convert", str(source), "--out", str(out), *arguments])
+        main(["data", "convert", str(source), str(out), *arguments])
         if suffix == ".jsonl":
             return [json.loads(line) for line in out.read_text().splitlines()]
         return list(load_dataset("parquet", data_files=str(out), split="train"))
@@ -100,7 +100,7 @@ def test_unknown_columns_list_what_was_found_and_what_there_is():
 
 
 def test_columns_of_two_formats_are_not_guessed():
-    with pytest.raises(ValueError, match="may be any of rankings, helpsteer; choose with --from"):
+    with pytest.raises(ValueError, match="may be any of rankings, helpsteer; choose with --format"):
         detect_format(RANKED | HELPSTEER_3)
 
 
@@ -295,7 +295,7 @@ def test_draw_pairs_beyond_one_each_are_all_different_and_run_out():
 
 
 def test_a_bad_row_is_named_with_column_and_fix(convert):
-    with pytest.raises(SystemExit, match=r"row 1, column 'prob_b': 1.5 is not a probability; give .*--skip-bad"):
+    with pytest.raises(SystemExit, match=r"row 1, column 'prob_b': 1.5 is not a probability; give .*--skip_bad"):
         convert([SOFT, {**SOFT, "prob_b": 1.5}])
 
 
@@ -337,7 +337,7 @@ def test_a_tool_call_is_not_lost_in_a_parquet_file(convert):
 
 def test_skip_bad_counts(convert, capsys):
     bad = {**SOFT, "prob_b": None}
-    assert len(convert([SOFT, bad, bad], "--skip-bad")) == 1
+    assert len(convert([SOFT, bad, bad], "--skip_bad")) == 1
     shown = capsys.readouterr().out
     assert "read             3  as soft" in shown
     assert "skipped          2  column 'prob_b', such as row 1: the probability is missing" in shown
@@ -345,20 +345,18 @@ def test_skip_bad_counts(convert, capsys):
 
 def test_nothing_left_writes_nothing(convert, tmp_path):
     with pytest.raises(SystemExit, match="no row is left"):
-        convert([{**SOFT, "prob_b": None}], "--skip-bad", "--from", "soft")
+        convert([{**SOFT, "prob_b": None}], "--skip_bad", "--format", "soft")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_rename(convert):
     renamed = {"question": "Two and two?", "first": "Five.", "second": "Four.", "p": 0.9}
-    options = [
-        option for pair in ("first=completion_a", "second=completion_b", "p=prob_b") for option in ("--rename", pair)
-    ]
+    options = ["--rename", "first=completion_a", "second=completion_b", "p=prob_b"]
     assert convert([renamed], *options) == [{**FOUR_FIVE, "preference_probability": 0.9}]
 
 
 def test_plain_text_stays_text(convert):
-    [row] = convert([SOFT], "--plain-text")
+    [row] = convert([SOFT], "--plain_text")
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("Two and two?", "Four.", "Five.")
 
 

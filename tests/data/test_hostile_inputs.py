@@ -3,7 +3,6 @@
 import json
 import logging
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from tiny_training import disco_trainer, reward_trainer
 
 from disco_trl import DiscoReward
 from disco_trl.cli import main as cli
-from disco_trl.cli import train_reward as train
+from disco_trl.cli.launch import run_launched
 from disco_trl.data.tokenization import tokenize
 
 
@@ -78,17 +77,20 @@ class Ways:
         before = {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
         words = [self._model() if word == "MODEL" else word for word in shlex.split(call.command)]
         printed = self.request.getfixturevalue("capsys")
+        ended: object = 0
         try:
             if words[0] == "train":  # in this process: its launcher would start another one
-                self.request.getfixturevalue("monkeypatch").setattr(sys, "argv", words)
-                train.main()
+                run_launched(words[0], words[1:])
             else:
-                cli.main(words)
+                ended = cli.main(words)
         except SystemExit as error:
-            # What is refused leaves what was there as it was.
-            assert {path: path.read_bytes() for path in before} == before
-            return True, f"{printed.readouterr().out}{error}"
-        return False, printed.readouterr().out
+            ended = error
+        shown = printed.readouterr()
+        if not ended:
+            return False, shown.out
+        # What is refused leaves what was there as it was.
+        assert {path: path.read_bytes() for path in before} == before
+        return True, f"{shown.out}{shown.err}{ended}"
 
     def answers(self, given: Answers) -> tuple[bool, str]:
         reward = DiscoReward(self._model())
@@ -163,7 +165,7 @@ def test_an_unfinished_output_that_is_a_link_is_not_written_through(tmp_path, mo
     Path("x.jsonl").write_text(json.dumps({"response_a": "a", "response_b": "b", "prob_a": 0.5}) + "\n")
     Path("precious.txt").write_text("precious")
     Path("y.jsonl.unfinished").symlink_to("precious.txt")
-    cli.main(["data", "convert", "x.jsonl", "--out", "y.jsonl"])
+    cli.main(["data", "convert", "x.jsonl", "y.jsonl"])
     assert Path("precious.txt").read_text() == "precious"
     assert json.loads(Path("y.jsonl").read_text())["chosen"] == "a" and not Path("y.jsonl").is_symlink()
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_evaluate import read_pairs, rewards_of
 
-from disco_trl.cli.compare import main
+from disco_trl.cli.main import main
 from disco_trl.evaluation.compare import Result, Variant, compare, mean_over_seeds
 
 
@@ -33,7 +33,7 @@ def compared(tmp_path_factory, tiny_llama_dir) -> tuple[list[str], Path]:
     """A comparison that was made, as its command line and its folder."""
     data = write_data(tmp_path_factory.mktemp("compare") / "data")
     out = data.parent / "out"
-    arguments = [str(data), "--model", tiny_llama_dir, "--out", str(out), "--lora-r", "4"]
+    arguments = ["compare", tiny_llama_dir, str(data), str(out), "--lora_r", "4"]
     arguments += ["--variants", "bradley-terry", "normal"]
     arguments += ["--set", "learning_rate=0.01", "logging_steps=2", "bf16=false"]
     main(arguments)
@@ -87,15 +87,16 @@ def test_goes_on_where_it_was_and_outlives_a_failure(compared, capsys):
 
 def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(compared):
     arguments, _ = compared
-    with pytest.raises(SystemExit, match="another settings; remove it, or choose another --out"):
-        main([*arguments, "--set", "learning_rate=0.02"])
+    other = [word.replace("learning_rate=0.01", "learning_rate=0.02") for word in arguments]
+    with pytest.raises(SystemExit, match="another settings; remove it, or choose another --output_dir"):
+        main(other)
 
 
 def test_bradley_terry_in_our_trainer_is_that_of_trls(compared, tmp_path):
     arguments, out = compared
-    again = [*arguments]
-    again[again.index("--out") + 1] = str(tmp_path)
-    main([*again, "--variants", "bradley-terry", "--bradley-terry", "disco"])
+    again = [*arguments[:3], str(tmp_path), *arguments[4:]]
+    again.remove("normal")
+    main([*again, "--bradley_terry", "disco"])
     ours = figures_of(tmp_path, "bradley-terry-0")
     assert ours["trainer"] == "disco_trl.DiscoRewardTrainer"
     theirs = load_file(out / "bradley-terry-0" / "rewards.safetensors")
@@ -107,7 +108,7 @@ def test_bradley_terry_in_our_trainer_is_that_of_trls(compared, tmp_path):
 
 def test_search_finds_settings_for_all_seeds(compared, tmp_path):
     common, _ = compared
-    arguments = [common[0], "--model", common[2], "--out", str(tmp_path), "--lora-r", "4", "--search", "2"]
+    arguments = [*common[:3], str(tmp_path), "--lora_r", "4", "--search", "2"]
     arguments += ["--variants", "bradley-terry", "--seeds", "0", "1", "--set", "bf16=false", "num_train_epochs=1"]
     main(arguments)
     found = figures_of(tmp_path, "bradley-terry-search")
@@ -126,13 +127,13 @@ def test_search_finds_settings_for_all_seeds(compared, tmp_path):
         (["--variants", "normal:temperature=2"], "'temperature=2' is no setting"),
         (["--variants", "normal:label_noise"], "'label_noise' is no setting"),
         (["--variants", "bradley-terry:learning_rate=1"], "what the others are compared with"),
-        (["--test-split", "validation"], "validation"),
+        (["--dataset_test_split", "validation"], "validation"),
     ],
 )
 def test_errors_come_before_training(arguments, message, compared, tmp_path, capsys):
     common, _ = compared
     with pytest.raises(SystemExit, match=message):
-        main([common[0], "--model", common[2], "--out", str(tmp_path / "out"), *arguments])
+        main([*common[:3], str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import refusal
 from test_held_out_benchmarks import ROWS
 from transformers import AutoModelForSequenceClassification
 
-from disco_trl.cli.evaluate import main
+from disco_trl.cli.main import main
 from disco_trl.data.tokenization import tokenize
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.evaluation.evaluate import evaluate
@@ -33,10 +34,15 @@ def votes(count: int = 40) -> list[dict]:
     ]
 
 
-def run(path, rows, tmp_path, *arguments) -> dict:
+def words(path, rows, tmp_path, *arguments) -> list[str]:
+    """A command line that evaluates a model on rows."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main([str(data), "--model", str(path), "--out", str(tmp_path / "out"), "--draws", "50", *arguments])
+    return ["evaluate", str(path), str(data), str(tmp_path / "out"), "--draws", "50", *arguments]
+
+
+def run(path, rows, tmp_path, *arguments) -> dict:
+    main(words(path, rows, tmp_path, *arguments))
     return json.loads((tmp_path / "out" / "metrics.json").read_text())
 
 
@@ -148,9 +154,15 @@ def test_bootstrap_draws_items(tiny_tokenizer):
     [
         (["--draws", "0"], "--draws 0"),
         (["--kind", "rm-bench"], "row 0, column 'chosen'"),
-        (["--max-length", "1"], "nothing to evaluate"),
+        (["--max_length", "1"], "nothing to evaluate"),
     ],
 )
-def test_errors_are_one_line(arguments, message, reward_dir, tmp_path):
-    with pytest.raises(SystemExit, match=message):
-        run(reward_dir(), votes(3), tmp_path, *arguments)
+def test_errors_are_one_line(arguments, message, reward_dir, tmp_path, capsys):
+    assert message in refusal(capsys, *words(reward_dir(), votes(3), tmp_path, *arguments))
+
+
+def test_without_a_folder_the_figures_are_printed(reward_dir, tmp_path, capsys):
+    main([*words(reward_dir(), votes(), tmp_path)[:3], "--draws", "50"])
+    assert "accuracy" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    assert "give --output_dir" in refusal(capsys, "evaluate", reward_dir(), "data.jsonl", "--card")

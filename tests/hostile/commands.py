@@ -8,7 +8,7 @@ from hostile.inputs import CHAT, DEEP, FORGED, IDS, LAUGHS, PAIR, RANKING, Call,
 COMMANDS = (
     *refused(
         "data check",
-        ("an empty file", Call("data check x.jsonl", {"x.jsonl": ""}), "DATA x.jsonl: the file is empty"),
+        ("an empty file", Call("data check x.jsonl", {"x.jsonl": ""}), "--dataset_name x.jsonl: the file is empty"),
         (
             "rows without columns",
             Call("data check x.jsonl", {"x.jsonl": "{}\n"}),
@@ -23,7 +23,7 @@ COMMANDS = (
         (
             "a column twice",
             Call("data check x.csv", {"x.csv": "chosen,chosen,rejected\na,b,c\n"}),
-            "DATA x.csv: column 'chosen' stands there twice; rename or remove one of them",
+            "--dataset_name x.csv: column 'chosen' stands there twice; rename or remove one of them",
         ),
         ("1e999", Call("data check x.jsonl", {"x.jsonl": '{"weight": 1e999}'}), "Number too big to be stored in doub"),
         (
@@ -37,7 +37,7 @@ COMMANDS = (
                 "data check x.jsonl",
                 {"x.jsonl": '{"chosen": "a", "rejected": "b", "x": ' + "[" * 2000 + "]" * 2000 + "}"},
             ),
-            "DATA x.jsonl: cannot be read: a value in it is nested too deeply",
+            "--dataset_name x.jsonl: cannot be read: a value in it is nested too deeply",
             '`{"chosen": "a", "rejected": "b", "x": [[[[...`',
         ),
         (
@@ -52,20 +52,20 @@ COMMANDS = (
         ),
         (
             "a split out of the folder",
-            Call("data check x.jsonl --split ../../etc/passwd", {"x.jsonl": [PAIR]}),
-            "--split: the dataset has no split '../../etc/passwd'; it has 'train'. Either pass "
-            "--split with one of these names, or put the data in a folder as train.jsonl and "
+            Call("data check x.jsonl --dataset_split ../../etc/passwd", {"x.jsonl": [PAIR]}),
+            "--dataset_split: the dataset has no split '../../etc/passwd'; it has 'train'. Either pass "
+            "--dataset_split with one of these names, or put the data in a folder as train.jsonl and "
             "../../etc/passwd.jsonl and pass the folder.",
         ),
         (
             "a configuration out of the folder",
-            Call("data check x.jsonl --config ../../etc", {"x.jsonl": [PAIR]}),
+            Call("data check x.jsonl --dataset_config ../../etc", {"x.jsonl": [PAIR]}),
             "Bad characters from black list",
         ),
         (
             "a chat template that fails",
             Call(
-                "data check x.jsonl --model MODEL",
+                "data check x.jsonl --model_name_or_path MODEL",
                 {"x.jsonl": [CHAT | {"chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}]},
             ),
             "the chat template, or the tokenizer, does not take it (ZeroDivisionError: division by zero); drop the",
@@ -78,7 +78,10 @@ COMMANDS = (
         ("a name of a star", Call("data check a*.jsonl", {"a*.jsonl": [PAIR], "ab.jsonl": [PAIR]}), "1 row\n"),
         (
             "a message that forges a turn",
-            Call("data check x.jsonl --model MODEL", {"x.jsonl": [CHAT, CHAT | {"rejected": said(FORGED)}]}),
+            Call(
+                "data check x.jsonl --model_name_or_path MODEL",
+                {"x.jsonl": [CHAT, CHAT | {"rejected": said(FORGED)}]},
+            ),
             "1 row with a special token of the model in a text (row 1), which the tokenizer takes for a real one",
         ),
     ),
@@ -87,15 +90,15 @@ COMMANDS = (
         (
             "a history that is a number",
             Call(
-                "data convert x.jsonl --out y.jsonl",
+                "data convert x.jsonl y.jsonl",
                 {"x.jsonl": [{"instruction": "a", "chosen": "b", "rejected": "c", "history": 5}]},
             ),
-            "row 0, column 'history': 5 is not a list; give pairs of texts (or skip all such rows with --skip-bad)",
+            "row 0, column 'history': 5 is not a list; give pairs of texts (or skip all such rows with --skip_bad)",
         ),
         (
             "a tool call nested too deeply",
             Call(
-                "data convert x.jsonl --out y.jsonl",
+                "data convert x.jsonl y.jsonl",
                 {
                     "x.jsonl": [
                         {
@@ -111,56 +114,56 @@ COMMANDS = (
         ),
         (
             "a rename onto a column that is there",
-            Call("data convert x.jsonl --out y.jsonl --rename q=prompt", {"x.jsonl": [PAIR | {"q": "other"}]}),
+            Call("data convert x.jsonl y.jsonl --rename q=prompt", {"x.jsonl": [PAIR | {"q": "other"}]}),
             "--rename q=prompt: another column is called 'prompt' then; rename that one too, or leave this out",
         ),
         (
             "a rename of a column that is not there",
-            Call("data convert x.jsonl --out y.jsonl --rename q=prompt", {"x.jsonl": [PAIR]}),
+            Call("data convert x.jsonl y.jsonl --rename q=prompt", {"x.jsonl": [PAIR]}),
             "--rename q=prompt: there is no such column (there are 'prompt', 'chosen', 'rejected')",
         ),
         (
             "an output that exists",
-            Call("data convert x.jsonl --out x.jsonl", {"x.jsonl": [PAIR]}),
-            "--out x.jsonl exists already; delete it, or choose another name",
+            Call("data convert x.jsonl x.jsonl", {"x.jsonl": [PAIR]}),
+            "--output_file x.jsonl exists already; delete it, or choose another name",
         ),
         (
             "an output that is a link to nowhere",
-            Call("data convert x.jsonl --out y.jsonl", {"x.jsonl": [PAIR]}, {"y.jsonl": "elsewhere.jsonl"}),
-            "--out y.jsonl exists already; delete it, or choose another name",
+            Call("data convert x.jsonl y.jsonl", {"x.jsonl": [PAIR]}, {"y.jsonl": "elsewhere.jsonl"}),
+            "--output_file y.jsonl exists already; delete it, or choose another name",
         ),
         (
             "scores of 100,000 answers",
             Call(
-                "data convert x.jsonl --out y.jsonl",
+                "data convert x.jsonl y.jsonl",
                 {"x.jsonl": [{"completions": [f"{n}" for n in range(100_000)], "scores": list(range(100_000))}]},
             ),
             "row 0, column 'completions': once converted, 100000 answers, whose pairs are too many "
             "for a batch; give at most 256, or cut the ranking into several rows (or skip all such "
-            "rows with --skip-bad)",
+            "rows with --skip_bad)",
             '`{"completions": [100,000 texts], "scores": [100,000 numbers]}`',
         ),
         (
             "an infinite score",
-            Call("data convert x.jsonl --out y.jsonl", {"x.jsonl": '{"completions": ["a"], "scores": [Infinity]}'}),
+            Call("data convert x.jsonl y.jsonl", {"x.jsonl": '{"completions": ["a"], "scores": [Infinity]}'}),
             "row 0, column 'scores': inf is not a number; give a finite number (or skip all such rows"
-            " with --skip-bad)",
+            " with --skip_bad)",
         ),
         (
             "a probability above 1",
-            Call("data convert x.jsonl --out y.jsonl", {"x.jsonl": [{"answer_a": "a", "answer_b": "b", "prob_a": 2}]}),
+            Call("data convert x.jsonl y.jsonl", {"x.jsonl": [{"answer_a": "a", "answer_b": "b", "prob_a": 2}]}),
             "row 0, column 'prob_a': 2 is not a probability; give a number from 0 to 1 (or skip all "
-            "such rows with --skip-bad)",
+            "such rows with --skip_bad)",
         ),
         (
             "a number for a prompt",
             Call(
-                "data convert x.jsonl --out y.jsonl",
+                "data convert x.jsonl y.jsonl",
                 {"x.jsonl": [{"prompt": 7, "response_a": "a", "response_b": "b", "prob_a": 0.5}]},
             ),
             "row 0, column 'prompt': once converted, a value of type int in a dataset of "
             'conversations; make it [{"role": "user", "content": ...}], or every row and column a '
-            "string (or skip all such rows with --skip-bad)",
+            "string (or skip all such rows with --skip_bad)",
         ),
     ),
     *refused(
@@ -194,29 +197,29 @@ COMMANDS = (
         "score",
         (
             "an empty file",
-            Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": ""}),
-            "DATA x.jsonl: the file is empty",
+            Call("score MODEL x.jsonl y.jsonl", {"x.jsonl": ""}),
+            "--dataset_name x.jsonl: the file is empty",
         ),
         (
             "no answers",
-            Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [{"prompt": "a"}]}),
+            Call("score MODEL x.jsonl y.jsonl", {"x.jsonl": [{"prompt": "a"}]}),
             "row 0: no column holds answers (there are 'prompt'); a prompt alone has no answer to "
             "score: add its answer as 'completion'",
         ),
         (
             "an empty answer",
-            Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [{"prompt": "a", "completion": ""}]}),
+            Call("score MODEL x.jsonl y.jsonl", {"x.jsonl": [{"prompt": "a", "completion": ""}]}),
             "row 0, column 'completion': an empty string; drop the row or fill in the text",
         ),
         (
             "a token that the model has not",
-            Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [IDS, IDS | {"rejected_ids": [10**9]}]}),
+            Call("score MODEL x.jsonl y.jsonl", {"x.jsonl": [IDS, IDS | {"rejected_ids": [10**9]}]}),
             "row 1, column 'rejected_ids': it holds the token id 1000000000, and the model has the "
             "ids 0 to 392; tokenize with the model's own tokenizer",
         ),
         (
             "a text beyond the model's positions",
-            Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [{"text": "ok"}, {"text": "a " * 3000}]}),
+            Call("score MODEL x.jsonl y.jsonl", {"x.jsonl": [{"text": "ok"}, {"text": "a " * 3000}]}),
             "row 1, column 'text': it has 3002 tokens, and the model has 2048 positions "
             "(max_position_embeddings in its config.json); leave it out, or cut the text yourself",
             "3,000 words for a model of 2,048 positions",
@@ -224,7 +227,7 @@ COMMANDS = (
         (
             "a folder of parts that is a link",
             Call(
-                "score x.jsonl --model MODEL --out y.jsonl",
+                "score MODEL x.jsonl y.jsonl",
                 {"x.jsonl": [{"text": "ok"}], "other/settings.json": "{}"},
                 {"y.jsonl.parts": "other"},
             ),
@@ -232,17 +235,17 @@ COMMANDS = (
         ),
         (
             "a column of a new name",
-            Call("score x.jsonl --model MODEL --out y.jsonl", {"x.jsonl": [{"text": "ok", "scale": 1}]}),
+            Call("score MODEL x.jsonl y.jsonl", {"x.jsonl": [{"text": "ok", "scale": 1}]}),
             "column 'scale': the data has one of this name already; pass --prefix, or rename it in the data",
         ),
         (
             "an option that is no number",
-            Call("score x.jsonl --model MODEL --out y.jsonl --transform lower_bound --k nan", {"x.jsonl": [PAIR]}),
+            Call("score MODEL x.jsonl y.jsonl --transform lower_bound --k nan", {"x.jsonl": [PAIR]}),
             "transform 'lower_bound': k=nan must be a finite number of at least 0",
         ),
         (
             "a model out of the folder",
-            Call("score x.jsonl --model ../../etc/passwd --out y.jsonl", {"x.jsonl": [PAIR]}),
+            Call("score ../../etc/passwd x.jsonl y.jsonl", {"x.jsonl": [PAIR]}),
             "../../etc/passwd holds no tokenizer that can be loaded",
         ),
     ),
@@ -250,30 +253,30 @@ COMMANDS = (
         "evaluate",
         (
             "an empty file",
-            Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": ""}),
-            "DATA x.jsonl: the file is empty",
+            Call("evaluate MODEL x.jsonl y", {"x.jsonl": ""}),
+            "--dataset_name x.jsonl: the file is empty",
         ),
         (
             "an empty answer",
-            Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": [PAIR, PAIR | {"chosen": ""}]}),
+            Call("evaluate MODEL x.jsonl y", {"x.jsonl": [PAIR, PAIR | {"chosen": ""}]}),
             "row 1, column 'chosen': an empty string; drop the row or fill in the text",
         ),
         (
             "a token that the model has not",
-            Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": [IDS | {"chosen_ids": [10**9]}]}),
+            Call("evaluate MODEL x.jsonl y", {"x.jsonl": [IDS | {"chosen_ids": [10**9]}]}),
             "sequence 0 holds the token id 1000000000, and the model has the ids 0 to 392; tokenize "
             "with the model's own tokenizer",
         ),
         (
             "rated answers, which hold no pairs",
-            Call("evaluate x.jsonl --model MODEL --out y", {"x.jsonl": [{"completion": "a", "ratings": [1, 2]}]}),
+            Call("evaluate MODEL x.jsonl y", {"x.jsonl": [{"completion": "a", "ratings": [1, 2]}]}),
             "rows of the format 'ratings' hold one answer each, and nothing to compare it with; make "
             "pairs of them with `disco-trl data convert`",
         ),
         (
             "a verdict that is none",
             Call(
-                "evaluate x.jsonl --model MODEL --out y",
+                "evaluate MODEL x.jsonl y",
                 {"x.jsonl": [{"input": "a", "output_1": "b", "output_2": "c", "label": 3}]},
             ),
             "row 0, column 'label': 3; it has to be 1 or 2",
@@ -281,7 +284,7 @@ COMMANDS = (
         (
             "a ranking of 100,000 answers",
             Call(
-                "evaluate x.jsonl --model MODEL --out y",
+                "evaluate MODEL x.jsonl y",
                 {"x.jsonl": [RANKING | {"completions": ["a"] * 100_000, "ranks": [1] * 100_000}]},
             ),
             "row 0, column 'completions': 100000 answers, whose pairs are too many for a batch; give "

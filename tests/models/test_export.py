@@ -20,7 +20,7 @@ from tiny_training import disco_trainer, preferences
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from disco_trl import DiscoRewardModel
-from disco_trl.cli.export import main
+from disco_trl.cli.main import main
 from disco_trl.data.tokenization import tokenize
 from disco_trl.models import export as export_module
 from disco_trl.models.export import ProofError, export, from_two_logits
@@ -409,7 +409,7 @@ def test_float16_that_overflows(sources, tmp_path):
 
 
 def test_the_command(sources, tmp_path, capsys):
-    arguments = [sources("llama", "adapter"), str(tmp_path / "out"), "--to", "two-logit"]
+    arguments = ["export", sources("llama", "adapter"), str(tmp_path / "out"), "--to", "two-logit"]
     main(arguments)
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'out'}: LlamaForSequenceClassification, float32: loads in the plain way" in printed
@@ -419,4 +419,4 @@ def test_the_command(sources, tmp_path, capsys):
         main(arguments)
     main([*arguments, "--overwrite", "--dtype", "bfloat16"])
     with pytest.raises(SystemExit, match=r"disco-trl export: .*nowhere"):
-        main([str(tmp_path / "nowhere"), str(tmp_path / "other"), "--to", "scalar"])
+        main(["export", str(tmp_path / "nowhere"), str(tmp_path / "other"), "--to", "scalar"])

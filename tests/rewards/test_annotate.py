@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
+from command_line import refusal
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import load
@@ -24,7 +25,7 @@ from tiny_training import TOOL, preferences
 from transformers import AutoModelForSequenceClassification
 
 from disco_trl import DiscoReward
-from disco_trl.cli.score import main
+from disco_trl.cli.main import main
 from disco_trl.data.files import chunks
 from disco_trl.distributions.transforms import get_transform
 from disco_trl.rewards.annotate import Annotator, annotate_file
@@ -162,8 +163,8 @@ def test_what_cannot_be_scored(rows, message, reward_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         list(reward.map(Dataset.from_list(rows).to_iterable_dataset()))
     with pytest.raises(SystemExit, match=message):
-        arguments = [write_jsonl(tmp_path / "rows.jsonl", rows), "--model", reward_dir(), "--device", "cpu"]
-        main([*arguments, "--out", str(tmp_path / "scored.jsonl")])
+        data = write_jsonl(tmp_path / "rows.jsonl", rows)
+        main(["score", reward_dir(), data, str(tmp_path / "scored.jsonl"), "--device", "cpu"])
     assert not (tmp_path / "scored.jsonl").exists()
 
 
@@ -183,28 +184,27 @@ def test_win_rate_is_refused(reward_dir):
 def test_what_has_no_reward_is_refused(tiny_llama_dir, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
     with pytest.raises(SystemExit, match=r"disco-trl score: .* without a reward head: its rewards"):
-        main([data, "--model", tiny_llama_dir, "--out", str(tmp_path / "scored.jsonl"), "--device", "cpu"])
+        main(["score", tiny_llama_dir, data, str(tmp_path / "scored.jsonl"), "--device", "cpu"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "scored.csv"], r"--out scored\.csv: its name must end in \.parquet or \.jsonl"),
-        (["--out", "rows.jsonl"], r"--out rows\.jsonl exists already; delete it"),
-        (["--out", "o.jsonl", "--rows-per-part", "0"], r"--rows-per-part 0 must be at least 1"),
-        (["--out", "o.jsonl", "--tokens-per-batch", "0"], r"--tokens-per-batch 0 must be at least 1"),
-        (["--out", "o.jsonl", "--k", "1"], r"transform 'mean' has no option 'k'"),
-        (["--out", "o.jsonl", "--transform", "quantile", "--q", "1"], r"'quantile': q=1\.0 must be a number strictly"),
-        (["--out", "o.jsonl", "--split", "test"], r"--split: the dataset has no split 'test'; it has 'train'"),
+        (["scored.csv"], r"--output_file scored\.csv: its name must end in \.parquet or \.jsonl"),
+        (["rows.jsonl"], r"--output_file rows\.jsonl exists already; delete it"),
+        (["o.jsonl", "--rows_per_part", "0"], r"--rows_per_part 0 must be at least 1"),
+        (["o.jsonl", "--tokens_per_batch", "0"], r"--tokens_per_batch 0 must be at least 1"),
+        (["o.jsonl", "--k", "1"], r"transform 'mean' has no option 'k'"),
+        (["o.jsonl", "--transform", "quantile", "--q", "1"], r"'quantile': q=1\.0 must be a number strictly"),
+        (["o.jsonl", "--dataset_split", "test"], r"--dataset_split: the dataset has no split 'test'; it has 'train'"),
     ],
 )
-def test_arguments_that_are_wrong(arguments, message, reward_dir, tmp_path, monkeypatch):
+def test_arguments_that_are_wrong(arguments, message, reward_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
-    with pytest.raises(SystemExit, match=message):
-        main(["rows.jsonl", "--model", reward_dir(), "--device", "cpu", *arguments])
-    with pytest.raises(SystemExit, match=r"DATA missing\.jsonl: there is no such file"):
-        main(["missing.jsonl", "--model", reward_dir(), "--device", "cpu", "--out", "o.jsonl"])
+    assert re.search(message, refusal(capsys, "score", reward_dir(), "rows.jsonl", *arguments, "--device", "cpu"))
+    with pytest.raises(SystemExit, match=r"--dataset_name missing\.jsonl: there is no such file"):
+        main(["score", reward_dir(), "missing.jsonl", "o.jsonl", "--device", "cpu"])
 
 
 def test_a_scalar_reward_model_is_read_as_bradley_terry(tiny_llama_dir, tiny_tokenizer, tmp_path, caplog):
@@ -214,7 +214,7 @@ def test_a_scalar_reward_model_is_read_as_bradley_terry(tiny_llama_dir, tiny_tok
     tiny_tokenizer.save_pretrained(tmp_path / "scalar")
     data = write_jsonl(tmp_path / "rows.jsonl", [TYPES["preference"]])
     out = tmp_path / "scored.jsonl"
-    main([data, "--model", str(tmp_path / "scalar"), "--out", str(out), "--device", "cpu"])
+    main(["score", str(tmp_path / "scalar"), data, str(out), "--device", "cpu"])
     [row] = read(out)
     assert row["scale_chosen"] == row["scale_rejected"] == pytest.approx(0.5**0.5)
     difference = torch.tensor(row["location_chosen"] - row["location_rejected"])
@@ -250,10 +250,8 @@ def test_inputs_and_outputs_agree(reward_dir, tmp_path):
     for number, (name, source) in enumerate(sources.items()):
         for suffix in (".parquet", ".jsonl"):
             out = tmp_path / "out" / f"{number}{suffix}"
-            split = ["--split", "train"] if name == "folder" else []
-            main(
-                [source, "--model", reward_dir(), "--out", str(out), "--rows-per-part", "8", "--device", "cpu", *split]
-            )
+            split = ["--dataset_split", "train"] if name == "folder" else []
+            main(["score", reward_dir(), source, str(out), "--rows_per_part", "8", "--device", "cpu", *split])
             got = read(out)
             assert [row["id"] for row in got] == list(range(21))
             for row, wanted in zip(got, expected, strict=True):
@@ -263,8 +261,8 @@ def test_inputs_and_outputs_agree(reward_dir, tmp_path):
                 assert {key: row[key] for key in row if key not in rows[0]} == pytest.approx(scores, abs=1e-5)
             assert [path.name for path in out.parent.glob(f"{number}{suffix}*")] == [out.name]
     assert pq.read_schema(tmp_path / "out" / "0.parquet").field("location_chosen").type == "float"
-    with pytest.raises(SystemExit, match=r"has the splits 'train', 'test'; choose one with --split"):
-        main([sources["folder"], "--model", reward_dir(), "--out", str(tmp_path / "o.jsonl"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"has the splits 'train', 'test'; choose one with --dataset_split"):
+        main(["score", reward_dir(), sources["folder"], str(tmp_path / "o.jsonl"), "--device", "cpu"])
 
 
 def test_what_parquet_has_no_type_for_is_known_before_scoring(reward_dir, tmp_path):
@@ -283,17 +281,17 @@ def test_csv_whose_column_changes_its_type(reward_dir, tmp_path):
     lines = [f"text {number},{number}" for number in range(300)] + ["the last,2.5"]
     (tmp_path / "a.csv").write_text("\n".join(["text,n", *lines]) + "\n")
     out = tmp_path / "scored.parquet"
-    main([str(tmp_path / "a.csv"), "--model", reward_dir(), "--out", str(out), "--device", "cpu"])
+    main(["score", reward_dir(), str(tmp_path / "a.csv"), str(out), "--device", "cpu"])
     assert [row["n"] for row in read(out)] == [*map(float, range(300)), 2.5]
 
 
 def test_sample_does_not_depend_on_what_was_scored_before(reward_dir, tmp_path):
     # Twelve times the same pair, so that equal rewards would be equal draws.
     data = write_jsonl(tmp_path / "a.jsonl", [TYPES["preference"]] * 12)
-    arguments = [data, "--model", reward_dir(), "--device", "cpu", "--rows-per-part", "4", "--transform", "sample"]
+    arguments = ["--device", "cpu", "--rows_per_part", "4", "--transform", "sample"]
     outs = [tmp_path / f"{number}.jsonl" for number in range(3)]
     for out, seed in zip(outs, "112", strict=True):
-        main([*arguments, "--seed", seed, "--out", str(out)])
+        main(["score", reward_dir(), data, str(out), *arguments, "--seed", seed])
     first, same, other = ([row["reward_sample_chosen"] for row in read(out)] for out in outs)
     assert first == same
     assert len({*first, *other}) == 24
@@ -375,7 +373,7 @@ def test_the_same_result_however_often_it_is_broken_off(reward_dir, tmp_path, mo
 def test_kill_9(reward_dir, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", preferences("conversational", rows=200))
     out, parts = tmp_path / "scored.parquet", tmp_path / "scored.parquet.parts"
-    arguments = [data, "--model", reward_dir(), "--out", out, "--rows-per-part", "2", "--device", "cpu"]
+    arguments = [reward_dir(), data, out, "--rows_per_part", "2", "--device", "cpu"]
     command = [sys.executable, "-m", "disco_trl", "score", *map(str, arguments)]
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, env=environment(), stderr=log) as process:
         while len(list(parts.glob("part-*.parquet"))) < 5:
@@ -401,14 +399,14 @@ def test_kill_9(reward_dir, tmp_path):
         assert (now.st_ino, now.st_mtime_ns, now.st_size) == (stat.st_ino, stat.st_mtime_ns, stat.st_size)
     assert not parts.exists()
 
-    main([*map(str, arguments[:3]), "--out", str(tmp_path / "whole.parquet"), *map(str, arguments[5:])])
+    main(["score", reward_dir(), data, str(tmp_path / "whole.parquet"), *arguments[3:]])
     assert read(out) == read(tmp_path / "whole.parquet")
 
 
 def test_killed_while_it_tidied_up(reward_dir, tmp_path, capsys):
     data = write_jsonl(tmp_path / "a.jsonl", preferences(rows=4))
     out, parts = tmp_path / "scored.jsonl", tmp_path / "scored.jsonl.parts"
-    arguments = [data, "--model", reward_dir(), "--out", str(out), "--device", "cpu"]
+    arguments = ["score", reward_dir(), data, str(out), "--device", "cpu"]
     main(arguments)
     complete = out.read_text()
     parts.mkdir()
@@ -427,12 +425,12 @@ def test_killed_while_it_tidied_up(reward_dir, tmp_path, capsys):
 @pytest.mark.multiprocess
 def test_two_processes_give_what_one_gives(reward_dir, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", preferences("conversational", rows=50))
-    arguments = [data, "--model", reward_dir(), "--rows-per-part", "4", "--device", "cpu", "--transform", "sample"]
+    arguments = ["--rows_per_part", "4", "--device", "cpu", "--transform", "sample"]
     # accelerate's name for "several processes on this machine"; `--device cpu` has them meet over gloo.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     two, log = tmp_path / "two.parquet", tmp_path / "log"
     result = subprocess.run(
-        [*launcher, __file__, str(log), *arguments, "--out", str(two)],
+        [*launcher, __file__, str(log), "score", reward_dir(), data, str(two), *arguments],
         env=environment(),
         capture_output=True,
         text=True,
@@ -444,7 +442,7 @@ def test_two_processes_give_what_one_gives(reward_dir, tmp_path):
     lines = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
     assert sorted(lines, key=lambda line: line[1]) == [(part % 2, part * 4) for part in range(13)]
     log.unlink()
-    main([*arguments, "--out", str(tmp_path / "one.parquet")])
+    main(["score", reward_dir(), data, str(tmp_path / "one.parquet"), *arguments])
     assert read(two) == read(tmp_path / "one.parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "one.parquet", "two.parquet"]
 
@@ -498,7 +496,7 @@ def test_chunks_read_no_further_than_they_must():
 def test_the_documented_columns_are_the_columns(reward_dir, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [TYPES["preference"]])
     out = tmp_path / "scored.jsonl"
-    main([data, "--model", reward_dir(), "--out", str(out), "--device", "cpu", "--transform", "lower_bound"])
+    main(["score", reward_dir(), data, str(out), "--device", "cpu", "--transform", "lower_bound"])
     [row] = read(out)
     documented = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text()
     for name in row.keys() - TYPES["preference"].keys():

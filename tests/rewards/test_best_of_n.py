@@ -7,7 +7,7 @@ from datasets import load_dataset
 from tiny_training import TOOL
 
 from disco_trl import DiscoReward, best_of_n
-from disco_trl.cli.best_of_n import main
+from disco_trl.cli.main import main
 
 
 ANSWERS = ["Good.", "Bad, all of it.", "The film is short and careful.", "Not at all."]
@@ -28,9 +28,9 @@ CHAT_ROWS = [
 ]
 
 
-def command(tmp_path, rows, *arguments, out="best.jsonl"):
+def command(tmp_path, rows, model, *arguments, out="best.jsonl"):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / out), "--device", "cpu", *arguments])
+    main(["best-of-n", model, str(tmp_path / "rows.jsonl"), str(tmp_path / out), "--device", "cpu", *arguments])
     kind = "json" if out.endswith("jsonl") else "parquet"
     return load_dataset(kind, data_files=str(tmp_path / out), split="train").to_list()
 
@@ -39,7 +39,7 @@ def command(tmp_path, rows, *arguments, out="best.jsonl"):
 @pytest.mark.parametrize("rows", [ROWS, CHAT_ROWS], ids=["text", "messages with tools"])
 def test_the_best_answer(rows, out, reward_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("disco_trl.cli.best_of_n.ROWS_AT_ONCE", 2)
-    got = command(tmp_path, rows, "--model", reward_dir(), "--transform", "lower_bound", "--k", "2", out=out)
+    got = command(tmp_path, rows, reward_dir(), "--transform", "lower_bound", "--k", "2", out=out)
     assert [{name: row[name] for name in rows[0]} for row in got] == rows
     reward = DiscoReward(reward_dir(), device="cpu")
     for row, best in zip(rows, got, strict=True):
@@ -63,7 +63,7 @@ def test_tools_matter_to_the_function_too(reward_dir):
 
 
 def test_win_rates_are_within_each_prompt(reward_dir, tmp_path):
-    for row in command(tmp_path, ROWS, "--model", reward_dir(), "--transform", "win_rate"):
+    for row in command(tmp_path, ROWS, reward_dir(), "--transform", "win_rate"):
         assert sum(row["rewards"]) / len(row["rewards"]) == pytest.approx(0.5, abs=1e-6)
         assert row["best_index"] == row["rewards"].index(max(row["rewards"]))
 
@@ -71,7 +71,7 @@ def test_win_rates_are_within_each_prompt(reward_dir, tmp_path):
 def test_draws_are_reproducible_and_go_on(reward_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("disco_trl.cli.best_of_n.ROWS_AT_ONCE", 1)
     same = [{"prompt": "How? ", "candidates": ANSWERS}] * 3
-    arguments = ["--model", reward_dir(), "--transform", "sample", "--seed", "4"]
+    arguments = [reward_dir(), "--transform", "sample", "--seed", "4"]
     first = [row["rewards"] for row in command(tmp_path, same, *arguments, out="1.jsonl")]
     again = [row["rewards"] for row in command(tmp_path, same, *arguments, out="2.jsonl")]
     assert first == again
@@ -80,8 +80,8 @@ def test_draws_are_reproducible_and_go_on(reward_dir, tmp_path, monkeypatch):
 
 def test_columns_by_other_names(reward_dir, tmp_path):
     rows = [{"question": row["prompt"], "answers": row["candidates"]} for row in ROWS]
-    names = ["--prompt-column", "question", "--candidates-column", "answers"]
-    got = command(tmp_path, rows, "--model", reward_dir(), *names)
+    names = ["--prompt_column", "question", "--candidates_column", "answers"]
+    got = command(tmp_path, rows, reward_dir(), *names)
     assert [row["best"] in row["answers"] for row in got] == [True] * 5
 
 
@@ -90,7 +90,7 @@ def test_columns_by_other_names(reward_dir, tmp_path):
     [
         (
             [{"prompt": "a"}],
-            r"column 'candidates': missing \(there are 'prompt'\); name the columns with --prompt-column",
+            r"column 'candidates': missing \(there are 'prompt'\); name the columns with --prompt_column",
         ),
         ([ROWS[0], ROWS[1] | {"candidates": []}], r"row 1, column 'candidates': a list of at least one answer"),
         ([ROWS[0], ROWS[1] | {"candidates": None}], r"row 1, column 'candidates': a list of at least one answer"),
@@ -102,5 +102,5 @@ def test_columns_by_other_names(reward_dir, tmp_path):
 def test_rows_that_are_wrong(rows, message, reward_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("disco_trl.cli.best_of_n.ROWS_AT_ONCE", 1)
     with pytest.raises(SystemExit, match=message):
-        command(tmp_path, rows, "--model", reward_dir())
+        command(tmp_path, rows, reward_dir())
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -1,13 +1,15 @@
 """`disco-trl filter`: which pairs are kept, dropped and flipped, what becomes of their columns, and the report."""
 
 import json
+import re
 
 import pytest
+from command_line import refusal
 from datasets import Dataset, load_dataset
 from tiny_training import preferences
 
 from disco_trl import DiscoReward
-from disco_trl.cli.filter import main
+from disco_trl.cli.main import main
 from disco_trl.rewards.filter import PairFilter, Rules
 
 
@@ -161,8 +163,8 @@ def test_the_command_and_its_report(kind_in, kind_out, tmp_path, capsys):
     dataset = Dataset.from_list(scored())
     data, out, report = tmp_path / f"in.{kind_in}", tmp_path / f"out.{kind_out}", tmp_path / "report.json"
     dataset.to_parquet(data) if kind_in == "parquet" else dataset.to_json(data)
-    arguments = ["--flip-below", "0.05", "--max-prob", "0.98", "--max-scale", "2.75", "--report", str(report)]
-    main([str(data), "--out", str(out), *arguments])
+    arguments = ["--flip_below", "0.05", "--max_prob", "0.98", "--max_scale", "2.75", "--report", str(report)]
+    main(["filter", str(data), str(out), *arguments])
     # Flipped: 0 (p = 0.99, dropped by max_prob) and 1 (p = 0.96, dropped by its scale of 3). Dropped: 7 (0.995).
     assert [row["chosen"] for row in read(out)] == ["good 2", "good 3", "good 4", "good 5", "good 6"]
     assert json.loads(report.read_text()) == {
@@ -185,8 +187,8 @@ def test_a_quantile_of_the_scales(tmp_path):
     # Larger scales 1 to 10: a share of 0.7 is not above 7.
     Dataset.from_list(scored([(0.5, float(scale)) for scale in range(10, 0, -1)])).to_json(tmp_path / "in.jsonl")
     report = tmp_path / "report.json"
-    arguments = ["--max-scale-quantile", "0.7", "--report", str(report)]
-    main([str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), *arguments])
+    arguments = ["--max_scale_quantile", "0.7", "--report", str(report)]
+    main(["filter", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), *arguments])
     assert [row["scale_chosen"] for row in read(tmp_path / "out.jsonl")] == [7, 6, 5, 4, 3, 2, 1]
     assert json.loads(report.read_text())["rules"]["max_scale"] == 7.0
 
@@ -197,8 +199,17 @@ def test_scored_on_the_way(reward_dir, tmp_path):
     rows = DiscoReward(reward_dir(), device="cpu").map(raw, prefix="my_").to_list()
     threshold = sorted(row["my_prob_chosen"] for row in rows)[19] + 1e-4
     out = tmp_path / "out.parquet"
-    arguments = ["--model", reward_dir(), "--device", "cpu", "--prefix", "my_", "--min-prob", str(threshold)]
-    main([str(tmp_path / "raw.jsonl"), "--out", str(out), *arguments])
+    arguments = [
+        "--model_name_or_path",
+        reward_dir(),
+        "--device",
+        "cpu",
+        "--prefix",
+        "my_",
+        "--min_prob",
+        str(threshold),
+    ]
+    main(["filter", str(tmp_path / "raw.jsonl"), str(out), *arguments])
     expected = [row for row in rows if row["my_prob_chosen"] >= threshold]
     got = read(out)
     assert 10 < len(expected) < 21
@@ -212,27 +223,36 @@ def test_scored_on_the_way(reward_dir, tmp_path):
     ("arguments", "message"),
     [
         ([], "disco-trl filter: no rule is given"),
-        (["--min-prob", "0.999"], r"no pair is left, so .*out\.jsonl is not written"),
-        (["--max-scale-quantile", "1"], r"--max-scale-quantile 1\.0 must be strictly between 0 and 1"),
-        (["--max-scale-quantile", "0.9", "--model", "m"], r"reads the scores twice; run `disco-trl score` first"),
+        (["--min_prob", "0.999"], r"no pair is left, so .*out\.jsonl is not written"),
         (
-            ["--min-prob", "0.1", "--prefix", "my_"],
+            ["--max_scale_quantile", "0.9", "--max_scale", "2"],
+            r"--max_scale and --max_scale_quantile exclude each other",
+        ),
+        (["--max_scale_quantile", "1"], r"--max_scale_quantile 1\.0 must be strictly between 0 and 1"),
+        (
+            ["--max_scale_quantile", "0.9", "--model_name_or_path", "m"],
+            r"reads the scores twice; run `disco-trl score` first",
+        ),
+        (
+            ["--min_prob", "0.1", "--prefix", "my_"],
             r"column 'my_prob_chosen' and .* missing, the pairs are not scored",
         ),
     ],
 )
-def test_arguments_that_are_wrong(arguments, message, tmp_path):
+def test_arguments_that_are_wrong(arguments, message, tmp_path, capsys):
     Dataset.from_list(scored()).to_json(tmp_path / "in.jsonl")
-    with pytest.raises(SystemExit, match=message):
-        main([str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), *arguments])
+    said = refusal(capsys, "filter", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), *arguments)
+    assert re.search(message, said)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_scoring_what_is_scored_is_refused(reward_dir, tmp_path):
     Dataset.from_list(scored()).to_json(tmp_path / "in.jsonl")
-    arguments = ["--model", reward_dir(), "--device", "cpu", "--min-prob", "0.1", "--out", str(tmp_path / "out.jsonl")]
-    with pytest.raises(SystemExit, match=r"column 'location_chosen' .* leave out --model to filter by it"):
-        main([str(tmp_path / "in.jsonl"), *arguments])
+    arguments = ["--model_name_or_path", reward_dir(), "--device", "cpu", "--min_prob", "0.1"]
+    with pytest.raises(
+        SystemExit, match=r"column 'location_chosen' .* leave out --model_name_or_path to filter by it"
+    ):
+        main(["filter", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), *arguments])
 
 
 def test_answers_of_different_types_cannot_be_swapped_in_parquet(tmp_path):
@@ -240,7 +260,7 @@ def test_answers_of_different_types_cannot_be_swapped_in_parquet(tmp_path):
     for row in rows:
         del row["chosen_rating"]
     Dataset.from_list(rows).to_json(tmp_path / "in.jsonl")
-    arguments = [str(tmp_path / "in.jsonl"), "--flip-below", "0.1", "--out"]
+    arguments = ["filter", str(tmp_path / "in.jsonl"), "--flip_below", "0.1", "--output_file"]
     with pytest.raises(SystemExit, match=r"'score_chosen' and 'score_rejected' are of different types.*\.jsonl file"):
         main([*arguments, str(tmp_path / "out.parquet")])
     main([*arguments, str(tmp_path / "out.jsonl")])

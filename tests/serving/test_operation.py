@@ -12,7 +12,7 @@ import requests
 from reward_server import ANSWERS, serve, tiny_reward
 from server_questions import close, located, post, wait_for_queue
 
-from disco_trl.cli.serve import main
+from disco_trl.cli.main import main
 from disco_trl.data.tokenization import tokenize
 
 
@@ -96,10 +96,10 @@ def test_sigterm_answers_what_was_accepted_and_takes_no_more(reward, tmp_path):
 def test_the_command_refuses_to_start(tiny_llama_dir, monkeypatch, arguments, message):
     monkeypatch.delenv("DISCO_TRL_TOKEN", raising=False)
     with pytest.raises(SystemExit, match=message):
-        main([tiny_llama_dir, *arguments])
+        main(["serve", tiny_llama_dir, *arguments])
 
 
 def test_the_command_refuses_limits_below_one(tiny_llama_dir, capsys):
     with pytest.raises(SystemExit):
-        main([tiny_llama_dir, "--max-queue", "0"])
-    assert "--max-queue must be at least 1" in capsys.readouterr().err
+        main(["serve", tiny_llama_dir, "--max_queue", "0"])
+    assert "--max_queue 0 must be at least 1" in capsys.readouterr().err

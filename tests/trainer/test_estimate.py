@@ -266,7 +266,7 @@ def test_the_largest_batch_is_found_in_few_looks():
 
 
 def test_the_command_says_what_fits(llama_dir, capsys):
-    arguments = ["estimate", llama_dir, "--length", "32", "--batch-size", "2", "--methods", "full", "lora"]
+    arguments = ["estimate", llama_dir, "--length", "32", "--batch_size", "2", "--methods", "full", "lora"]
     main([*arguments, "--json"])
     totals = {name: found["total"] for name, found in json.loads(capsys.readouterr().out)["estimates"].items()}
     assert totals["lora"] < totals["full"]
@@ -292,8 +292,11 @@ def test_what_cannot_be_estimated_is_an_error(tmp_path, llama_dir):
     with pytest.raises(SystemExit, match="reads at most"):
         main(["estimate", llama_dir, "--length", "100000"])
     with pytest.raises(SystemExit) as exit_info:
-        main(["estimate", llama_dir, "--batch-size", "0"])
+        main(["estimate", llama_dir, "--batch_size", "0"])
     assert exit_info.value.code == 2
+    for name, value in {"dtype": "int8", "optim": "lion", "sharding": "zero9", "methods": "dora"}.items():
+        with pytest.raises(SystemExit, match=f"{value!r} is unknown; choose one of '"):
+            main(["estimate", llama_dir, f"--{name}", value])
 
 
 @pytest.mark.slow

@@ -67,11 +67,13 @@ def detect_format(row: Row) -> str:
         return fitting[0]
     there = ", ".join(map(repr, row))
     if fitting:
-        raise ValueError(f"--from auto: the columns {there} may be any of {', '.join(fitting)}; choose with --from")
+        raise ValueError(
+            f"--format auto: the columns {there} may be any of {', '.join(fitting)}; choose with --format"
+        )
     known = "\n".join(f"  {name}: {known.what}" for name, known in FORMATS.items())
     raise ValueError(
-        f"--from auto: no format has the columns {there}; rename them with --rename OLD=NEW to those of one of these, "
-        f"or, if they are chosen and rejected answers already, run `disco-trl data check`\n{known}"
+        f"--format auto: no format has the columns {there}; rename them with --rename OLD=NEW to those of one of "
+        f"these, or, if they are chosen and rejected answers already, run `disco-trl data check`\n{known}"
     )
 
 
@@ -150,14 +152,14 @@ class Converter:
 
     def _refuse(self, error: BadRow, number: int) -> None:
         if not self.skip_bad:
-            raise ValueError(f"row {number}, {error} (or skip all such rows with --skip-bad)") from error
+            raise ValueError(f"row {number}, {error} (or skip all such rows with --skip_bad)") from error
         self.report.bad.add(error.problem, number)
 
     def _finished(self, row: Row) -> Row:
         """The row with its texts as messages, unless they shall stay or are no answers to anything."""
         prompt = row.get("prompt")
         if self.plain_text and isinstance(prompt, list):
-            raise BadRow("prompt", "a conversation, which is no plain text", "leave out --plain-text")
+            raise BadRow("prompt", "a conversation, which is no plain text", "leave out --plain_text")
         if self.plain_text or prompt is None:
             return row
         if isinstance(prompt, str):
@@ -242,7 +244,7 @@ def draw_pairs(groups: list[list[int]], count: int | None, seed: int) -> Iterato
             yield one, other, False
 
 
-def _paired(dataset: Dataset, converter: Converter, count: int | None, seed: int) -> Iterator[list[Row]]:
+def convert_pairs(dataset: Dataset, converter: Converter, count: int | None, seed: int) -> Iterator[list[Row]]:
     """Rows of a dataset of rated answers, in pairs; of an answer only its prompt's hash is held until it is drawn."""
     groups: defaultdict[int, list[int]] = defaultdict(list)
     with logging.tqdm(desc="reading", total=len(dataset), unit="row") as bar:
@@ -258,7 +260,7 @@ def _paired(dataset: Dataset, converter: Converter, count: int | None, seed: int
         yield converter.pair(answers[0], answers[1], first_only)
 
 
-def _converted(dataset: Dataset | IterableDataset, converter: Converter, rated: bool) -> Iterator[list[Row]]:
+def convert_rows(dataset: Dataset | IterableDataset, converter: Converter, rated: bool) -> Iterator[list[Row]]:
     """Rows of a dataset that are converted by themselves; rated answers come several in a row."""
     with logging.tqdm(desc="converting", unit="row") as bar:
         for rows in chunks(dataset):
