@@ -43,8 +43,8 @@ class Arguments:
     dtype: str = field(
         default="mixed",
         metadata={
-            "help": "mixed (the default): weights in float32, computing in bfloat16, which is what TRL's defaults "
-            "come to; bfloat16: weights too; float32: everything."
+            "help": "What is computed in. mixed (the default): weights in float32, computing in bfloat16, which is "
+            "what TRL's defaults come to; bfloat16: weights too; float32: everything."
         },
     )
     optim: str = field(

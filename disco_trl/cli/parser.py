@@ -111,6 +111,7 @@ class Parser(TrlParser):
             [`Parsed`]: The arguments, and the words of a command line that means the same.
         """
         launcher = launcher_options or {}
+        # A name that both have is ours, as it is for `trl`.
         positionals, groups = self._split(words, {**launcher, **self.options})
         if any(name in ("-h", "--help") for name, _ in groups):
             self.print_help()
@@ -124,9 +125,12 @@ class Parser(TrlParser):
                 launcher_words += group
                 continue
             action = self.options[name]
+            # The last one would win, and nobody would miss the others. (Of single values it is meant to: scripts put
+            # their defaults first, and what the user adds behind.)
             if action.dest in given and action.nargs == "+":
-                # The last list would win, and nobody would miss the others.
                 self.error(f"{name} is given twice; give all its values at once: {name} A B ...")
+            if action.dest in given and action.dest == "config":
+                self.error("--config is given twice; put all arguments into one file")
             given.add(action.dest)
             if action.dest == "config":
                 value = self._value_of(group)
@@ -134,8 +138,10 @@ class Parser(TrlParser):
                 group = ["--config", value]  # the one spelling that TrlParser looks for
             own_words += group
         stand_ins = self._options_of(positionals, given, config)
+        # In front, where no list of values takes them in.
         own_words = [*stand_ins.values(), *own_words]
         present = given | config.keys() | stand_ins.keys()
+        # argparse would name them by their options, in both spellings.
         if missing := [
             name
             for name, dest in self.positionals.items()
@@ -143,13 +149,13 @@ class Parser(TrlParser):
         ]:
             self.error(f"{', '.join(missing)} missing; write {self.short_form}, or see {self.prog} --help")
         try:
-            *found, launcher_config, _ = self.parse_args_and_config(
+            # Behind the dataclasses comes a namespace with `config`, which TrlParser has read by then.
+            *found, _, launcher_config, _ = self.parse_args_and_config(
                 own_words, return_remaining_strings=True, separate_remaining_strings=True
             )
         except (ValueError, TypeError) as error:  # of the dataclasses' own checks
             self.error(str(error))
-        # TrlParser puts a namespace, of `config`, behind the dataclasses.
-        return Parsed(tuple(found[: len([*self.dataclass_types])]), own_words, launcher_words, launcher_config)
+        return Parsed(tuple(found), own_words, launcher_words, launcher_config)
 
     def _split(
         self, words: Sequence[str], options: Mapping[str, argparse.Action]
@@ -198,7 +204,7 @@ class Parser(TrlParser):
             if dest in given or dest in config:
                 where = f"--{dest}" if dest in given else f"{dest} in the config file"
                 self.error(f"{name} is given twice: as {value!r}, the word in its place, and by {where}")
-            found[dest] = f"--{dest}={value}"
+            found[dest] = f"--{dest}={value}"  # with `=`, as a value may begin with `-`
         return found
 
     def _nearest(self, name: str, options: Mapping[str, argparse.Action]) -> str:

@@ -1,5 +1,6 @@
 """How a command line and a YAML file become arguments: positionals, names, types, and what is said of mistakes."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -127,11 +128,14 @@ def test_a_config_file_holds_any_argument_and_the_command_line_wins(parser, tmp_
         assert args == Arguments(model_name_or_path="m", output_file="o", **expected)
 
 
+def test_one_config_file_is_enough(refused, tmp_path):
+    words = ["--config", write(tmp_path / "a.yaml", {}), "--config", write(tmp_path / "b.yaml", {})]
+    assert "--config is given twice; put all arguments into one file" in refused("m", "d", "o", *words)
+
+
 def test_a_config_file_may_set_the_environment(parser, tmp_path, monkeypatch):
     monkeypatch.setenv("DISCO_TEST", "before")
     parser.parse(["m", "d", "o", "--config", write(tmp_path / "test.yaml", {"env": {"DISCO_TEST": 1}})])
-    import os
-
     assert os.environ["DISCO_TEST"] == "1"
 
 
