@@ -22,7 +22,6 @@ from tiny_training import logged, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from disco_trl import RewardDistribution
 from disco_trl.data.forest import pack
 from disco_trl.models.prefix_sharing import prepare
 
@@ -60,8 +59,12 @@ def run_ddp(folder: Path, sharing: bool) -> Run:
 
 
 def run_fsdp2(folder: Path, sharing: bool) -> Run:
-    """Gradient descent by hand, with each layer, the head and the rest sharded by themselves; it writes nothing."""
+    """
+    Gradient descent by hand, with each layer, the head and the rest sharded by themselves; it writes nothing. What the
+    likelihood learns can be had from the output only: in the head it is in shards.
+    """
     model = random_model("llama")
+    model.score.add_likelihood({"location_error": True, "tie_width": "learned"})
     start = weights(model)
     processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     if processes > 1:
@@ -78,10 +81,10 @@ def run_fsdp2(folder: Path, sharing: bool) -> Run:
     for step in range(STEPS):
         rows = data[8 * step + rank : 8 * (step + 1) : processes]
         sequences = [*rows["chosen_ids"], *rows["rejected_ids"]]
-        reward = model.reward_distribution(**(pack(sequences, EOS) if sharing else padded(sequences)))
-        sides = zip(reward.location.chunk(2), reward.scale.chunk(2), strict=True)
-        chosen, rejected = (RewardDistribution(location, scale, "normal") for location, scale in sides)
-        loss = -chosen.log_prob_greater(rejected).mean()
+        output = model(**(pack(sequences, EOS) if sharing else padded(sequences)))
+        reward, tie_width = model.rewards_of(output), model.responses_of(output).tie_width
+        chosen, rejected = reward[: len(reward) // 2], reward[len(reward) // 2 :]
+        loss = -chosen.log_prob_greater(rejected).mean() + (tie_width - 1).square().mean()
         loss.backward()
         gradients = [p.grad.full_tensor() if processes > 1 else p.grad for p in model.parameters()]
         optimizer.step()
@@ -131,6 +134,13 @@ def test_with_sharing_and_without(runs):
     assert {run["processes"] for run in both.values()} == {2}
     assert sum("loss" in log for log in both["plain"]["logs"]) == STEPS
     assert_same_run(both["shared"], both["plain"])
+
+
+def test_what_the_likelihood_learns_is_learned_in_shards(runs):
+    both, alone = runs
+    names = [name for name in alone["end"] if ".likelihood." in name]  # none with DDP, whose data are forced choices
+    for run in (*both.values(), alone):
+        assert all((run["end"][name] - run["start"][name]).abs().min() > 1e-3 for name in names)
 
 
 def test_on_two_processes_and_on_one(runs):
