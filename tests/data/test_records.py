@@ -65,10 +65,3 @@ def test_rankings_without_prompt_among_pairs_are_prepared(make, tiny_tokenizer):
         record_of(EXPLICIT), tiny_tokenizer
     )
     assert not list(finish_preferences(streamed(prepared), "train", max_length=3))
-
-
-def test_completions_without_ranks_are_a_column_of_the_users(tiny_tokenizer):
-    dataset = Dataset.from_list([{**STANDARD, "completions": ["x", "y"]}] * 2)
-    prepared = prepare_preferences(dataset, tiny_tokenizer, "train")
-    assert "completion_ids" not in prepared.column_names and prepared[0]["completions"] == ["x", "y"]
-    assert prepared[0]["chosen_ids"] == tokenize(tiny_tokenizer, "Two and two? Four.")
