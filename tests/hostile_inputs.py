@@ -47,12 +47,12 @@ leaves existing files unchanged. Code that comes with data or a checkpoint is ne
 **Special tokens in a text.** A tokenizer reads `<|im_end|>` in a message as the token that ends a turn, wherever it
 comes from. TRL trains and scores with these tokens, and disco-trl's tokens are TRL's, so they are neither removed nor
 escaped: the same text has the same reward in training, in scoring and in TRL. However, whoever writes them, a user or
-a policy, can end a turn and begin another one. Training therefore logs a warning about the first such row,
-`disco-trl data check --model_name_or_path` counts all of them, and `DiscoReward`, also behind `disco-trl serve`, logs
-a warning once. (Policies that TRL trains cannot put the tokens themselves into an answer, which is decoded without special
-tokens, but they can spell them out.) A text that ends with the end-of-text token is what TRL expects.
-`POST /get_reward` takes rendered text, in which the tokens of the template and those of a user cannot be
-distinguished; use `/score` with messages.
+a policy, can end a turn and begin another one. Training therefore logs a warning about the first such row, `disco-trl
+data check --model_name_or_path` counts all of them, and `DiscoReward`, also behind `disco-trl serve`, logs a warning
+once. (Policies that TRL trains cannot put the tokens themselves into an answer, which is decoded without special
+tokens, but they can spell them out.) A text that ends with the end-of-text token is what TRL expects. `POST
+/get_reward` takes rendered text, in which the tokens of the template and those of a user cannot be distinguished; use
+`/score` with messages.
 
 **Pickles.** An adapter is loaded from safetensors only. A full model that has only `pytorch_model.bin` is loaded as
 tensors, by torch's reader that runs no code; a file that contains anything else is refused. **Code** in a checkpoint

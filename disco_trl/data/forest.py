@@ -1,15 +1,15 @@
-"""Token sequences as a forest in one row: what they share from the front stands there once, and nothing is padded.
+"""Token sequences as a forest in one row: what they share from the front is stored once, and nothing is padded.
 
-Two answers to one prompt share the prompt, K answers share it K times over, and a conversation that is scored at each
-turn shares all that went before. In the forest each node is a run of tokens, and a sequence is the path from a root to
-the node where it ends. The nodes stand one after another in a row; a token's position is its place in its own
+Two answers to one prompt share the prompt, K answers share it K times, and a conversation that is scored at each turn
+shares all earlier turns. Each node of the forest is a run of tokens, and a sequence is the path from a root to the
+node where it ends. The nodes stand one after another in a row. The position of a token is its place in its own
 sequence:
 
     sequences       forest           row
     a b c d         a b ── c d       token     a b c d e f
     a b e f             └─ e f       position  0 1 2 3 2 3
 
-How a model runs such a row is the business of `disco_trl.models.prefix_sharing`.
+`disco_trl.models.prefix_sharing` runs a model on such a row.
 """
 
 import itertools
@@ -20,20 +20,26 @@ import torch
 from torch import Tensor
 
 
-# Rows are filled up to a multiple of this. On CPUs a bfloat16 matrix product is compiled for each number of rows that
-# it meets, which takes as long as half a step of training a small model; tensor cores like such numbers as well.
+# Rows are filled up to a multiple of this. CPUs compile a bfloat16 matrix product for each number of rows they meet,
+# which takes as long as half a training step of a small model. Tensor cores are faster with such numbers, too.
 ROW_MULTIPLE = 64
 
 
 class Forest(NamedTuple):
-    """Sequences as a forest, in the order in which its nodes stand in a row.
+    """
+    Sequences as a forest, in the order in which its nodes stand in a row.
 
-    Attributes:
-        tokens: the ids of the nodes' tokens, `T` in all.
-        positions: of each token in its sequence.
-        lengths: of the nodes.
-        parents: of the nodes, -1 for a root. A parent stands before its children.
-        read_at: for each sequence, the place in the row of its last token that is not padding.
+    Args:
+        tokens (`list[int]`):
+            Ids of the tokens of all nodes, T in all.
+        positions (`list[int]`):
+            Position of each token in its sequence.
+        lengths (`list[int]`):
+            Number of tokens of each node.
+        parents (`list[int]`):
+            Parent of each node, -1 for a root. A parent stands before its children.
+        read_at (`list[int]`):
+            For each sequence, the place in the row of its last token that is not padding.
     """
 
     tokens: list[int]
@@ -44,7 +50,7 @@ class Forest(NamedTuple):
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences share from the front."""
+    """Number of tokens that two sequences share from the front."""
     length = min(len(first), len(second))
     if first[:length] == second[:length]:
         return length
@@ -61,15 +67,19 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 def grow_forest(sequences: Sequence[list[int]], pad_token_id: int | None) -> Forest:
     """
-    The forest of some token sequences. Whatever they share from the front is shared, whichever sequences they are.
+    The forest of token sequences. Any sequences share what they have in common from the front.
 
     Args:
-        sequences: lists of token ids, none of them empty.
-        pad_token_id: the reward is read at the last token that is not this one, as Hugging Face's classifiers do,
-            also where it is the end-of-text token too.
+        sequences (`Sequence[list[int]]`):
+            Token ids of the sequences, none of them empty.
+        pad_token_id (`int`, *optional*):
+            The reward is read at the last token that is not this one, as in Hugging Face's classifiers, even if it is
+            the end-of-text token too.
+
+    Returns:
+        [`Forest`]: The forest.
     """
-    # In the order of a dictionary those that share a prefix are neighbours, and one that is a prefix of another comes
-    # before it.
+    # In lexicographic order sequences that share a prefix are neighbours, and a prefix of another one comes before it.
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     ordered = [sequences[index] for index in order]
     shared = [0, *(common_prefix(*pair) for pair in itertools.pairwise(ordered))]
@@ -108,20 +118,24 @@ def pack(
     sequences: Sequence[list[int]], pad_token_id: int | None, pad_to_multiple_of: int = ROW_MULTIPLE
 ) -> dict[str, Tensor]:
     """
-    What a disco model's `forward` takes to run token sequences as one row.
+    Arguments of a disco model's `forward` to run N token sequences as one row.
 
     Args:
-        sequences: lists of token ids, none of them empty.
-        pad_token_id: see :func:`grow_forest`.
-        pad_to_multiple_of: fill the row up to a multiple of this, with tokens that nobody sees.
+        sequences (`Sequence[list[int]]`):
+            Token ids of the sequences, none of them empty.
+        pad_token_id (`int`, *optional*):
+            As for `grow_forest`.
+        pad_to_multiple_of (`int`, *optional*, defaults to `64`):
+            The row is filled up to a multiple of this, with tokens that no other token attends to.
 
     Returns:
-        `read_at` `[N]`, where in the row each sequence's reward is read; `input_ids`, `attention_mask` and
-        `position_ids`, each `[1, T]` (this mask tells tokens from filling; attention goes by the nodes); and `nodes`
-        `[2, nodes]`, the length and the parent of each node.
+        `dict[str, torch.Tensor]`: `read_at`, of shape `(N,)`, the place in the row where the reward of each sequence
+        is read; `input_ids`, `attention_mask` and `position_ids`, each of shape `(1, T)` (this mask separates tokens
+        from filling; attention follows the nodes); and `nodes`, of shape `(2, nodes)`, the length and the parent of
+        each node.
     """
     forest = grow_forest(sequences, pad_token_id)
-    # Before the tensors are made: as a root of its own, what fills the row up disturbs nobody.
+    # The filling is a root of its own, so no sequence attends to it.
     filling = -len(forest.tokens) % pad_to_multiple_of
     if filling:
         forest.tokens.extend([pad_token_id or 0] * filling)
@@ -143,9 +157,18 @@ def pack(
 
 def batches_by_unique_tokens(sequences: Sequence[list[int]], tokens_per_batch: int) -> Iterator[list[int]]:
     """
-    Indices of sequences in batches that hold at most so many different tokens; one above the budget is alone.
+    Batches of sequences that hold at most so many different tokens. A sequence above the budget is alone.
 
-    Those that share the most stand together.
+    Sequences that share the most stand together.
+
+    Args:
+        sequences (`Sequence[list[int]]`):
+            Token ids of the sequences.
+        tokens_per_batch (`int`):
+            Most different tokens of a batch.
+
+    Yields:
+        `list[int]`: Positions of the sequences of a batch.
     """
     batch: list[int] = []
     tokens = 0

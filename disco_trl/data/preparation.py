@@ -265,8 +265,7 @@ class _Tokenization:
     version: str = __version__
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
-        # Without `ranks`, a column `completions` is one of the user's that nobody reads.
-        columns = {name: as_list(batch[name]) for name in batch if self.has_rankings or name != RANKING[0]}
+        columns = {name: as_list(batch[name]) for name in batch}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         try:
             return self._tokens_of(rows)

@@ -225,7 +225,7 @@ def read_answers(row: Row, layout: Layout | None = None, feedback: Feedback | No
     if feedback is not None:
         ranked = feedback.is_ranking
     else:
-        # Prepared datasets have the answers' ids in a column of their own, and `completions` would be the user's.
+        # A prepared dataset has the ids of ranked answers in a column of their own.
         ranked = is_ranking(row) if kind != "tokenized" else not is_missing(row.get(RANKED_IDS))
         feedback = FORCED_CHOICE
     if ranked:

@@ -1,11 +1,11 @@
-"""Which pairs go into a batch: pairs of similar length, or as many pairs as a budget of tokens allows.
+"""Samplers: batches of pairs of similar length, or of as many pairs as a budget of tokens allows.
 
-An order is a pure function of (seed, epoch), so that all processes agree on it and a resumed run goes on with it. Each
-epoch groups the pairs anew: it is a shuffle that merely keeps the long from the short.
+An order is a pure function of the seed and the epoch, so that all processes agree on it and a resumed run continues
+it. Each epoch groups the pairs anew. It is a shuffle that only keeps long pairs and short pairs apart.
 
-The length of a pair is the number of its different tokens: what a model that shares prefixes computes for it, and at
-least half of what one that pads does, namely twice the longer side. It is the same measure for both, so that they
-train on the same batches; grouped by their longer sides, padded batches of HH-RLHF would be 7 % smaller.
+The length of a pair is the number of its different tokens. That is what a model that shares prefixes computes for it,
+and at least half of what a model that pads computes, which is twice the longer side. Both use the same measure, so
+that they train on the same batches. (Grouped by their longer sides, padded batches of HH-RLHF would be 7 % smaller.)
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ from .columns import RANKED_IDS, TOKENIZED_PAIR
 from .forest import grow_forest
 
 
-# Pairs are sorted by length within so many blocks at a time. More would save little padding, and shuffle less.
+# Pairs are sorted by length within this many blocks at a time. More would save little padding and shuffle less.
 BLOCKS_PER_MEGABATCH = 50
-# However small the dataset, the shuffle chooses among so many megabatches, or batches of one capacity.
+# However small the dataset, the shuffle chooses among this many megabatches, or batches of one capacity.
 LEAST_CHOICE = 4
 
 
@@ -31,7 +31,17 @@ LEAST_CHOICE = 4
 
 
 def pair_lengths(dataset: Dataset) -> np.ndarray:
-    """Different tokens in each row of a tokenized dataset, `[N]`: what its answers begin with counts once."""
+    """
+    Number of different tokens in each row of a tokenized dataset. What the answers of a row share from the front
+    counts once.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Prepared dataset of N rows.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: The lengths, in tokens.
+    """
     pairs = dataset.select_columns(list(TOKENIZED_PAIR)).with_format("arrow")
     parts = [
         _unique_tokens(*(batch[name].combine_chunks() for name in TOKENIZED_PAIR))
@@ -68,17 +78,24 @@ def length_grouped_order(
     lengths: np.ndarray, block_size: int, rng: np.random.Generator, blocks_per_megabatch: int | None = None
 ) -> np.ndarray:
     """
-    A permutation `[N]` in which each block of `block_size` holds pairs of similar length, the longest first.
+    A permutation in which each block of `block_size` holds pairs of similar length, the longest first.
 
-    The pairs are shuffled, sorted within megabatches, cut into blocks, and the blocks shuffled: except that the block
-    with the longest pair is the first, so that memory runs out at once or not at all, and an incomplete one the last.
+    The pairs are shuffled, sorted within megabatches and cut into blocks, and the blocks are shuffled. The block with
+    the longest pair comes first, so that memory runs out at once or not at all, and an incomplete block comes last.
 
     Args:
-        lengths: of the pairs, `[N]`.
-        block_size: pairs in a block; those of one optimizer step.
-        rng: where the randomness comes from.
-        blocks_per_megabatch: by default 50, and fewer for a small dataset, which else would be sorted as a whole and
-            give the same blocks in each epoch.
+        lengths (`np.ndarray` of shape `(N,)`):
+            Lengths of the pairs, in tokens.
+        block_size (`int`):
+            Pairs in a block: those of one optimizer step.
+        rng (`np.random.Generator`):
+            Source of randomness.
+        blocks_per_megabatch (`int`, *optional*):
+            Blocks that are sorted together. By default 50, and fewer for a small dataset, which would otherwise be
+            sorted as a whole and give the same blocks in each epoch.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: Positions of the pairs.
     """
     if blocks_per_megabatch is None:
         blocks_per_megabatch = min(max(len(lengths) // (LEAST_CHOICE * block_size), 1), BLOCKS_PER_MEGABATCH)
@@ -95,12 +112,15 @@ def length_grouped_order(
 
 class LengthGroupedSampler(Sampler[int]):
     """
-    Positions of pairs, each once an epoch, in the order of `length_grouped_order`.
+    Sampler of positions of pairs, each once an epoch, in the order of `length_grouped_order`.
 
     Args:
-        lengths: of the pairs, `[N]`.
-        block_size: pairs of one optimizer step of all processes.
-        seed: with the epoch, it determines the order.
+        lengths (`np.ndarray` of shape `(N,)`):
+            Lengths of the pairs, in tokens.
+        block_size (`int`):
+            Pairs of one optimizer step of all processes.
+        seed (`int`):
+            With the epoch, it determines the order.
     """
 
     def __init__(self, lengths: np.ndarray, block_size: int, seed: int):
@@ -110,7 +130,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order, from the next iteration on."""
+        """Set the epoch whose order the next iteration has."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -123,15 +143,21 @@ class LengthGroupedSampler(Sampler[int]):
 
 def group_stream(dataset: IterableDataset, block_size: int, seed: int) -> IterableDataset:
     """
-    A stream with its tokenized pairs grouped by length within a buffer of 50 blocks.
+    Group the tokenized pairs of a stream by length, within a buffer of 50 blocks.
 
-    It is a `map`, so that sharding, `state_dict` and the processes of a dataloader work as with any other. Where each
-    process or dataloader worker reads a shard of its own, it has a buffer of its own.
+    It is a `map`, so that sharding, `state_dict` and the processes of a dataloader work as with any other stream. Each
+    process or dataloader worker that reads a shard of its own has a buffer of its own.
 
     Args:
-        dataset: with `chosen_ids` and `rejected_ids`.
-        block_size: pairs of one optimizer step of all processes.
-        seed: with the position of a buffer in the stream, it determines the order.
+        dataset ([`~datasets.IterableDataset`]):
+            Prepared stream with `chosen_ids` and `rejected_ids`.
+        block_size (`int`):
+            Pairs of one optimizer step of all processes.
+        seed (`int`):
+            With the position of a buffer in the stream, it determines the order.
+
+    Returns:
+        [`~datasets.IterableDataset`]: The stream in the new order.
     """
     return dataset.map(
         _group_buffer,
@@ -156,31 +182,38 @@ def _group_buffer(batch: dict[str, list[Any]], indices: list[int], block_size: i
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
     """
-    Batches of as many pairs as fit into a budget of tokens; a pair above the budget is alone.
+    Batch sampler with as many pairs in a batch as fit into a budget of tokens. A pair above the budget is alone.
 
-    Pairs of similar length form a class, and its batches hold as many pairs as fit of its longest. So a batch cannot
-    exceed the budget, whatever the shuffle, and every epoch has the same number of batches, which the training loop
-    counts on. What does not fill the last batch of a class goes into the next class, of longer pairs.
+    Pairs of similar length form a class, and the batches of a class hold as many pairs as would fit if all were as
+    long as its longest. So no shuffle makes a batch exceed the budget, and every epoch has the same number of batches,
+    which the training loop relies on. What does not fill the last batch of a class goes into the next class, of longer
+    pairs.
 
-    Batches come in groups of one for each process. Those of a group have the same number of pairs, as gathering their
-    metrics needs, and are of similar length, so that no process waits for another for long. The groups are shuffled,
-    except that the one with the most tokens is the first. Where the number of groups is no multiple of the
+    Batches come in groups, with one batch for each process. Those of a group have the same number of pairs, because
+    their metrics are gathered, and are of similar length, so that no process waits long for another. The groups are
+    shuffled, except that the one with the most tokens comes first. If the number of groups is not a multiple of the
     accumulation steps, the largest are halved until it is.
 
-    Each pair comes once an epoch, and up to `num_processes - 1` pairs twice where their number is no multiple of
-    `num_processes`; with `drop_last` the surplus is left out instead.
+    Each pair comes once an epoch, and up to `num_processes - 1` pairs come twice if their number is not a multiple of
+    `num_processes`. With `drop_last` the surplus is left out instead.
+
+    The attribute `pairs_per_batch` (`float`) is the mean number of pairs in a batch. The loss of a batch is the sum
+    over its pairs divided by this number, because otherwise a pair in a small batch would weigh more than one in a
+    large batch.
 
     Args:
-        lengths: tokens of the pairs, `[N]`.
-        max_tokens: tokens that a batch may hold.
-        num_processes: processes that batches are dealt out to, in turn.
-        accumulation_steps: batches of a process for one optimizer step.
-        seed: with the epoch, it determines the batches and their order.
-        drop_last: see above.
-
-    Attributes:
-        pairs_per_batch: mean number of pairs in a batch. A batch's loss is the sum over its pairs divided by this, or
-            a pair in a small batch would weigh more than one in a large batch.
+        lengths (`np.ndarray` of shape `(N,)`):
+            Lengths of the pairs, in tokens.
+        max_tokens (`int`):
+            Most tokens that a batch may hold.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Processes that take the batches in turn.
+        accumulation_steps (`int`, *optional*, defaults to `1`):
+            Batches of a process for one optimizer step.
+        seed (`int`, *optional*, defaults to `0`):
+            With the epoch, it determines the batches and their order.
+        drop_last (`bool`, *optional*, defaults to `False`):
+            Whether to leave pairs out rather than repeat some.
     """
 
     def __init__(
@@ -225,7 +258,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.pairs_per_batch = sum(sizes) / max(len(sizes), 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the batches and their order, from the next iteration on."""
+        """Set the epoch whose batches the next iteration has."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -255,12 +288,18 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
 def with_batches(loader: DataLoader, batches: Sampler[list[int]], accelerator: Any) -> DataLoader:
     """
-    The same loader with other batches: the Trainer (to transformers 5.23) takes no batch sampler but its own.
+    The same loader with other batches. The Trainer (up to transformers 5.23) takes no batch sampler but its own.
 
     Args:
-        loader: of the Trainer, already prepared.
-        batches: the indices of each.
-        accelerator: of the Trainer.
+        loader ([`~torch.utils.data.DataLoader`]):
+            Loader of the Trainer, already prepared.
+        batches ([`~torch.utils.data.Sampler`]):
+            Positions of the rows of each batch.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the Trainer.
+
+    Returns:
+        [`~torch.utils.data.DataLoader`]: The new loader, prepared.
     """
     options = [
         *("collate_fn", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor"),
@@ -269,7 +308,7 @@ def with_batches(loader: DataLoader, batches: Sampler[list[int]], accelerator: A
     other: DataLoader = DataLoader(
         loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in options}
     )
-    # accelerate 1.10 refuses to even out batches of various sizes, and there is nothing to even out.
+    # accelerate 1.10 refuses to even out batches of different sizes, and there is nothing to even out.
     even_batches, accelerator.even_batches = accelerator.even_batches, False
     try:
         return accelerator.prepare_data_loader(other)

@@ -105,9 +105,7 @@ def check_preferences(
 
     # Row 0 by itself and first: the format of all other rows is compared with it.
     _number_checked_row(first_row, 0, **arguments)
-    columns_read = {"prompt", *layout.columns, *TEMPLATE_COLUMNS, *JUDGEMENT_COLUMNS}
-    if "ranks" in dataset.column_names:
-        columns_read |= {*RANKING, RANKED_IDS}
+    columns_read = {"prompt", *layout.columns, *TEMPLATE_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING, RANKED_IDS}
     dataset.with_format(None).select_columns([name for name in dataset.column_names if name in columns_read]).map(
         _check_batch,
         with_indices=True,

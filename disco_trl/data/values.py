@@ -1,4 +1,4 @@
-"""Single cells of a row: what counts as missing, as a number, as ratings, and how an error shows one."""
+"""Single cells of a row: what counts as missing, as a number or as ratings, and how an error shows a value."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Row = dict[str, Any]
 """A row of a dataset: its values by the names of their columns."""
 
 
-def as_list(ids: Any) -> Any:
-    """Token ids as a list: streams may carry arrays or tensors, whose == is elementwise."""
-    return ids.tolist() if hasattr(ids, "tolist") else ids
+def as_list(value: Any) -> Any:
+    """A value as a list, where a stream carries an array or a tensor, whose == is elementwise."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 LARGEST = 3.4028234e38
-"""The largest number that float32 holds, in which the likelihood is worked out: beyond it a loss is infinite."""
+"""The largest number of float32, in which the likelihood is computed: a larger one gives an infinite loss."""
 
 
 class Problem(NamedTuple):
@@ -49,7 +49,7 @@ class BadRow(ValueError):
 
 
 def _plain(value: Any) -> Any:
-    """The number in an array of no dimension, which a stream in the format of NumPy or torch has in its place."""
+    """The number in an array without dimensions, which a stream formatted for NumPy or torch has in its place."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
@@ -60,7 +60,7 @@ def is_missing(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: the beginning of its `repr`, which a row might make as long as it likes."""
+    """A value as an error shows it: the beginning of its `repr`, because a row may hold a value of any length."""
     try:
         return f"{value!r:.60}"
     except (ValueError, RecursionError):  # an integer of thousands of digits; a list in a list in a list ...
@@ -68,13 +68,13 @@ def shown(value: Any) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """The value as a number that float32 holds too, or None if it is none; True and False are not numbers."""
+    """The value as a number that float32 can hold, or None if it is not one. True and False are not numbers."""
     value = _plain(value)
     return value if type(value) in (int, float) and abs(value) <= LARGEST else None
 
 
 def as_truth(value: Any) -> bool | None:
-    """The value as true or false, which 1 and 0 are as well, or None if it is neither."""
+    """The value as true or false (1 and 0 count too), or None if it is neither."""
     value = _plain(value)
     return bool(value) if isinstance(value, int | float) and value in (True, False) else None
 
@@ -83,5 +83,5 @@ def as_ratings(value: Any) -> list[Any]:
     """The ratings of an answer, whether the column holds one or a list."""
     if is_missing(value):
         return []
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = as_list(value)
     return [_plain(rating) for rating in value] if isinstance(value, list) else [value]

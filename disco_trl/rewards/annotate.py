@@ -96,8 +96,8 @@ def read_checked(row: Row, layout: Layout, number: int) -> Record:
     Raises:
         `ValueError`: If the row has no sound answers; it names row, column and fix.
     """
-    # Columns for the chat template may be empty, since nothing of TRL's reads them here. A prompt may not, also where
-    # a file leaves it out of some rows: the answer alone would get another reward.
+    # Columns for the chat template may be empty, since TRL does not read them here. A prompt may not, even where a
+    # file leaves it out of some rows: the answer alone would get another reward.
     row = {name: value for name, value in row.items() if name not in TEMPLATE_COLUMNS or value is not None}
     if layout.has_prompt:
         row = {"prompt": None, **row}
@@ -110,7 +110,7 @@ def read_checked(row: Row, layout: Layout, number: int) -> Record:
 
 
 class Rewarder(Protocol):
-    """What scores answers: of a `DiscoReward`, as much as an :class:`Annotator` needs."""
+    """What an [`Annotator`] needs of a `DiscoReward`."""
 
     model: Any
     processing_class: Any
@@ -229,7 +229,7 @@ class Annotator:
         return dict(zip(self.column_names(layout), (column.tolist() for column in columns), strict=True))
 
     def settings(self) -> dict[str, Any]:
-        """All that the scores depend on besides the rows; of model and tokenizer a digest."""
+        """All that the scores depend on besides the rows. Model and tokenizer are described by a digest."""
         tokenizer = self.reward.processing_class
         described = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.special_tokens_map]
         return {
@@ -242,7 +242,7 @@ class Annotator:
 
 
 def _digest_of_weights(model: torch.nn.Module) -> str:
-    """The same for the same weights in the same types, wherever they came from and wherever they are."""
+    """A digest of weights and their types, which does not depend on where they were loaded from or are now."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -364,7 +364,7 @@ def annotate_file(
 
 
 def _survey(dataset: Dataset | IterableDataset, out: Path, layout: Layout, rows_at_once: int) -> dict[str, Any]:
-    """Number and digest of the rows, all of which are checked: better now than after hours of scoring."""
+    """Number and digest of the rows, all of which are checked before hours of scoring."""
     digest = hashlib.blake2b(digest_size=16)
     number = 0
     with logging.tqdm(desc="checking", unit="row") as bar:

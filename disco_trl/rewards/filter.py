@@ -1,7 +1,8 @@
-"""Preference pairs, kept, dropped or flipped by what a reward model thinks of their labels: `disco-trl filter`.
+"""Preference pairs kept, dropped or flipped by what a reward model thinks of their labels: `disco-trl filter`.
 
-The rules look at two numbers of a pair: p, the probability that the model gives to its label, P(chosen ≻ rejected);
-and its scale, the larger of its two answers'. They apply in this order; a pair counts under the first that drops it:
+The rules look at two numbers of a pair: p, the probability that the model gives to its label, P(chosen ≻ rejected),
+and its scale, the larger one of its two answers. They apply in this order, and a pair counts under the first that
+drops it:
 
 ====================  =============================  ===============================================================
 rule                  what it does                   why
@@ -18,17 +19,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ..data.columns import LEGACY_TOKENIZED_PAIR, TEXT_PAIR, TOKENIZED_PAIR, VOTES
-from ..data.files import Row, refuse_clash
+from ..data.columns import PAIRS, TEXT_PAIR, VOTES
+from ..data.files import refuse_clash
+from ..data.values import Row
 
 
 @dataclass(frozen=True)
 class Rules:
     """
-    What to do with a pair; a rule that is `None` is not applied. See the module for what each does.
+    What to do with a pair. A rule that is None is not applied.
+
+    Args:
+        flip_below (`float`, *optional*):
+            Swap the answers of pairs with a p below this, at most 0.5.
+        min_prob (`float`, *optional*):
+            Drop pairs with a p below this.
+        max_prob (`float`, *optional*):
+            Drop pairs with a p above this.
+        max_scale (`float`, *optional*):
+            Drop pairs with a scale above this, in units of reward.
 
     Raises:
-        ValueError: no rule is given, or one is out of its domain or can never apply.
+        `ValueError`: If no rule is given, or if one is out of its domain or can never apply.
     """
 
     flip_below: float | None = None
@@ -57,7 +69,18 @@ class Rules:
             )
 
     def dropped_by(self, prob: float, scale: float) -> str | None:
-        """The rule that drops a pair of that p (after any flip) and scale, or `None` if it is kept."""
+        """
+        The rule that drops a pair.
+
+        Args:
+            prob (`float`):
+                Its p, after any flip.
+            scale (`float`):
+                Its scale.
+
+        Returns:
+            `str` or `None`: Name of the rule, or None if the pair is kept.
+        """
         if self.min_prob is not None and prob < self.min_prob:
             return "min_prob"
         if self.max_prob is not None and prob > self.max_prob:
@@ -87,12 +110,15 @@ class PairFilter:
     Applies rules to scored pairs and counts what they did.
 
     Args:
-        rules: the rules.
-        columns: names of the columns of the data, scores among them.
-        prefix: what was put before the names of the scores.
+        rules ([`Rules`]):
+            The rules.
+        columns (`list[str]`):
+            Columns of the data, scores among them.
+        prefix (`str`, *optional*, defaults to `""`):
+            What was put before the names of the scores.
 
     Raises:
-        ValueError: the rows are no pairs, have no scores, or cannot be flipped.
+        `ValueError`: If the rows are not pairs, have no scores, or cannot be flipped.
     """
 
     def __init__(self, rules: Rules, columns: list[str], prefix: str = ""):
@@ -100,7 +126,7 @@ class PairFilter:
         self.report = Report(
             dropped={name: 0 for name, value in vars(rules).items() if value and name != "flip_below"}
         )
-        if not any(set(pair) <= set(columns) for pair in (TEXT_PAIR, TOKENIZED_PAIR, LEGACY_TOKENIZED_PAIR)):
+        if not any({*pair} <= {*columns} for pair in PAIRS):
             raise ValueError(
                 f"columns 'chosen' and 'rejected': missing (there are {', '.join(map(repr, columns))}); only pairs "
                 "can be filtered"
@@ -127,7 +153,18 @@ class PairFilter:
                 )
 
     def __call__(self, rows: list[Row], first: int = 0) -> list[Row]:
-        """The rows that are kept, in order; `first` is the position of the first, for messages."""
+        """
+        Filter some rows.
+
+        Args:
+            rows (`list[dict]`):
+                Scored pairs.
+            first (`int`, *optional*, defaults to `0`):
+                Position of the first of them in the data, for messages.
+
+        Returns:
+            `list[dict]`: The rows that are kept, in order.
+        """
         kept = []
         for number, row in enumerate(rows, start=first):
             prob, scale = self._number(row, self.prob, number), self.scale(row, number)
@@ -148,7 +185,7 @@ class PairFilter:
         return kept
 
     def scale(self, row: Row, number: int) -> float:
-        """The larger scale of a pair's two answers."""
+        """The larger scale of the two answers of a pair, in units of reward."""
         return max(self._number(row, name, number) for name in self.scales)
 
     def _swapped(self, row: Row) -> Row:

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +31,14 @@ from disco_trl.data.preparation import finish_preferences
 
 @pytest.fixture
 def prepare(tiny_tokenizer, tmp_path):
-    """What a trainer makes of its dataset; the method, ours and TRL's, reads nothing of the trainer itself."""
+    """What a trainer makes of its dataset. Ours asks the model how many tokens and which ratings it knows."""
+    model = SimpleNamespace(config=SimpleNamespace(disco={}), get_input_embeddings=lambda: None)  # it knows them all
 
     def prepare(dataset, dataset_name="train", *, trainer=DiscoRewardTrainer, tokenizer=tiny_tokenizer, **options):
         args = RewardConfig(str(tmp_path), **{"max_length": None, "bf16": False, "report_to": "none", **options})
-        return trainer.__new__(trainer)._prepare_dataset(dataset, tokenizer, args, dataset_name)
+        made = trainer.__new__(trainer)
+        made._adoption, made._surveyed_dataset = SimpleNamespace(model=model), None
+        return made._prepare_dataset(dataset, tokenizer, args, dataset_name)
 
     return prepare
 

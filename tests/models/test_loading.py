@@ -101,7 +101,7 @@ def test_a_scale_that_has_not_moved_is_one_of_its_family(untrained):
 def test_it_is_evaluated_as_one(untrained, tmp_path):
     rows = [{"prompt": "the answer", "chosen": " is short", "rejected": f" is {i} times as long"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    main(["evaluate", str(tmp_path / "pairs.jsonl"), "--model", untrained, "--out", str(tmp_path / "out")])
+    main(["evaluate", untrained, str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out")])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["family"] == "laplace"
 
 

@@ -1,7 +1,8 @@
 """
 What a preference dataset holds and what is wrong with it, before anything is trained on it: `disco-trl data check`.
 
-Training stops at the first bad row; here all of them are counted. The figures are `disco_trl.data.curation.survey`'s.
+Training stops at the first bad row. Here all of them are counted. The figures come from
+`disco_trl.data.curation.survey`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .survey import ROWS_NAMED, DataSurvey
 
 
 READ = {*KNOWN_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING} - {"completion", "messages"}
-# Words of column names, and the word that disco-trl has for the same
+# Words in names of columns, and the word that disco-trl has for the same thing
 WORDS = {
     **{"score": "rating", "scores": "rating", "ratings": "rating", "stars": "rating", "grade": "rating"},
     **{"vote": "votes", "count": "votes", "counts": "votes", "wins": "votes", "prob": "probability"},
@@ -53,11 +54,20 @@ WORDS = {
     **{"soft": "preference", "label": "probability", "importance": "weight", "sample": "", "example": ""},
 }
 LENGTH_BIAS = 0.55
-"""From this share of longer answers chosen on, it is worth a warning: on HH-RLHF it is 0.54."""
+"""Share of longer answers among the preferred ones above which a warning is shown: on HH-RLHF it is 0.54."""
 
 
 def find_look_alikes(columns: list[str]) -> dict[str, str]:
-    """Columns that are not read, and the ones that they look as if they were meant to be."""
+    """
+    Columns that are not read but look like one that is.
+
+    Args:
+        columns (`list[str]`):
+            Columns of the data.
+
+    Returns:
+        `dict[str, str]`: The column that each was probably meant to be.
+    """
     missing = sorted(READ - {*columns} - {*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR})
     found = {}
     for column in columns:
@@ -77,13 +87,21 @@ def _snake(name: str) -> str:
 
 
 class ErrorCounts:
-    """What is wrong with the rows of a dataset, by kind: all are counted, the first of each are named."""
+    """Problems of the rows of a dataset, by kind: all are counted, and the first rows of each kind are named."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, problem: Problem, number: int) -> None:
-        """Count what is wrong with row `number`. The fix of two problems is the same if they are of one kind."""
+        """
+        Count a problem. Two problems are of one kind if they have the same column and the same fix.
+
+        Args:
+            problem ([`~disco_trl.data.values.Problem`]):
+                What is wrong.
+            number (`int`):
+                Number of the row.
+        """
         kind = self._kinds.setdefault((problem.column, problem.fix), {**problem._asdict(), "rows": 0, "first": []})
         kind["rows"] += 1
         if len(kind["first"]) < ROWS_NAMED:
@@ -99,15 +117,17 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     Check every row of a preference dataset.
 
     Args:
-        dataset: its rows; see `disco_trl.data.validation.check_preferences` for the types.
-        tokenizer: measures lengths in tokens, if given.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Preference dataset of any type that [`~disco_trl.data.validation.check_preferences`] takes.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            If given, lengths are measured in tokens too.
 
     Returns:
-        The figures, JSON's types throughout (`errors`, `warnings` and `columns` first, then those of
-        `DataSurvey.figures`), and the survey that they are of.
+        `tuple[dict, DataSurvey]`: The figures, in types that JSON has (`warnings`, `errors` and `columns`, and those
+        of [`DataSurvey.figures`]), and the survey that they come from.
 
     Raises:
-        ValueError: the dataset is empty, or its columns are not those of preferences.
+        `ValueError`: If the dataset is empty, or its columns are not those of preferences.
     """
     columns: dict[str, None] = {}
     errors = ErrorCounts()
@@ -169,7 +189,7 @@ def _token_counts(record: Record, tokenizer: Any) -> list[int]:
 
 
 def _warnings(found: dict[str, Any]) -> list[str]:
-    """What is no error, and yet probably not meant."""
+    """What is not an error, but probably not intended."""
     terms, repeated = found["terms"], found["repeated_pairs"]
     warnings = [
         f"column {old!r} is not read; if it is {new!r}, rename it"

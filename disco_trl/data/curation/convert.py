@@ -2,9 +2,9 @@
 From how others write preferences (`disco_trl.data.curation.formats`) to a file that disco-trl reads: `disco-trl data
 convert`.
 
-Rows are converted one by one in the order of the input, and each that is written has passed the checks of training.
-Answers that were rated, and not compared, need a second one to share a row with: each is put into one pair, with
-another answer to its prompt that is drawn at random, so that every rating counts once.
+Rows are converted one by one in the order of the input, and each row that is written has passed the checks of
+training. Answers that were rated and not compared need a second one to share a row with. Each is put into one pair
+with another answer to its prompt, drawn at random, so that every rating counts once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,19 @@ TYPES = {
 
 @dataclass
 class Report:
-    """How many rows were read and written, and why others were skipped: bad ones, or answers without a second one."""
+    """
+    How many rows were read and written, and why others were skipped.
+
+    Args:
+        format (`str`):
+            What the rows were read as.
+        read, written (`int`, *optional*, defaults to `0`):
+            Numbers of rows.
+        bad ([`ErrorCounts`], *optional*):
+            Rows that could not be converted.
+        alone (`int`, *optional*, defaults to `0`):
+            Rated answers without a second answer to their prompt.
+    """
 
     format: str
     read: int = 0
@@ -57,10 +69,17 @@ class Report:
 
 def detect_format(row: Row) -> str:
     """
-    The one format that a row is of.
+    Infer the format of a row.
+
+    Args:
+        row (`dict`):
+            Row of the data.
+
+    Returns:
+        `str`: Name of the format.
 
     Raises:
-        ValueError: none, or several; with the columns that were found and the formats there are.
+        `ValueError`: If none fits, or several do; it names the columns that were found and the formats there are.
     """
     fitting = [name for name, known in FORMATS.items() if known.recognise(row)]
     if len(fitting) == 1:
@@ -79,10 +98,19 @@ def detect_format(row: Row) -> str:
 
 def rename(row: Row, renamed: dict[str, str]) -> Row:
     """
-    The row with new names of columns, by their old ones.
+    Rename columns of a row.
+
+    Args:
+        row (`dict`):
+            Row of the data.
+        renamed (`dict[str, str]`):
+            New names of columns by their old ones.
+
+    Returns:
+        `dict`: The row with the new names.
 
     Raises:
-        ValueError: two columns would have one name.
+        `ValueError`: If two columns would have one name.
     """
     for old, new in renamed.items():
         if old in row and ((new in row and new not in renamed) or list(renamed.values()).count(new) > 1):
@@ -97,12 +125,18 @@ class Converter:
     Converts rows, checks what comes out, and counts.
 
     Args:
-        convert: what `Format.convert` is.
-        report: where it counts.
-        plain_text: leave texts as they are, where otherwise they become messages.
-        renamed: new names of columns by their old ones.
-        skip_bad: skip and count rows that cannot be converted, where otherwise they are an error.
-        flat: no message may hold more than a role and a text.
+        convert (`Callable[[dict], list[dict]]`):
+            As [`Format.convert`].
+        report ([`Report`]):
+            Where the rows are counted.
+        plain_text (`bool`, *optional*, defaults to `False`):
+            Whether texts stay as they are rather than become messages.
+        renamed (`dict[str, str]`, *optional*):
+            New names of columns by their old ones.
+        skip_bad (`bool`, *optional*, defaults to `False`):
+            Whether rows that cannot be converted are skipped and counted rather than raise an error.
+        flat (`bool`, *optional*, defaults to `False`):
+            Whether messages may hold only a role and a text.
     """
 
     def __init__(
@@ -124,10 +158,20 @@ class Converter:
 
     def __call__(self, row: Row, number: int) -> list[Row]:
         """
-        The rows, checked, that a row becomes; none if it is skipped. Rated answers are not yet pairs, nor checked.
+        Convert a row.
+
+        Args:
+            row (`dict`):
+                The row.
+            number (`int`):
+                Its number, for the error.
+
+        Returns:
+            `list[dict]`: The checked rows that it becomes, none if it is skipped. Rated answers are neither pairs nor
+            checked yet.
 
         Raises:
-            ValueError: the row cannot be converted; with row, column and fix.
+            `ValueError`: If the row cannot be converted; it names row, column and fix.
         """
         row = rename(row, self.renamed)
         try:
@@ -138,11 +182,16 @@ class Converter:
 
     def pair(self, one: tuple[int, Row], other: tuple[int, Row], first_only: bool) -> list[Row]:
         """
-        The row of two rated answers, each with the number of its row; none if it is skipped.
+        Make a row of two rated answers.
 
         Args:
-            one, other: the answers.
-            first_only: leave out the ratings of the other, which count elsewhere.
+            one, other (`tuple[int, dict]`):
+                The answers, each with the number of its row.
+            first_only (`bool`):
+                Whether to leave out the ratings of the other one, which count elsewhere.
+
+        Returns:
+            `list[dict]`: The checked row, none if it is skipped.
         """
         try:
             return [self._checked(pair_of(one[1], other[1], first_only))]
@@ -156,7 +205,7 @@ class Converter:
         self.report.bad.add(error.problem, number)
 
     def _finished(self, row: Row) -> Row:
-        """The row with its texts as messages, unless they shall stay or are no answers to anything."""
+        """The row with its texts as messages, unless they are to stay texts or have no prompt to answer."""
         prompt = row.get("prompt")
         if self.plain_text and isinstance(prompt, list):
             raise BadRow("prompt", "a conversation, which is no plain text", "leave out --plain_text")
@@ -204,20 +253,23 @@ def _all_messages(record: Record) -> Iterator[dict[str, Any]]:
 
 def draw_pairs(groups: list[list[int]], count: int | None, seed: int) -> Iterator[tuple[int, int, bool]]:
     """
-    Pairs of answers to the same prompt, at random.
+    Draw pairs of answers to the same prompt at random.
 
     Args:
-        groups: positions of the answers to each prompt.
-        count: how many pairs; by default as many as put each answer into one pair, an odd one beside another that has
-            a pair already.
-        seed: seed of the draws.
+        groups (`list[list[int]]`):
+            Positions of the answers to each prompt.
+        count (`int`, *optional*):
+            Number of pairs. By default each answer is put into one pair, and one that is left over beside an answer
+            that has a pair already.
+        seed (`int`):
+            Seed of the draws.
 
     Yields:
-        Two positions, and whether the second one's ratings are left out, as they are in another pair. Pairs beyond the
-        default count are others, whose ratings count again.
+        `tuple[int, int, bool]`: Two positions, and whether the ratings of the second one are left out because they are
+        in another pair. Pairs beyond the default number are new ones, whose ratings count again.
 
     Raises:
-        ValueError: there are not that many pairs.
+        `ValueError`: If there are not that many pairs.
     """
     generator = np.random.default_rng(seed)
     pairs: list[tuple[int, int, bool]] = []
@@ -245,7 +297,7 @@ def draw_pairs(groups: list[list[int]], count: int | None, seed: int) -> Iterato
 
 
 def convert_pairs(dataset: Dataset, converter: Converter, count: int | None, seed: int) -> Iterator[list[Row]]:
-    """Rows of a dataset of rated answers, in pairs; of an answer only its prompt's hash is held until it is drawn."""
+    """Rows of a dataset of rated answers, in pairs. Until an answer is drawn, only the hash of its prompt is kept."""
     groups: defaultdict[int, list[int]] = defaultdict(list)
     with logging.tqdm(desc="reading", total=len(dataset), unit="row") as bar:
         for rows in chunks(dataset):
@@ -261,7 +313,7 @@ def convert_pairs(dataset: Dataset, converter: Converter, count: int | None, see
 
 
 def convert_rows(dataset: Dataset | IterableDataset, converter: Converter, rated: bool) -> Iterator[list[Row]]:
-    """Rows of a dataset that are converted by themselves; rated answers come several in a row."""
+    """Rows of a dataset that are converted one by one. Rated answers of one row are paired with each other."""
     with logging.tqdm(desc="converting", unit="row") as bar:
         for rows in chunks(dataset):
             for row in rows:

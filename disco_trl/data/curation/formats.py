@@ -1,9 +1,9 @@
 """
 How other tools and well-known datasets write preferences, and what such a row is in the columns that disco-trl reads.
 
-A `Format` recognises its rows by their columns and turns one row into the rows that it becomes. Nothing is invented on
-the way: who was not asked to compare two answers has no vote on them. Whether a text becomes a message is decided by
-`disco_trl.data.curation.convert`; here a prompt and its answers stay what they were.
+A [`Format`] recognises its rows by their columns and converts one row at a time. No judgement is invented: somebody
+who was not asked to compare two answers has no vote on them. A prompt and its answers stay what they were, texts or
+messages; `disco_trl.data.curation.convert` decides whether texts become messages.
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ class Format:
     """
     A way to write preferences.
 
-    Attributes:
-        what: its rows, for a person who looks for theirs.
-        recognise: whether a row is of this format.
-        convert: the rows that one row becomes; `BadRow` where it cannot. Rated answers come out as `answer` and
-            `ratings`, to be paired.
+    Args:
+        what (`str`):
+            Description of its rows, by which people find the format of theirs.
+        recognise (`Callable[[dict], bool]`):
+            Whether a row is of this format.
+        convert (`Callable[..., list[dict]]`):
+            The rows that one row becomes. It raises [`~disco_trl.data.values.BadRow`] if the row cannot be converted.
+            Rated answers come out as `answer` and `ratings`, to be paired.
     """
 
     what: str
@@ -70,7 +73,7 @@ class Format:
 
 
 def first_of(row: Row, names: Iterable[str]) -> str | None:
-    """The first of these columns that the row fills."""
+    """The first of these columns that is filled in the row, or None."""
     return next((name for name in names if not is_missing(row.get(name))), None)
 
 
@@ -132,12 +135,19 @@ def _from_ratings(row: Row) -> list[Row]:
 
 def pair_of(one: Row, other: Row, first_only: bool = False) -> Row:
     """
-    Two rated answers (`answer`, `ratings`) as one row in which nobody has compared them. The likelihood does not care
-    which side is which, but the accuracy that the trainer logs does: `chosen` is the one with the higher mean rating.
+    Two rated answers as one row in which nobody has compared them.
+
+    The answer with the higher mean rating becomes `chosen`. It makes no difference to the likelihood which side is
+    which, but it does to the accuracy that the trainer logs.
 
     Args:
-        one, other: the answers.
-        first_only: leave out the ratings of `other`, which count in another row.
+        one, other (`dict`):
+            The answers, with `answer` and `ratings`.
+        first_only (`bool`, *optional*, defaults to `False`):
+            Whether to leave out the ratings of `other`, which count in another row.
+
+    Returns:
+        `dict`: The row.
     """
     sides = [(one, one["ratings"]), (other, None if first_only else other["ratings"])]
     if fmean(one["ratings"]) < fmean(other["ratings"]):
@@ -158,7 +168,7 @@ def _ranked(row: Row, answers: list[Any], ranks: Sequence[float]) -> list[Row]:
 
 
 def ranks_of_scores(scores: list[float]) -> list[int]:
-    """Rank of each score, 1 the highest; equal scores share the best of their ranks."""
+    """Rank of each score, 1 for the highest. Equal scores share the best of their ranks."""
     rank_of: dict[float, int] = {}
     for rank, score in enumerate(sorted(scores, reverse=True), start=1):
         rank_of.setdefault(score, rank)
@@ -213,11 +223,17 @@ def rated_answers_of_ultrafeedback(row: Row, score: str = "overall_score") -> li
     Each answer of a row with its score as its rating.
 
     Args:
-        row: a row of the format `ultrafeedback`.
-        score: name of a score of the completions, or of an aspect of their annotations.
+        row (`dict`):
+            Row of the format `ultrafeedback`.
+        score (`str`, *optional*, defaults to `"overall_score"`):
+            Name of a score of the completions, or of an aspect of their annotations.
 
     Returns:
-        Rows of `answer` and `ratings` (of one), with their `prompt`; answers whose judge could not tell are left out.
+        `list[dict]`: Rows of `answer` and `ratings` (with one rating), with their `prompt`. Answers whose judge could
+        not tell are left out.
+
+    Raises:
+        [`~disco_trl.data.values.BadRow`]: If fewer than two answers have the score.
     """
     name = _has_list(row, dict) or _column(row, LISTS_OF_ANSWERS, "the list of answers")
     scored = [(entry, _ultrafeedback_score(name, entry, score)) for entry in _list(name, row[name])]
@@ -235,7 +251,7 @@ def _from_ultrafeedback(row: Row, score: str = "overall_score") -> list[Row]:
 
 
 def _ultrafeedback_score(column: str, completion: Any, score: str) -> list[float]:
-    """The score in a list of one, or an empty list where the judge could not tell."""
+    """The score as a list of one, or an empty list if the judge could not tell."""
     if not isinstance(completion, dict):
         raise BadRow(column, f"{shown(completion)} is no answer with its scores", "drop the row")
     value = completion.get(score)
@@ -394,8 +410,17 @@ def transcript_messages(column: str, text: str) -> list[dict[str, str]]:
     """
     The messages of a transcript in which a blank line and `Human:` or `Assistant:` begin a turn.
 
+    Args:
+        column (`str`):
+            Column of the transcript, for the error.
+        text (`str`):
+            The transcript.
+
+    Returns:
+        `list[dict[str, str]]`: The messages.
+
     Raises:
-        BadRow: it begins otherwise.
+        [`~disco_trl.data.values.BadRow`]: If it begins otherwise.
     """
     start, *parts = TURN.split("\n\n" + text.lstrip("\n"))
     if start or not parts:
@@ -411,7 +436,7 @@ EXTRA_ID_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def prompt_messages(column: str, prompt: str) -> list[dict[str, str]]:
-    """The messages of a prompt that is a text: one from the user, or the turns of a transcript, as some write it."""
+    """The messages of a prompt that is a text: one from the user, or the turns of a transcript."""
     if is_transcript(prompt):
         messages = transcript_messages(column, prompt)
         # A transcript that waits for the answer ends with the name of who gives it.

@@ -23,13 +23,13 @@ from ..records import Record
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
 ROWS_NAMED = 5
 SHORTEST_LEAK = 20
-"""Characters, after normalization, from which on an answer found in two splits is no coincidence ("Yes." is one)."""
+"""Characters after normalization from which an answer in two splits counts as a leak. ("Yes." is in all of them.)"""
 DEFAULT_MAX_LENGTH = 1024
 """TRL's: longer pairs are left out of training."""
 
 
 def normalize(text: str) -> str:
-    """The text without case, punctuation, and differences of space or of Unicode's ways to write a letter."""
+    """The text without case and punctuation, with single spaces and one way to write each letter."""
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
@@ -71,14 +71,22 @@ def _text(content: Any) -> str:
 
 
 class Fingerprints:
-    """Hashes of normalized prompts, answers and whole rows, to tell what two datasets have in common."""
+    """Hashes of normalized prompts, answers and whole rows, which show what two datasets have in common."""
 
     def __init__(self) -> None:
         self.prompts, self.rows = array("Q"), array("Q")
         self.answers, self.rows_of_answers = array("Q"), array("Q")
 
     def add(self, prompt: str, answers: list[str], number: int) -> None:
-        """Add what stands in a row: `texts_of` it, and its number."""
+        """
+        Add a row.
+
+        Args:
+            prompt (`str`), answers (`list[str]`):
+                What `texts_of` makes of its record.
+            number (`int`):
+                Its number in the dataset.
+        """
         normal = list(map(normalize, answers))
         prompt = normalize(prompt)
         self.prompts.append(_hash(prompt) if prompt else 0)
@@ -89,7 +97,17 @@ class Fingerprints:
                 self.rows_of_answers.append(number)
 
     def overlap(self, other: Fingerprints) -> dict[str, Any]:
-        """For prompts, answers and whole rows: how many rows here have theirs among the other's, and the first."""
+        """
+        What these rows have in common with those of another dataset.
+
+        Args:
+            other ([`Fingerprints`]):
+                Fingerprints of the other dataset.
+
+        Returns:
+            `dict[str, dict]`: For `"prompt"`, `"answer"` and `"row"`, how many `rows` here have theirs among the
+            other's, and the `first` of them.
+        """
         prompts = _numbers(self.prompts)
         shared_prompts = np.isin(prompts, _numbers(other.prompts)) & (prompts != 0)
         shared_answers = np.isin(_numbers(self.answers), _numbers(other.answers))
@@ -208,7 +226,7 @@ class DataSurvey:
     # Figures
 
     def figures(self) -> dict[str, Any]:
-        """All figures, in types that JSON has; what the data does not have is left out."""
+        """All figures, in types that JSON has. What the data do not have is left out."""
         figures: dict[str, Any] = {
             "rows": self.rows,
             "terms": {name: count for name, count in sorted(self.terms.items()) if count},
@@ -283,7 +301,12 @@ class DataSurvey:
         return figures
 
     def preference_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Characters of the preferred and of the other answer, `[N]` each, of the pairs where one was preferred."""
+        """
+        Lengths of the answers of all N pairs in which one was preferred.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]` of shape `(N,)` each: Characters of the preferred and of the other answer.
+        """
         if not self.lengths["chosen"]:
             return np.empty(0), np.empty(0)
         chosen, rejected = _numbers(self.lengths["chosen"]), _numbers(self.lengths["rejected"])
