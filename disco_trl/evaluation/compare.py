@@ -26,9 +26,10 @@ from transformers.utils import logging
 
 from ..distributions.reward_distribution import FAMILIES, RewardDistribution
 from ..trainer.reward_config import DiscoRewardConfig
+from .bootstrap import paired_bootstrap
 from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, Run
 from .held_out import HeldOut
-from .metrics import METRICS, paired_bootstrap
+from .metrics import METRICS
 from .report import EXPLAINED, Verdict
 
 

@@ -18,14 +18,13 @@ import torch
 from datasets import Dataset
 
 from ..distributions.reward_distribution import RewardDistribution
+from .bootstrap import interval, resamples
 from .held_out import HeldOut
 from .metrics import (
     METRICS,
     Forecasts,
     centrality,
-    interval,
     reliability_curve,
-    resamples,
     risk_coverage_curve,
     spearman,
 )

@@ -173,7 +173,7 @@ class HeldOut:
     @property
     def groups(self) -> np.ndarray:
         """
-        What each side of a comparison is drawn with in a bootstrap ([`~disco_trl.evaluation.metrics.resamples`]).
+        What each side of a comparison is drawn with in a bootstrap ([`~disco_trl.evaluation.bootstrap.resamples`]).
 
         That is its item, because comparisons of one item are not independent. An answer that several items share is
         drawn by itself.

@@ -17,13 +17,10 @@ from disco_trl.evaluation.metrics import (
     calibration_error,
     centrality,
     debiased_calibration_error,
-    interval,
     mean_confidence,
     negative_log_likelihood,
     pair_metrics,
-    paired_bootstrap,
     reliability_curve,
-    resamples,
     risk_coverage_curve,
     spearman,
 )
@@ -166,58 +163,6 @@ def test_pair_metrics():
     assert metrics["nll"] == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
     assert metrics["brier"] == pytest.approx(0.2)
     assert set(metrics) == set(METRICS)
-
-
-# How far to trust the figures
-
-
-def test_resamples_draw_groups():
-    counts = resamples(np.array([7, 7, 3, 5, 5, 5]), draws=500, seed=0)
-    assert counts.shape == (500, 6)
-    assert (counts[:, 0] == counts[:, 1]).all() and (counts[:, 3] == counts[:, 5]).all()
-    assert (counts[:, [0, 2, 3]].sum(axis=1) == 3).all()
-    assert counts.mean(axis=0) == pytest.approx(np.ones(6), abs=0.15)
-
-
-def test_resamples_draw_both_sides():
-    groups = np.array([[7, 7], [7, 3], [3, 5], [5, 5]])
-    counts = resamples(groups, draws=500, seed=0)
-    seven, three, five = counts[:, 0], 3 - counts[:, 0] - counts[:, 3], counts[:, 3]
-    assert (counts[:, 1] == seven * three).all() and (counts[:, 2] == three * five).all()
-    assert (counts == resamples(groups[:, ::-1], draws=500, seed=0)).all()
-
-
-def test_bootstrap_covers_the_standard_error():
-    # Of 2,000 right or wrong answers, p = 0.8: ±1.96 √(0.8 · 0.2 / 2000) = 0.0175
-    wins = np.random.default_rng(0).random(2000) < 0.8
-    given = forecasts(np.where(wins, 0.9, 0.1))
-    low, high = interval([accuracy(given.times(count)) for count in resamples(np.arange(2000), 1000)])
-    assert (high - low) / 2 == pytest.approx(0.0175, rel=0.1)
-
-
-def test_paired_bootstrap():
-    generator = np.random.default_rng(0)
-    ours = generator.normal(size=(3, 4000))
-    mean, low, high = paired_bootstrap(ours, ours - 0.1)
-    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
-    mean, low, high = paired_bootstrap(ours[0], np.zeros(4000))
-    assert (high - low) / 2 == pytest.approx(1.96 / math.sqrt(4000), rel=0.1)
-
-
-def test_paired_bootstrap_where_answers_recur():
-    """
-    Of comparisons of n answers with one another, each difference the sum of one of either answer, of variance 1: the
-    mean over comparisons has the variance 4 / n, however many comparisons there are.
-    """
-    generator = np.random.default_rng(0)
-    answers = generator.normal(size=400)
-    sides = generator.integers(400, size=(6000, 2))
-    sides = sides[sides[:, 0] != sides[:, 1]]
-    difference = answers[sides].sum(axis=1)
-    _, low, high = paired_bootstrap(difference, np.zeros(len(sides)), sides)
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(4 / 400), rel=0.1)
-    _, low, high = paired_bootstrap(difference, np.zeros(len(sides)))
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(2 / len(sides)), rel=0.1)
 
 
 # Texts to figures
