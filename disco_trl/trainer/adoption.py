@@ -19,11 +19,50 @@ import torch
 from peft import PeftConfig
 from trl.trainer import reward_trainer as trl_reward_trainer
 
+from ..data.judgements import MOST_RATING_VALUES, Survey
 from ..models.adapters import save_reward_head
 from ..models.modeling import DiscoRewardModel
 from ..models.upgrade import upgrade
 from .epistemic import MOST_DIRECTIONS
 from .reward_config import DiscoRewardConfig
+
+
+def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
+    """
+    Decide what is learned of how people answer, and what is given.
+
+    Args:
+        args ([`DiscoRewardConfig`]):
+            What the user has set.
+        found ([`~disco_trl.data.judgements.Survey`]):
+            What the training data hold.
+
+    Returns:
+        `dict[str, Any]`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
+
+    Raises:
+        `ValueError`: If there is one rating only, or more different ones than can be told apart.
+    """
+    settings: dict[str, Any] = {}
+    if args.location_error or (args.location_error is None and found.has_several_ratings):
+        settings["location_error"] = True
+    if found.has_ties or args.tie_width is not None:
+        settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
+    if args.label_noise is None:
+        settings["label_noise"] = "learned"
+    elif args.label_noise > 0:
+        settings["label_noise"] = float(args.label_noise)
+    if args.rating_values is not None:
+        settings["rating_values"] = [float(value) for value in args.rating_values]
+    elif found.ratings:
+        settings["rating_values"] = sorted(found.ratings)
+    if not 2 <= len(settings.get("rating_values", (0, 1))) <= MOST_RATING_VALUES:
+        raise ValueError(
+            f"train dataset, columns 'chosen_rating' and 'rejected_rating': {len(settings['rating_values'])} "
+            f"different ratings, where 2 to {MOST_RATING_VALUES} can be told apart; round them, or give all there can "
+            "be in rating_values"
+        )
+    return settings
 
 
 class Adoption:

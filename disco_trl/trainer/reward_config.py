@@ -7,7 +7,6 @@ from typing import Any
 
 from trl import RewardConfig
 
-from ..data.judgements import MOST_RATING_VALUES, Survey
 from ..distributions.reward_distribution import FAMILIES, get_family
 
 
@@ -225,41 +224,3 @@ class DiscoRewardConfig(RewardConfig):
     def groups_by_length(self) -> bool:
         """Whether batches of `per_device_train_batch_size` hold pairs of similar length."""
         return self.train_sampling_strategy == "group_by_length"
-
-
-def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
-    """
-    Decide what is learned of how people answer, and what is given.
-
-    Args:
-        args ([`DiscoRewardConfig`]):
-            What the user has set.
-        found ([`~disco_trl.data.judgements.Survey`]):
-            What the training data hold.
-
-    Returns:
-        `dict[str, Any]`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
-
-    Raises:
-        `ValueError`: If there is one rating only, or more different ones than can be told apart.
-    """
-    settings: dict[str, Any] = {}
-    if args.location_error or (args.location_error is None and found.has_several_ratings):
-        settings["location_error"] = True
-    if found.has_ties or args.tie_width is not None:
-        settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
-    if args.label_noise is None:
-        settings["label_noise"] = "learned"
-    elif args.label_noise > 0:
-        settings["label_noise"] = float(args.label_noise)
-    if args.rating_values is not None:
-        settings["rating_values"] = [float(value) for value in args.rating_values]
-    elif found.ratings:
-        settings["rating_values"] = sorted(found.ratings)
-    if not 2 <= len(settings.get("rating_values", (0, 1))) <= MOST_RATING_VALUES:
-        raise ValueError(
-            f"train dataset, columns 'chosen_rating' and 'rejected_rating': {len(settings['rating_values'])} "
-            f"different ratings, where 2 to {MOST_RATING_VALUES} can be told apart; round them, or give all there can "
-            "be in rating_values"
-        )
-    return settings

@@ -42,7 +42,7 @@ from ..models.inference import vocabulary_size
 from ..models.model_card import make_model_card
 from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
-from .adoption import Adoption
+from .adoption import Adoption, likelihood_settings
 from .batching import PairBatching
 from .calibration import Calibration
 from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
@@ -50,7 +50,7 @@ from .checkpoints import WholeCheckpoints
 from .epistemic import Posterior
 from .metrics import pair_figures, summarize, summarize_rewards
 from .predictions import PredictionMemory
-from .reward_config import DiscoRewardConfig, likelihood_settings
+from .reward_config import DiscoRewardConfig
 from .search import Beginning, space_around
 
 
