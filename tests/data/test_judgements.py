@@ -124,6 +124,10 @@ def test_a_survey_finds_what_there_is_to_learn():
     assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).pairs_of_rows == {1}
 
 
+def test_a_survey_does_not_compare_the_answers_of_an_endless_ranking():
+    assert survey(Dataset.from_list([{"ranks": [*range(100_000)]}])).pairs_of_rows == {1}
+
+
 # Batches
 
 
