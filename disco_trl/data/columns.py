@@ -117,7 +117,8 @@ def find_layout(row: dict[str, Any], singles: bool = False) -> Layout:
     if columns in PAIRS[:2]:
         return Layout(columns, "tokenized")
     answer, ranked = row.get(columns[0]), row.get(RANKING[0])
-    if isinstance(ranked, list) and ranked and (is_missing(answer) or not is_missing(row.get("ranks"))):
-        answer = ranked[0]
+    if not singles and isinstance(ranked, list) and ranked:
+        # (What stands beside a ranking is for the check of the row to refuse.)
+        answer = ranked[0] if is_missing(answer) or not is_missing(row.get("ranks")) else answer
     layout = Layout(columns, "conversational" if isinstance(answer, list) else "standard")
     return replace(layout, has_prompt="prompt" in names and layout.takes_prompt)

@@ -260,11 +260,18 @@ def _check_ranking(row: Row) -> None:
     answers, ranks = as_list(row[name]), as_list(row["ranks"])
     if len(answers) != len(ranks):
         raise BadRow("ranks", f"{len(ranks)} ranks of {len(answers)} completions", "give each completion its rank")
-    if len(answers) < 2:
-        raise BadRow(name, "one answer alone cannot be ranked", "drop the row, or give two or more")
-    if len(answers) > MOST_RANKED:
-        wrong = f"{len(answers)} answers, whose pairs are too many for a batch"
-        raise BadRow(name, wrong, f"give at most {MOST_RANKED}, or cut the ranking into several rows")
+    _check_number(name, answers)
+
+
+def _check_number(column: str, values: Any) -> None:
+    """Raise [`BadRow`] unless these are the answers, or the ranks, of a ranking that fits into a batch."""
+    if not isinstance(values, list):
+        raise BadRow(column, f"{shown(values)} is not a list", "give a list with an entry for each answer")
+    if len(values) < 2:
+        raise BadRow(column, "one answer alone cannot be ranked", "drop the row, or give two or more")
+    if len(values) > MOST_RANKED:
+        wrong = f"{len(values)} answers, whose pairs are too many for a batch"
+        raise BadRow(column, wrong, f"give at most {MOST_RANKED}, or cut the ranking into several rows")
 
 
 def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
@@ -303,6 +310,7 @@ def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
         comparison = Comparison(0, 1, wins, losses, ties, "tie" in said, margin, weight)
         return Feedback(comparisons=(comparison,), ratings=ratings if any(ratings) else (), said=said)
 
+    _check_number("ranks", as_list(row["ranks"]))
     ranks = [as_number(rank) for rank in as_list(row["ranks"])]
     for position, rank in enumerate(ranks):
         if rank is None:

@@ -16,7 +16,6 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..data.files import Row
 from ..distributions.reward_distribution import RewardDistribution
 from . import charts
 from .held_out import HeldOut
@@ -222,8 +221,7 @@ def pick_examples(rewards: RewardDistribution, held_out: HeldOut, each: int = EX
             pair = [rewards[[side]] for side in sides]
             draw = partial(charts.densities, first=pair[0], second=pair[1], names=("first answer", "second answer"))
             picture = charts.as_svg(draw, f"Rewards of both answers, {kind} {place + 1}", size=(4.6, 2.2))
-            answers = [_answer_of(held_out, index, side) for side in sides]
-            prompt, texts = _split(answers)
+            prompt, texts = _split([_content_of(held_out, index, side) for side in sides])
             said = _in_words(float(forecasts.target[index]), float(forecasts.weight[index]))
             examples.append(Example(kind, prompt, texts, prob, said, Markup(picture)))
     return examples
@@ -249,15 +247,15 @@ def _of_different_items(order: np.ndarray, held_out: HeldOut, most: int) -> list
     return chosen
 
 
-def _answer_of(held_out: HeldOut, comparison: int, sequence: int) -> Row:
-    item = held_out.item[comparison]
-    place = int(np.flatnonzero(held_out.answers[item] == sequence)[0])
-    return held_out.items[item].answers[place]
+def _content_of(held_out: HeldOut, comparison: int, sequence: int) -> Any:
+    """A text, or messages."""
+    number = held_out.item[comparison]
+    item, place = held_out.items[number], int(np.flatnonzero(held_out.answers[number] == sequence)[0])
+    return f"{len(item.answers[place])} tokens" if item.kind == "tokenized" else item.contents[place]
 
 
-def _split(answers: list[Row]) -> tuple[str, list[str]]:
+def _split(contents: list[Any]) -> tuple[str, list[str]]:
     """The text that two answers follow, and each answer, both as text of bounded length."""
-    contents = [answer.get("content", f"{len(answer.get('ids', ()))} tokens") for answer in answers]
     prompt = ""
     if all(isinstance(content, list) for content in contents):
         turns = [[f"{turn.get('role')}: {turn.get('content')}" for turn in content] for content in contents]

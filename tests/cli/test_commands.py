@@ -83,7 +83,7 @@ def test_defaults_and_listed_choices_are_the_librarys():
     from disco_trl.models.export import DTYPES, TARGETS
     from disco_trl.models.inference import TOKENS_PER_BATCH
     from disco_trl.serving.middleware import Limits
-    from disco_trl.trainer import memory
+    from disco_trl.trainer import dataless_model
     from disco_trl.trainer.estimate import SHARDINGS
 
     def fields(arguments: type) -> dict[str, dataclasses.Field]:
@@ -94,7 +94,7 @@ def test_defaults_and_listed_choices_are_the_librarys():
     assert fields(score.Arguments)["rows_per_part"].default == ROWS_AT_ONCE
     assert fields(evaluate.Arguments)["draws"].default == DRAWS
     assert Limits(**{name: fields(serve.Arguments)[name].default for name in serve.LIMITS}) == Limits()
-    settings = memory.Settings()
+    settings = dataless_model.Settings()
     for name, value in dataclasses.asdict(settings).items():
         if name in fields(estimate.Arguments):
             assert fields(estimate.Arguments)[name].default == value, name
@@ -102,14 +102,14 @@ def test_defaults_and_listed_choices_are_the_librarys():
         (score.Arguments, "transform", TRANSFORMS),
         (export.Arguments, "to", TARGETS),
         (export.Arguments, "dtype", DTYPES),
-        (estimate.Arguments, "dtype", memory.DTYPES),
-        (estimate.Arguments, "optim", memory.OPTIMIZERS),
+        (estimate.Arguments, "dtype", dataless_model.DTYPES),
+        (estimate.Arguments, "optim", dataless_model.OPTIMIZERS),
         (estimate.Arguments, "sharding", SHARDINGS),
-        (estimate.Arguments, "methods", memory.METHODS),
+        (estimate.Arguments, "methods", dataless_model.METHODS),
     ):
         for choice in choices:
             assert re.search(rf"\b{choice}\b", fields(arguments)[name].metadata["help"]), (name, choice)
-    assert tuple(estimate.LABELS) == memory.METHODS
+    assert tuple(estimate.LABELS) == dataless_model.METHODS
     for variant in fields(compare.Arguments)["variants"].default_factory():
         Variant.parse(variant)
 

@@ -118,10 +118,14 @@ def test_a_survey_finds_what_there_is_to_learn():
     for more in ({"tie": True}, {"tie": None, "ranks": [1, 1]}):
         assert survey(Dataset.from_list([*rows, {**rows[1], **more}])).has_ties
     for ratings, has_several in (([3.0], False), ([3.0, 3.0], True)):
-        dataset = Dataset.from_list([{"rejected_rating": ratings, "chosen_votes": 5}])
+        dataset = Dataset.from_list([{"rejected_rating": ratings, "chosen_votes": 5, "rejected_votes": 0}])
         assert survey(dataset).has_several_ratings == has_several
         assert survey(dataset.to_iterable_dataset()).has_several_ratings == has_several
     assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).pairs_of_rows == {1}
+
+
+def test_a_survey_does_not_compare_the_answers_of_an_endless_ranking():
+    assert survey(Dataset.from_list([{"ranks": [*range(100_000)]}])).pairs_of_rows == {1}
 
 
 # Batches
