@@ -125,7 +125,18 @@ class Adoption:
         }
 
     def load(self, path: str, **kwargs: Any) -> Any:
-        """Load and adopt a model, with what TRL passes to `from_pretrained`."""
+        """
+        Load and adopt a model.
+
+        Args:
+            path (`str`):
+                Hub id or directory.
+            **kwargs:
+                What TRL passes to `from_pretrained`.
+
+        Returns:
+            [`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]: The model.
+        """
         model = DiscoRewardModel.from_pretrained(
             path, reward_family=self.args.reward_family, fixed_scale=self.args.fixed_scale, is_trainable=True, **kwargs
         )

@@ -1,9 +1,9 @@
 """
 Which checkpoint of a run can be trusted, after the run was killed or its disk was full.
 
-A checkpoint is a folder of files that are written one after another. One that was cut off in between is torn: a file
-is missing, or ends early. transformers resumes from the folder with the highest number, whatever is in it; here the
-newest whole one is found, and what is wrong with those after it is said.
+A checkpoint is a folder of files that are written one after another. A checkpoint that was cut off in between is torn:
+a file is missing or ends early. transformers resumes from the folder with the highest number, whatever is in it. Here
+the newest whole one is found, and a warning names what is wrong with those after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ logger = get_logger(__name__)
 
 
 def why_torn(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. Sizes and headers are read, the weights are not."""
+    """
+    Say what is wrong with the files of a checkpoint.
+
+    Sizes and headers are read, and weights are not, so that this takes no time for a large model.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+
+    Returns:
+        `str` or `None`: The fault, or `None` if the checkpoint is whole.
+    """
     try:
         # The last file that transformers writes
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -61,11 +72,17 @@ def _is_whole_safetensors(path: Path) -> bool:
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """
-    The newest checkpoint in a folder that is whole, or None if there is no checkpoint at all. Torn ones after it are
-    warned of, and left where they are.
+    Find the newest whole checkpoint of a run. Newer ones that are torn are left where they are, with a warning.
+
+    Args:
+        folder (`Path`):
+            Output folder of the run.
+
+    Returns:
+        `Path` or `None`: The checkpoint, or `None` if there is none at all.
 
     Raises:
-        ValueError: there are checkpoints and all of them are torn.
+        `ValueError`: If there are checkpoints and all of them are torn.
     """
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
     checkpoints = sorted((path for path, step in steps.items() if step), key=lambda path: -int(steps[path][1]))  # type: ignore[index]
@@ -94,11 +111,20 @@ class WholeCheckpoints(Trainer):
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> TrainOutput:
         """
-        As in transformers, but `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole: one
-        that was cut off in writing, as the process was killed or the disk full, is warned of and passed over.
+        Trains as in transformers, and resumes from whole checkpoints only.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint to resume from. `True` stands for the newest whole one: a checkpoint that was cut off while
+                it was written, because the process was killed or the disk full, is skipped with a warning.
+            **kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: As in transformers.
 
         Raises:
-            ValueError: the checkpoint to resume from is torn, or all there are.
+            `ValueError`: If the checkpoint to resume from is torn, or if all of them are.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_whole_checkpoint(self._output_dir) or "") or True
@@ -112,7 +138,7 @@ class WholeCheckpoints(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Before transformers writes its state, which says that the checkpoint is whole, and removes older ones
+        # Before transformers writes the state, which marks a checkpoint as whole, and removes older checkpoints
         if self._memory is not None and not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)

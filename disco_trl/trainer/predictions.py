@@ -136,7 +136,13 @@ class PredictionMemory:
         self.factor = None
 
     def rescale(self, factor: float) -> None:
-        """Multiply the locations by the factor that those of the head were multiplied by."""
+        """
+        Multiply the locations by the factor that those of the head were multiplied by.
+
+        Args:
+            factor (`float`):
+                The factor.
+        """
         for batch in self._batches:
             batch.location.mul_(factor)
         self.factor = factor * (1.0 if self.factor is None else self.factor)

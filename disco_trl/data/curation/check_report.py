@@ -28,7 +28,18 @@ TERMS = {
 
 
 def render(found: dict[str, Any], name: str) -> str:
-    """The figures for a person to read."""
+    """
+    Write the figures of a dataset as text.
+
+    Args:
+        found (`dict[str, Any]`):
+            Figures, as [`~disco_trl.data.curation.check.check_dataset`] returns them.
+        name (`str`):
+            Name of the dataset, for the title.
+
+    Returns:
+        `str`: Blocks of lines, each with a title.
+    """
     blocks = [_block(name, _schema_lines(found))]
     blocks.append(_block("What was judged", _judgement_lines(found)))
     blocks.append(_block("What can be learned", _learned_lines(found)))
@@ -55,7 +66,7 @@ def _block(title: str, lines: list[str]) -> str:
 
 
 def rows_of(number: int) -> str:
-    """That number of rows, in words."""
+    """A number of rows in words, such as `1 row` or `1,200 rows`."""
     return f"{number:,} row{'s' * (number != 1)}"
 
 
