@@ -34,12 +34,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from quickstart_report import Report, plot, render
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is part of the repository, not of the package.
+
+from quickstart_report import Report, plot, render
 
 from benchmarks import human_ratings
 from benchmarks.human_ratings import RatedText
