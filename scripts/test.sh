@@ -83,7 +83,7 @@ try_wheel() {
         return 1
     }
     "$python" -m pip install --quiet --no-deps --target "$folder/site" "$folder"/dist/*.whl &&
-        cp tests/conftest.py tests/test_package.py tests/cli/test_main.py "$folder" &&
+        cp tests/conftest.py tests/command_line.py tests/test_package.py tests/cli/test_main.py "$folder" &&
         (
             # PYTHONPATH comes before the editable checkout.
             export PYTHONPATH=$folder/site
