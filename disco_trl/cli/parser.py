@@ -208,11 +208,12 @@ class Parser(TrlParser):
         return found
 
     def _nearest(self, name: str, options: Mapping[str, argparse.Action]) -> str:
-        """The fix for an unknown option: what it is the beginning of, or else what it looks most like."""
+        """The fix for an unknown option: what it begins or ends, such as `split`, or else what it looks most like."""
         name = name.lstrip("-").replace("-", "_")
         # Of the spellings with `_` and with `-` the first.
         known = list(dict.fromkeys(action.option_strings[0].lstrip("-") for action in options.values()))
         near = [option for option in known if option.startswith(name)]
+        near = near or [option for option in known if option.endswith(f"_{name}")]
         near = near or difflib.get_close_matches(name, known, n=1)
         if not near or len(near) > 4:
             return f"see {self.prog} --help for the arguments there are"

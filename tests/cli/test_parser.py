@@ -96,6 +96,7 @@ def test_a_number_below_zero_and_a_dash_are_values(parser):
         # Names
         (["m", "d", "o", "--cuont", "2"], "unknown argument --cuont; did you mean --count?"),
         (["m", "d", "o", "--model", "x"], "unknown argument --model; did you mean --model_name_or_path?"),
+        (["m", "d", "o", "--file", "x"], "unknown argument --file; did you mean --output_file?"),
         (["m", "d", "o", "--s", "x"], "unknown argument --s; did you mean --share or --shared or --seeds?"),
         (["m", "d", "o", "--quite-another=1"], "unknown argument --quite-another; see disco-trl test --help"),
         (["m", "d", "o", "-v"], "unknown argument -v; see"),
