@@ -217,18 +217,18 @@ def why_not_fitted(head: DiscoHead, args: TrainingArguments, state: TrainerState
     return None
 
 
-class Calibration(TrainerCallback):
+class HeadFit(TrainerCallback):
     """
-    Calibrates a head when training has gone through its data once.
+    Base of the callbacks that fit something to a head when training ends.
 
     Args:
         head ([`~disco_trl.models.heads.DiscoHead`]):
-            Head to calibrate. Its location row and the weight of its scale are changed.
+            Head that is fitted, in place.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
         memory ([`PredictionMemory`], *optional*):
-            Predictions to calibrate by. Only the first process keeps them; every other one passes `None` and receives
-            the result.
+            Predictions to fit to. Only the first process keeps them; every other one passes `None` and receives the
+            result.
         log (`Callable[[dict[str, float]], None]`):
             Function that logs metrics, such as [`~transformers.Trainer.log`].
     """
@@ -244,6 +244,10 @@ class Calibration(TrainerCallback):
         self.family = family
         self.memory = memory
         self.log = log
+
+
+class Calibration(HeadFit):
+    """Calibrates a head when training has gone through its data once; see [`calibrate`]."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fit the unit and the scale, on all processes alike, and log the factor."""

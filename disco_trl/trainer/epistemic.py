@@ -17,22 +17,20 @@ states, is taken as known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch import Tensor
-from transformers import TrainerCallback
 
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
 from ..models.outputs import overall
-from .calibration import recalibrate_unit, why_not_fitted
-from .predictions import PredictionMemory, Predictions
+from .calibration import HeadFit, recalibrate_unit, why_not_fitted
+from .predictions import Predictions
 
 
 logger = get_logger(__name__)
@@ -145,33 +143,8 @@ def fit_posterior(
         epistemic.prior_variance.fill_(1 / strength)
 
 
-class Posterior(TrainerCallback):
-    """
-    Fits the posterior of a head's location row when training ends.
-
-    Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
-            Head with room for the posterior, an [`~disco_trl.models.heads.EpistemicHead`].
-        family ([`~disco_trl.distributions.families.Family`]):
-            Family of its rewards.
-        memory ([`PredictionMemory`], *optional*):
-            Predictions to fit to. Only the first process keeps them; every other one passes `None` and receives the
-            result.
-        log (`Callable[[dict[str, float]], None]`):
-            Function that logs metrics, such as [`~transformers.Trainer.log`].
-    """
-
-    def __init__(
-        self,
-        head: DiscoHead,
-        family: Family,
-        memory: PredictionMemory | None,
-        log: Callable[[dict[str, float]], None],
-    ):
-        self.head = head
-        self.family = family
-        self.memory = memory
-        self.log = log
+class Posterior(HeadFit):
+    """Fits the posterior of a head's location row when training ends; see [`fit_posterior`]."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fit the posterior, and after a calibration the unit once more, on all processes alike."""
