@@ -160,6 +160,7 @@ class Adoption:
                 head.to(torch.float32)
                 # Copies that PEFT has made of the head since have names of their own, and the same values.
                 head.load_state_dict(self._head_weights.get(name, any_weights))
+        self._head_weights.clear()  # the trainer lives on, and needs no second copy of its heads
 
 
 _LOAD: ContextVar[Callable[..., Any] | None] = ContextVar("disco_trl_load", default=None)
