@@ -13,32 +13,21 @@ The error η is integrated out for all judgements of a pair, or of an answer, to
 with each other more than those of different pairs do, which is what distinguishes the model's error from people's
 disagreement.
 
-Sources: ties, P. V. Rao, L. L. Kupper, 1967; ratings, P. McCullagh, 1980, here with a scale for each answer; adaptive
-Gauss–Hermite quadrature, J. C. Naylor, A. F. M. Smith, 1982.
+Sources: ties, P. V. Rao, L. L. Kupper, 1967; ratings, P. McCullagh, 1980, here with a scale for each answer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .judgements import Judgements
 from .numerics import log_difference, to_float64
+from .quadrature import log_marginal
 from .reward_distribution import RewardDistribution
-
-
-QUADRATURE_NODES = 21
-"""Nodes of the adaptive rule. Where the votes of a pair are mixed, fewer nodes reach 1e-6. Where they all go one way
-and the error is several times the scales, the integrand is far from normal, and needs these."""
-MODE_SEARCH_STEPS = 12
-_SHORTER_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,7 @@ def log_likelihood(
 
     Args:
         chosen, rejected ([`RewardDistribution`] of shape `(P,)`):
-            Rewards of one family. Their `location_error`, if both have one, is shared by the judgements about an
-            answer.
+            Rewards of one family. Their `location_error`, if they have one, is shared by the judgements about an answer.
         judgements ([`Judgements`]):
             What was said.
         responses ([`Responses`], *optional*):
@@ -134,9 +122,12 @@ def _comparisons(
             total = total + ties * difference.log_prob_within(tie_band)
         return total
 
-    if chosen.location_error is None or rejected.location_error is None:
+    error = chosen.error_of_difference(rejected)
+    if error is None:
         return given(no_band)
-    return log_marginal(given, torch.hypot(chosen.location_error, rejected.location_error))
+    bends = torch.stack([edge - beyond_margin.location for edge in (-band, band)])
+    width = chosen.kind.difference_scale(chosen.scale, rejected.scale)
+    return log_marginal(given, error, bends, width)
 
 
 def _ratings(rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) -> Tensor:
@@ -156,57 +147,4 @@ def _ratings(rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) ->
 
     if rewards.location_error is None:
         return given(torch.zeros_like(rewards.location))
-    return log_marginal(given, rewards.location_error)
-
-
-# The model's own error
-
-
-@lru_cache
-def _hermite_rule(nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.hermite.hermgauss(nodes)
-
-
-def log_marginal(log_likelihood: Callable[[Tensor], Tensor], spread: Tensor, nodes: int = QUADRATURE_NODES) -> Tensor:
-    """
-    Integrates a likelihood over a normal error, by Gauss–Hermite nodes about the mode of the integrand.
-
-    Args:
-        log_likelihood (`Callable[[torch.Tensor], torch.Tensor]`):
-            From errors e of shape `(Q, P)` (or `(P,)`) to the log-likelihood of that shape, in float64. It has one
-            mode in e.
-        spread (`torch.Tensor` of shape `(P,)`):
-            Standard deviations > 0 of the errors, in float64.
-        nodes (`int`, *optional*, defaults to `21`):
-            The number of nodes.
-
-    Returns:
-        `torch.Tensor` of shape `(P,)`: log ∫ N(e; 0, spread²) exp(log_likelihood(e)) de. It is differentiable in
-        `spread` and in all that `log_likelihood` depends on. The places of the nodes count as constant, because they
-        make no difference to the integral.
-    """
-    with torch.no_grad():
-        mode, deviation = _find_mode(lambda u: log_likelihood(spread * u) - u.square() / 2, torch.zeros_like(spread))
-    x, weight = (torch.as_tensor(array, dtype=spread.dtype, device=spread.device) for array in _hermite_rule(nodes))
-    u = mode + math.sqrt(2) * deviation * x[:, None]
-    terms = log_likelihood(spread * u) - u.square() / 2 + (x.square() + weight.log())[:, None]
-    return torch.logsumexp(terms, dim=0) + deviation.log() - math.log(math.pi) / 2
-
-
-def _find_mode(log_density: Callable[[Tensor], Tensor], mode: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where a density is highest, and the standard deviation of a normal as curved as it is there: `(P,)`."""
-    deviation = torch.ones_like(mode)
-    for _ in range(MODE_SEARCH_STEPS):
-        # Differences in place of derivatives: the nodes need not lie exactly, and nothing has to be differentiated
-        # twice. The prior alone has curvature 1, and a density with one mode no less.
-        step = 0.01 * deviation
-        left, middle, right = log_density(mode + step * torch.tensor([[-1.0], [0.0], [1.0]]).to(mode))
-        curvature = ((2 * middle - left - right) / step.square()).clamp_min(1.0)
-        deviation = curvature.rsqrt()
-        # Newton's step may overshoot where the density is far from normal, so shorter ones compete with it. A step of
-        # 0 is among them: the density never falls.
-        newton = (right - left) / (2 * step * curvature)
-        candidates = mode + newton * torch.tensor(_SHORTER_STEPS).to(mode)[:, None]
-        best = log_density(candidates).argmax(dim=0, keepdim=True)
-        mode = candidates.gather(0, best)[0]
-    return mode, deviation
+    return log_marginal(given, rewards.location_error, thresholds[:, None] - rewards.location, rewards.scale)

@@ -6,10 +6,8 @@ nothing beside the language model that the rewards come from.
 
 from __future__ import annotations
 
-import functools
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,37 +91,3 @@ def log_difference(larger: Tensor, smaller: Tensor) -> Tensor:
     close = torch.log(-torch.expm1(-torch.where(is_close, gap, 1.0)))
     apart = torch.log1p(-torch.exp(-torch.where(is_close, 1.0, gap)))
     return larger + torch.where(is_close, close, apart)
-
-
-@functools.cache
-def _unit_quadrature() -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
-
-
-@torch.no_grad()
-def error_quadrature(location: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Makes a rule for the mean over η ~ N(0, 1) of a function of error·η − |location| that bends at 0.
-
-    log F of a reward's family is such a function, and where the scales are small it bends more sharply than a normal
-    density, which Gauss–Hermite quadrature converges slowly for. So the line is cut at the bend, and each part gets a
-    Gauss–Legendre rule of 40 nodes. The upper end leaves room for tails like e^z, which move the peak of the integrand
-    from 0 to error / scale.
-
-    Args:
-        location (`torch.Tensor`):
-            Tensor of shape `(...)`.
-        error (`torch.Tensor`):
-            Standard deviations ≥ 0, of the shape of `location`.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Nodes η and the logarithms of their weights, each of shape `(..., 80)`. No
-        gradient flows into the nodes: where they lie makes no difference to an exact integral.
-    """
-    lowest, highest = -9.0, 12.0
-    bend = (location.abs() / error.clamp_min(1e-300)).clamp_max(highest)[..., None]
-    unit_nodes, unit_weights = (tensor.to(location.device) for tensor in _unit_quadrature())
-    nodes = torch.cat([lowest + (bend - lowest) * unit_nodes, bend + (highest - bend) * unit_nodes], dim=-1)
-    weights = torch.cat([(bend - lowest) * unit_weights, (highest - bend) * unit_weights], dim=-1)
-    return nodes, weights.log() - nodes.square() / 2 - math.log(2 * math.pi) / 2

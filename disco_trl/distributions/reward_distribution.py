@@ -18,6 +18,8 @@ from .numerics import to_dtype_of, to_float64
 
 __all__ = ["FAMILIES", "Family", "RewardDistribution", "get_family"]
 
+_MOST_SHOWN = 8
+
 
 @dataclass(frozen=True, init=False)
 class RewardDistribution:
@@ -42,8 +44,12 @@ class RewardDistribution:
             Shape parameters `(B, S)` of a family that has S of them (`Family.shape_names`). For other families, `None`
             or a tensor of shape `(B, 0)`.
         location_error (`torch.Tensor`, *optional*):
-            Standard deviations ≥ 0 of normal errors of the locations, in reward units, of shape `(B,)` and independent
-            across answers. If `None`, the locations are exact.
+            Standard deviations ≥ 0 of normal errors of the locations, in reward units, of shape `(B,)`. If `None`, the
+            locations are exact.
+        error_factor (`torch.Tensor`, *optional*):
+            What the errors of different answers have in common, of shape `(B, K)`: the inner product of two rows is
+            the covariance of the errors of two answers, and the square of a row's norm is the part of its
+            `location_error`² that it explains. If `None`, errors are independent across answers.
 
     Attributes:
         family (`str`):
@@ -52,8 +58,8 @@ class RewardDistribution:
             The family itself.
 
     Raises:
-        `ValueError`: If the family is unknown, or if `shape` or `location_error` does not have the size that family
-        and location require.
+        `ValueError`: If the family is unknown, or if `shape`, `location_error` or `error_factor` does not have the
+        size that family and location require.
 
     Example:
 
@@ -62,6 +68,8 @@ class RewardDistribution:
     >>> from disco_trl import RewardDistribution
     >>> a = RewardDistribution(torch.tensor([1.7]), torch.tensor([0.4]), "normal")
     >>> b = RewardDistribution(torch.tensor([1.2]), torch.tensor([0.3]), "normal")
+    >>> print(a)
+    [1.70 ± 0.40]
     >>> a.prob_greater(b)
     tensor([0.8413])
 
@@ -73,6 +81,7 @@ class RewardDistribution:
     family: str
     shape: Tensor | None
     location_error: Tensor | None
+    error_factor: Tensor | None = field(repr=False)
     # Not part of what `dataclasses.replace` passes on: it follows from the family.
     kind: Family = field(init=False, repr=False)
 
@@ -83,8 +92,11 @@ class RewardDistribution:
         family: str | Family,
         shape: Tensor | None = None,
         location_error: Tensor | None = None,
+        error_factor: Tensor | None = None,
     ) -> None:
         kind = family if isinstance(family, Family) else get_family(family)
+        if torch.broadcast_shapes(location.shape, scale.shape) == location.shape:
+            scale = scale.expand(location.shape)  # so that an index selects from all tensors alike
         names, size = kind.shape_names, (*location.shape, len(kind.shape_names))
         if (names or shape is not None) and (shape is None or shape.shape != size):
             found = "None" if shape is None else f"of size {list(shape.shape)}"
@@ -97,12 +109,18 @@ class RewardDistribution:
                 f"location_error is of size {list(location_error.shape)} and location of {list(location.shape)}; "
                 "expand it to one error for each location"
             )
+        if error_factor is not None and (location_error is None or error_factor.shape[:-1] != location.shape):
+            raise ValueError(
+                f"error_factor is of size {list(error_factor.shape)} and location of {list(location.shape)}; it needs "
+                "one row for each location, and a location_error"
+            )
         values = {
             "location": location,
             "scale": scale,
             "family": kind.name,
             "shape": shape,
             "location_error": location_error,
+            "error_factor": error_factor,
             "kind": kind,
         }
         for name, value in values.items():
@@ -112,6 +130,14 @@ class RewardDistribution:
 
     def __len__(self) -> int:
         return len(self.location)
+
+    def __str__(self) -> str:
+        numbers = (x.flatten()[:_MOST_SHOWN].tolist() for x in torch.broadcast_tensors(self.location, self.scale))
+        shown = [f"{location:.2f} ± {scale:.2f}" for location, scale in zip(*numbers, strict=True)]
+        if self.location.ndim == 0:
+            return shown[0]
+        rest = self.location.numel() - len(shown)
+        return f"[{', '.join(shown)}{f', ... and {rest} more' if rest else ''}]"
 
     def __getitem__(self, index: Any) -> RewardDistribution:
         """Selects rewards by an index, a slice or a tensor of indices, such as the chosen sides of a batch."""
@@ -123,8 +149,8 @@ class RewardDistribution:
 
         Args:
             function (`Callable[[torch.Tensor], torch.Tensor]`):
-                It must treat the leading dimensions of all tensors alike; the last one of `shape` holds the
-                parameters.
+                It must treat the leading dimensions of all tensors alike; `shape` and `error_factor` have one more,
+                which is their own.
 
         Returns:
             [`RewardDistribution`]: The rewards made of the results.
@@ -135,6 +161,7 @@ class RewardDistribution:
             self.kind,
             None if self.shape is None else function(self.shape),
             None if self.location_error is None else function(self.location_error),
+            None if self.error_factor is None else function(self.error_factor),
         )
 
     @classmethod
@@ -153,20 +180,18 @@ class RewardDistribution:
             `ValueError`: If there are none, if their families differ, or if only some have a location error.
         """
         families = {reward.family for reward in rewards}
-        shapes = [reward.shape for reward in rewards if reward.shape is not None]
-        errors = [reward.location_error for reward in rewards if reward.location_error is not None]
-        if len(families) != 1 or len(errors) not in (0, len(rewards)):
+        parts = {
+            name: [tensor for reward in rewards if (tensor := getattr(reward, name)) is not None]
+            for name in ("location", "scale", "shape", "location_error", "error_factor")
+        }
+        if len(families) != 1 or any(len(tensors) not in (0, len(rewards)) for tensors in parts.values()):
             raise ValueError(
-                "only rewards of one family, all with a location error or all without, can be put together; got "
-                f"{len(rewards)} batches of the families {sorted(families)}, {len(errors)} with an error"
+                "only rewards of one family, all with the same kind of location error or all without, can be put "
+                f"together; got {len(rewards)} batches of the families {sorted(families)}, "
+                f"{len(parts['location_error'])} with an error and {len(parts['error_factor'])} with an error factor"
             )
-        return cls(
-            torch.cat([reward.location for reward in rewards]),
-            torch.cat([reward.scale for reward in rewards]),
-            rewards[0].kind,
-            torch.cat(shapes) if shapes else None,
-            torch.cat(errors) if errors else None,
-        )
+        known = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+        return cls(family=rewards[0].kind, **known)
 
     # Two rewards
 
@@ -193,7 +218,8 @@ class RewardDistribution:
 
     def log_prob_greater(self, other: RewardDistribution) -> Tensor:
         """
-        Evaluates log P(this > other), averaged over the errors of both locations.
+        Evaluates log P(this > other), averaged over the errors of both locations
+        ([`RewardDistribution.error_of_difference`]).
 
         Args:
             other ([`RewardDistribution`]):
@@ -206,13 +232,35 @@ class RewardDistribution:
         Raises:
             `ValueError`: If the families differ.
         """
-        variances = [
-            to_float64(reward.location_error).square() for reward in (self, other) if reward.location_error is not None
-        ]
-        # Above 0, where a square root has no gradient.
-        error = sum(variances[1:], variances[0]).clamp_min(1e-300).sqrt() if variances else None
-        log_prob = (self - other).log_prob_exceeds(error=error)
+        log_prob = (self - other).log_prob_exceeds(error=self.error_of_difference(other))
         return to_dtype_of(log_prob, self.location, self.scale, other.location, other.scale)
+
+    def error_of_difference(self, other: RewardDistribution) -> Tensor | None:
+        """
+        Evaluates the standard deviation of the error of this location minus the other one.
+
+        Two answers to one prompt look alike to a model, so what it does not know about them is much the same, and
+        cancels in their difference.
+
+        Args:
+            other ([`RewardDistribution`]):
+                Rewards whose shape broadcasts with this one's.
+
+        Returns:
+            `torch.Tensor` of the broadcast shape or `None`: In reward units, in float64; `None` if both locations are
+            exact.
+        """
+        errors = [reward.location_error for reward in (self, other) if reward.location_error is not None]
+        if not errors:
+            return None
+        variances = [to_float64(error).square() for error in errors]
+        variance = sum(variances[1:], variances[0])
+        if self.error_factor is not None and other.error_factor is not None:
+            # einsum and not a product of all pairs of rows, which would take K times the memory of the result
+            ours, theirs = to_float64(self.error_factor), to_float64(other.error_factor)
+            variance = variance - 2 * torch.einsum("...k,...k->...", ours, theirs)
+        # Above 0, where a square root has no gradient.
+        return variance.clamp_min(1e-300).sqrt()
 
     def prob_greater(self, other: RewardDistribution) -> Tensor:
         """Evaluates P(this > other), in [0, 1]; see [`RewardDistribution.log_prob_greater`]."""
@@ -319,9 +367,9 @@ class RewardDistribution:
         return self._in_own_dtype(wide.location + wide.scale * self.kind.draw(uniform, wide.shape))
 
     def _argument(self, value: float | Tensor) -> Tensor:
-        # Not in the location's type: bfloat16 rounds a level of 0.999 to 1.
-        dtype = torch.promote_types(torch.float32, self.location.dtype)
-        return to_float64(torch.as_tensor(value, dtype=dtype, device=self.location.device))
+        # Not in the location's type: bfloat16 rounds a level of 0.999 to 1, and float32 one of 1 - 1e-9.
+        device = to_float64(self.location).device
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
 
     def _in_own_dtype(self, result: Tensor) -> Tensor:
         return to_dtype_of(result, self.location, self.scale)

@@ -137,6 +137,16 @@ class Quantile(Transform):
     def __post_init__(self) -> None:
         self._check("q", lambda q: 0 < q < 1, "a number strictly between 0 and 1")
 
+    def check_family(self, family: str) -> None:
+        kind = get_family(family)
+        start = kind.shape_from_raw(torch.zeros(len(kind.shape_names), dtype=torch.float64))
+        quantile = kind.quantile(torch.tensor(self.q, dtype=torch.float64), start)
+        if not quantile.float().isfinite():
+            raise ValueError(
+                f"transform 'quantile': at q={self.q!r} the quantile of a {family!r} reward is beyond float32 "
+                f"({quantile.item():.3g} scales from the location); choose a less extreme level"
+            )
+
     def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:
         return reward.quantile(self.q)
 

@@ -234,12 +234,8 @@ def train_and_evaluate(
     output = Path(run.output)
     if run.keep_model:
         trainer.save_model(str(output / "model"))
-    tensors = {"location": rewards.location, "scale": rewards.scale}
-    tensors |= {
-        name: tensor
-        for name, tensor in (("shape", rewards.shape), ("location_error", rewards.location_error))
-        if tensor is not None
-    }
+    names = ("location", "scale", "shape", "location_error", "error_factor")
+    tensors = {name: tensor for name in names if (tensor := getattr(rewards, name)) is not None}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / REWARDS_FILE)
     # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

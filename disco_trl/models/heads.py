@@ -177,7 +177,7 @@ def to_responses(likelihood: dict[str, Tensor]) -> Responses:
 
 class EpistemicHead(nn.Module):
     """
-    Standard deviation of the location over the posterior of the location row w.
+    Error of the location over the posterior of the location row w.
 
     The posterior is normal, N(w, A⁻¹), over features φ = (h - mean) / unit of the hidden state h. A is the precision λ
     of the prior plus the information of the training pairs, of which the R strongest directions are kept. In all other
@@ -228,21 +228,20 @@ class EpistemicHead(nn.Module):
     @torch.no_grad()
     def forward(self, hidden_states: Tensor) -> Tensor:
         """
-        Compute standard deviations of locations.
+        Compute factors of the errors of locations.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., H)`):
                 Pooled hidden states, or those of every token.
 
         Returns:
-            `torch.Tensor` of shape `(...)`, float32: Standard deviations, in reward units.
+            `torch.Tensor` of shape `(..., H)`, float32: A^(-1/2) φ, in reward units. Its norm is the standard
+            deviation of the location, and the inner product of two of them the covariance of two locations.
         """
         features = (hidden_states.float() - self.mean) / self.unit
         along = features @ self.directions.T
-        # The remainder is a difference of vectors: a difference of their squared norms would cancel.
         rest = features - along @ self.directions
-        variance = along.square() @ self.variances + self.prior_variance * rest.square().sum(dim=-1)
-        return variance.sqrt()
+        return self.prior_variance.sqrt() * rest + (along * self.variances.sqrt()) @ self.directions
 
 
 class DiscoHead(nn.Linear):

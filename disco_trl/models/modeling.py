@@ -158,18 +158,21 @@ class DiscoRewardModel(_Stock):
         Returns:
             [`~disco_trl.RewardDistribution`]: Location and scale of shape `(B,)`.
         """
-        errors = []
+        errors, factor = [], None
         if output.likelihood is not None and "location_error" in output.likelihood:
             errors.append(overall(output.likelihood["location_error"]))
         if self._fitted_epistemic is not None:
-            errors.append(self._fitted_epistemic(cast(Tensor, output.pooled_hidden_state)))
+            factor = self._fitted_epistemic(cast(Tensor, output.pooled_hidden_state))
+            errors.append(factor.norm(dim=-1))
         return RewardDistribution(
             overall(cast(Tensor, output.logits)),
             overall(cast(Tensor, output.scale)),
             self.family,
             shape=None if output.raw_shape is None else self.family.shape_from_raw(output.raw_shape),
-            # The two errors are independent, so their variances add.
+            # The two errors are independent, so their variances add. The first is each answer's own; the second comes
+            # from one location row, which all answers share.
             location_error=functools.reduce(torch.hypot, errors) if errors else None,
+            error_factor=factor,
         )
 
     def responses_of(self, output: RewardModelOutput) -> Responses:

@@ -30,6 +30,7 @@ from ..distributions.transforms import get_transform
 from ..models.distributed import process_state
 from ..models.inference import TOKENS_PER_BATCH, load_trained, run_in_batches
 from ..models.modeling import DiscoRewardModel
+from ..models.outputs import RewardModelOutput
 from ..models.scale_head import ScaleHead
 from .annotate import Annotator, map_dataset
 from .reward_function import Content, RewardFunction
@@ -240,12 +241,13 @@ class DiscoReward(RewardFunction):
             parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
             if knows_training_rows:
                 traits[indices] = head.traits(output.pooled_hidden_state, output.logits, output.scale).cpu()
-        if not parts:  # An empty batch keeps the family's number of shape parameters, which `gather` relies on.
-            none = torch.empty(0)
-            shape = torch.empty(0, len(self.family.shape_names)) if self.family.shape_names else None
-            return RewardDistribution(none, none, self.family.name, shape), traits
+        if not parts:
+            # An empty batch has the same tensors as that of every other process, which `gather` relies on.
+            nothing = torch.empty(0, self._inner.reward_head.in_features, device=self._inner.reward_head.weight.device)
+            output = RewardModelOutput.from_head(self._inner.reward_head(nothing, full_output=True), nothing)
+            parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
         # `run_in_batches` sorts the rows by length; here they return to the order of the arguments.
-        rewards = RewardDistribution.cat(parts)[torch.tensor(order).argsort()]
+        rewards = RewardDistribution.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
         bad = torch.nonzero(~(rewards.location.isfinite() & rewards.scale.isfinite())).flatten().tolist()
         if bad:
             worst = rewards[bad[0]]

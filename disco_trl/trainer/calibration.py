@@ -105,7 +105,7 @@ def recalibrate_unit(head: DiscoHead, family: Family, predictions: Predictions, 
     """
     assert head.epistemic is not None
     states = predictions.hidden_states
-    errors = head.epistemic(states.to(head.weight.device)).cpu().double()
+    errors = head.epistemic(states.to(head.weight.device)).cpu().double()  # [P, 2, H]
     features = states.double() - head.scale.mean_hidden.cpu().double()
     problem = _Problem(features, predictions, family, head.scale.unit_scale, responses, errors)
     with torch.enable_grad():
@@ -125,7 +125,8 @@ class _Problem:
     """
     −log likelihood of predictions, as a function of the scale's weight `[H]` and the log of the factor.
 
-    Errors of the locations, `[P, 2]`, are not multiplied by the factor: they are in the unit that it leads to.
+    Factors of the locations' errors, `[P, 2, H]`, are not multiplied by the factor: they are in the unit that it leads
+    to.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class _Problem:
         family: Family,
         unit_scale: float,
         responses: Responses,
-        location_error: Tensor | None = None,
+        error_factor: Tensor | None = None,
     ):
         self.features = features
         self.location = predictions.location.double()
@@ -144,7 +145,7 @@ class _Problem:
         self.family = family
         self.unit_scale = unit_scale
         self.responses = responses
-        self.location_error = location_error
+        self.error_factor = error_factor
 
     def loss(self, weight: Tensor, log_factor: Tensor) -> Tensor:
         """The weighted sum over pairs, in nats."""
@@ -157,7 +158,8 @@ class _Problem:
                 scale[:, side],
                 self.family,
                 None if self.shape is None else self.shape[:, side],
-                None if self.location_error is None else self.location_error[:, side],
+                None if self.error_factor is None else self.error_factor[:, side].norm(dim=-1),
+                None if self.error_factor is None else self.error_factor[:, side],
             )
             for side in (0, 1)
         )

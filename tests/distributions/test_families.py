@@ -266,7 +266,8 @@ def test_gradcheck(name):
         a = RewardDistribution(loc_a, scale_a, family, shape_a, error_a)
         return a.log_prob_greater(RewardDistribution(loc_b, scale_b, family, shape_b, error_b))
 
-    assert torch.autograd.gradcheck(log_prob, [*inputs, *errors], atol=1e-4)
+    # The nodes of the integral move with the arguments: a longer step than usual sees past what that changes.
+    assert torch.autograd.gradcheck(log_prob, [*inputs, *errors], eps=1e-5, atol=1e-5)
 
 
 @all_families

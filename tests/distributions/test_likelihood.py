@@ -13,7 +13,7 @@ import torch
 
 from disco_trl.distributions.families import FAMILIES
 from disco_trl.distributions.judgements import Judgements
-from disco_trl.distributions.likelihood import Responses, log_likelihood, log_marginal
+from disco_trl.distributions.likelihood import Responses, log_likelihood
 from disco_trl.distributions.numerics import log_difference
 from disco_trl.distributions.reward_distribution import RewardDistribution
 
@@ -184,10 +184,7 @@ def test_the_shared_error_is_integrated_out(name, delta, error, wins, losses):
     a, b = reward(name, delta, 0.6, error), reward(name, 0.0, 0.8, 2 * error)
     found = log_likelihood(a, b, said(wins, losses)).item()
     exact = reference(name, delta, error * mpmath.sqrt(5), wins, losses)
-    # Where all votes go one way and the error is several times the scales, the integrand is a half-normal's like, and
-    # a rule made for normal ones sees that less well; so it does Cauchy's tails.
-    is_hard = losses == 0 and error > 1
-    assert found == pytest.approx(exact, abs=3e-3 if is_hard else 2e-5 if name == "cauchy" else 1e-7, rel=1e-9)
+    assert found == pytest.approx(exact, abs=1e-9, rel=1e-9)
 
 
 def test_one_vote_of_the_normal_has_a_closed_form():
@@ -233,11 +230,6 @@ def test_a_rated_answers_error_is_integrated_out():
     assert found.item() == pytest.approx(float(exact), rel=1e-6)
 
 
-def test_the_marginal_of_a_constant_is_that_constant():
-    spread = torch.tensor([0.1, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(log_marginal(lambda e: torch.zeros_like(e) - 2, spread), torch.full_like(spread, -2.0))
-
-
 @all_families
 @pytest.mark.parametrize("has_error", [False, True])
 def test_gradients(name, has_error):
@@ -262,10 +254,7 @@ def test_gradients(name, has_error):
     arguments = ([0.3, -1.0, 0.5, 0.9], [0.5, 1.2, 0.8, 2.0], [0.7], 0.4, 0.1, [-0.5, 0.8])
     inputs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in arguments]
     if has_error:
-        # The nodes move with the arguments, which for the exact integral makes no difference and for the rule a small
-        # one: more where the integrand is far from normal (Cauchy), or has kinks (Laplace's density at thresholds).
-        assert torch.autograd.gradcheck(
-            total, inputs, atol={"cauchy": 5e-3, "laplace": 3e-2}.get(name, 1e-4), rtol=1e-3
-        )
+        # The nodes move with the arguments: a longer step than usual sees past what that changes.
+        assert torch.autograd.gradcheck(total, inputs, eps=1e-5, atol=1e-5)
     else:
         assert torch.autograd.gradcheck(lambda *args: total(*args[:2], None, *args[3:]), inputs, atol=1e-7)

@@ -200,3 +200,64 @@ def test_the_maths_needs_torch_alone():
         "sys.exit(any(m in sys.modules for m in ('transformers', 'trl', 'peft')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# What the errors of two answers have in common
+
+
+def uncertain(location, factor, own=0.0, name="normal") -> RewardDistribution:
+    factor = torch.tensor(factor, dtype=torch.float64)
+    error = torch.hypot(factor.norm(dim=-1), torch.tensor(own, dtype=torch.float64))
+    location = torch.tensor(location, dtype=torch.float64)
+    shape = torch.tensor([0.5, 0.8]).expand(*location.shape, 2) if name == "mixture" else None
+    return RewardDistribution(location, torch.ones_like(location), name, shape, error, factor)
+
+
+def test_the_error_of_a_difference_leaves_out_what_both_errors_share():
+    a, b = uncertain([1.0], [[3.0, 4.0]], own=0.6), uncertain([0.0], [[3.0, 0.0]], own=0.8)
+    # Var = (3 - 3)² + (4 - 0)² + 0.6² + 0.8² = 17
+    assert a.error_of_difference(b).item() == pytest.approx(math.sqrt(17))
+    assert a.prob_greater(b).item() == pytest.approx(torch.special.ndtr(torch.tensor(1 / math.sqrt(2 + 17))).item())
+    # Without factors the errors are independent: 25 + 0.36 + 9 + 0.64 = 35.
+    apart = [RewardDistribution(r.location, r.scale, "normal", None, r.location_error) for r in (a, b)]
+    assert apart[0].error_of_difference(apart[1]).item() == pytest.approx(math.sqrt(35))
+    exact = RewardDistribution(b.location, b.scale, "normal")
+    assert a.error_of_difference(exact).item() == pytest.approx(math.sqrt(25 + 0.36))
+    assert exact.error_of_difference(exact) is None
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_answers_that_share_their_whole_error_are_compared_as_if_there_were_none(name):
+    a, b = uncertain([0.7], [[3.0, 4.0]], name=name), uncertain([0.2], [[3.0, 4.0]], name=name)
+    exact = [RewardDistribution(r.location, r.scale, name, r.shape) for r in (a, b)]
+    torch.testing.assert_close(a.prob_greater(b), exact[0].prob_greater(exact[1]), rtol=1e-6, atol=0)
+
+
+def test_errors_of_all_pairs_of_a_group():
+    rewards = uncertain([0.1, 0.2, 0.9], [[1.0, 0.0], [0.5, 0.5], [0.0, 2.0]])
+    found = rewards[:, None].error_of_difference(rewards[None, :])
+    expected = torch.cdist(rewards.error_factor, rewards.error_factor)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-7)
+
+
+def test_error_factors_go_where_the_rewards_go():
+    rewards = uncertain([0.1, 0.2, 0.9], [[1.0, 0.0], [0.5, 0.5], [0.0, 2.0]])
+    again = RewardDistribution.cat([rewards[:1], rewards[torch.tensor([1, 2])]])
+    assert torch.equal(again.error_factor, rewards.error_factor)
+    assert rewards.map(lambda tensor: tensor.float()).error_factor.dtype == torch.float32
+    plain = RewardDistribution(rewards.location, rewards.scale, "normal", None, rewards.location_error)
+    with pytest.raises(ValueError, match="1 with an error factor"):
+        RewardDistribution.cat([rewards, plain])
+    with pytest.raises(ValueError, match="one row for each location, and a location_error"):
+        RewardDistribution(rewards.location, rewards.scale, "normal", error_factor=rewards.error_factor)
+    with pytest.raises(ValueError, match=r"error_factor is of size \[2, 2\] and location of \[3\]"):
+        RewardDistribution(rewards.location, rewards.scale, "normal", None, rewards.location_error, torch.ones(2, 2))
+
+
+def test_a_reward_is_written_as_location_and_scale():
+    one = RewardDistribution(torch.tensor(1.7), torch.tensor(0.4), "normal")
+    assert f"{one}" == "1.70 ± 0.40"
+    many = RewardDistribution(torch.linspace(-1, 1, 20), torch.tensor(0.5), "cauchy")
+    assert str(many[:2]) == "[-1.00 ± 0.50, -0.89 ± 0.50]"
+    assert str(many).startswith("[-1.00 ± 0.50, ") and str(many).endswith(", ... and 12 more]")
+    assert str(many[:0]) == "[]"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from disco_trl import RewardDistribution, get_family
+from disco_trl.distributions.families import FAMILIES
 from disco_trl.distributions.transforms import TRANSFORMS, get_transform, group_members
 
 
@@ -280,3 +281,29 @@ def test_total_is_the_normal_that_it_stands_for():
     assert (draws < total).float().mean().item() == pytest.approx(0.2, abs=0.004)
     with pytest.raises(ValueError, match="total=1 must be True or False"):
         get_transform("mean", total=1)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("q", [1 - 1e-9, 1 - 1e-15, 1e-12])
+def test_extreme_levels_are_levels_of_float64(family, q):
+    transform = get_transform("quantile", q=q)
+    transform.check_family(family)
+    shape = torch.tensor([[0.5, 0.5]]) if family == "mixture" else None
+    narrow, wide = (
+        transform(
+            RewardDistribution(torch.tensor([0.5], dtype=dtype), torch.tensor([2.0], dtype=dtype), family, shape)
+        )
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    assert narrow.item() == pytest.approx(wide.item(), rel=1e-6)
+    kind = get_family(family)
+    z = ((wide - 0.5) / 2).double()
+    # The nearer tail, which keeps its digits
+    tail = kind.log_cdf(z, shape).exp() if q < 0.5 else kind.log_survival(z, shape).exp()
+    assert tail.item() == pytest.approx(min(q, 1 - q), rel=1e-6)
+
+
+def test_a_level_whose_reward_would_be_infinite_is_refused_before_any_reward():
+    with pytest.raises(ValueError, match=r"beyond float32 .* choose a less extreme level"):
+        get_transform("quantile", q=1e-300).check_family("cauchy")
+    get_transform("quantile", q=1e-300).check_family("normal")

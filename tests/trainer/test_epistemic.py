@@ -28,6 +28,11 @@ def make_head(size: int, family: str = "normal", rank: int | None = None) -> Dis
     return head
 
 
+def errors_of(head: DiscoHead, states: torch.Tensor) -> torch.Tensor:
+    """Standard deviations `(...)` of the locations of hidden states `(..., H)`."""
+    return head.epistemic(states).norm(dim=-1)
+
+
 def simulate(head: DiscoHead, pairs: int, family: str = "normal", spread: torch.Tensor | None = None) -> Predictions:
     """Forced choices between answers whose true weight is the head's own."""
     generator = torch.Generator().manual_seed(1)
@@ -80,12 +85,12 @@ def test_posterior_is_the_inverse_of_the_precision():
     x = torch.randn(10, 6)
     phi = ((x - found.mean) / found.unit).double()
     expected = torch.einsum("bh,hk,bk->b", phi, precision.inverse(), phi).sqrt()
-    assert found(x) == pytest.approx(expected.float(), rel=1e-4)
+    assert found(x).norm(dim=-1) == pytest.approx(expected.float(), rel=1e-4)
 
 
 def test_posterior_covers_the_truth():
     """Weights drawn from the prior, data drawn from the weights: the posterior's z-scores of the truth are N(0, 1)."""
-    size, pairs, scores = 8, 300, []
+    size, pairs, scores, differences = 8, 300, [], []
     family = get_family("logistic")
     for seed in range(40):
         head = make_head(size, "logistic")
@@ -113,8 +118,18 @@ def test_posterior_covers_the_truth():
         fit_posterior(head, family, predictions, Responses())
         probe = torch.randn(20, size, generator=generator)
         error = (probe - head.epistemic.mean) @ (weight.detach() - truth)
-        scores.append(error / head.epistemic(probe))
+        scores.append(error / errors_of(head, probe))
+        # Two answers to a prompt look alike, so most of what is not known about them is the same.
+        other = probe + 0.3 * torch.randn(20, size, generator=generator)
+        rewards = [
+            RewardDistribution(x @ truth, torch.ones(20), family, None, errors_of(head, x), head.epistemic(x))
+            for x in (probe, other)
+        ]
+        spread = rewards[0].error_of_difference(rewards[1])
+        differences.append((probe - other) @ (weight.detach() - truth) / spread)
+        assert (spread < 0.7 * torch.hypot(*(reward.location_error for reward in rewards))).float().mean() > 0.9
     assert torch.cat(scores).square().mean().item() == pytest.approx(1, abs=0.25)
+    assert torch.cat(differences).square().mean().item() == pytest.approx(1, abs=0.25)
 
 
 def test_it_shrinks_with_data_as_one_over_the_root():
@@ -122,7 +137,7 @@ def test_it_shrinks_with_data_as_one_over_the_root():
     spread = []
     for pairs in (500, 2000):
         fit_posterior(head, get_family("normal"), simulate(head, pairs), Responses())
-        spread.append(head.epistemic(torch.randn(200, 6, generator=torch.Generator().manual_seed(2))).mean().item())
+        spread.append(errors_of(head, torch.randn(200, 6, generator=torch.Generator().manual_seed(2))).mean().item())
     assert spread[0] / spread[1] == pytest.approx(2, rel=0.15)
 
 
@@ -131,9 +146,9 @@ def test_a_sample_stands_for_all_pairs():
     predictions = simulate(head, 500)
     probe = torch.randn(50, 6)
     fit_posterior(head, get_family("normal"), predictions, Responses(), pairs=50_000)
-    many = head.epistemic(probe)
+    many = errors_of(head, probe)
     fit_posterior(head, get_family("normal"), predictions, Responses())
-    assert (head.epistemic(probe) / many).mean().item() == pytest.approx(10, rel=0.1)
+    assert (errors_of(head, probe) / many).mean().item() == pytest.approx(10, rel=0.1)
 
 
 def test_it_is_large_where_training_never_went():
@@ -142,7 +157,7 @@ def test_it_is_large_where_training_never_went():
     fit_posterior(head, get_family("normal"), simulate(head, 2000, spread=spread), Responses())
     familiar, strange = torch.zeros(1, 6), torch.zeros(1, 6)
     familiar[0, 0] = strange[0, 5] = 1.0
-    assert head.epistemic(strange).item() > 20 * head.epistemic(familiar).item()
+    assert errors_of(head, strange).item() > 20 * errors_of(head, familiar).item()
 
 
 def test_fewer_directions_never_claim_more_certainty():
@@ -153,7 +168,7 @@ def test_fewer_directions_never_claim_more_certainty():
     for rank in (12, 6):
         head.add_epistemic(rank)
         fit_posterior(head, get_family("normal"), simulate(head, 1000, spread=spread), Responses())
-        errors[rank] = head.epistemic(probe)
+        errors[rank] = errors_of(head, probe)
     assert (errors[6] >= errors[12] * (1 - 1e-5)).all()
     assert (errors[6] > errors[12] * 1.01).any()
 
@@ -249,7 +264,7 @@ def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
     before = head.weight.detach().clone()
 
     def likelihood(factor: float) -> float:
-        errors = head.epistemic(states).double()
+        factor_of_error = head.epistemic(states).double()
         with torch.no_grad():
             output = head(states, full_output=True)
             location = factor * (states @ before.T).squeeze(-1).double()
@@ -260,7 +275,8 @@ def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
                 output.scale[:, side, 0].double(),
                 name,
                 None if shape is None else shape[:, side],
-                errors[:, side],
+                factor_of_error[:, side].norm(dim=-1),
+                factor_of_error[:, side],
             )
             for side in (0, 1)
         ]

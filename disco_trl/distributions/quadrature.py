@@ -1,0 +1,113 @@
+"""
+Integrals over the error of a location: log ∫ N(e; 0, τ²) exp(log-likelihood(e)) de, for any family.
+
+The integrand has a bend wherever the error takes the two rewards, or a reward and a threshold, to the same place. With
+τ much larger than the scales it is a step there, and with Cauchy's heavy tails it has a mode at the bend and another
+one at 0. A rule about one mode misses the other, so the line is cut around all of these places, and finer the nearer
+it comes to one of them. What lies between two cuts is smooth, and a few Gauss–Legendre nodes suffice.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+REACH = 12.0
+"""How far the cuts around each place go, in units of τ. Beyond it a normal density is below 1e-31."""
+_RATIO = 2.0
+_NODES = 8
+_FARTHEST = 1e8
+_MODE_SEARCH_STEPS = 12
+_SHORTER_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
+
+
+def log_marginal(log_likelihood: Callable[[Tensor], Tensor], spread: Tensor, bends: Tensor, width: Tensor) -> Tensor:
+    """
+    Integrates a likelihood over a normal error.
+
+    It is exact to 1e-6 in nats for all families, for errors of up to 100 times the scales and up to 10,000 votes.
+
+    Args:
+        log_likelihood (`Callable[[torch.Tensor], torch.Tensor]`):
+            From errors e of shape `(Q, P)` to the log-likelihood of that shape, in float64.
+        spread (`torch.Tensor` of shape `(P,)`):
+            Standard deviations τ > 0 of the errors, in float64.
+        bends (`torch.Tensor` of shape `(C, P)`):
+            Errors about which the log-likelihood bends.
+        width (`torch.Tensor` of shape `(P,)`):
+            Scale > 0 on which it bends.
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`: The logarithm of the integral. It is differentiable in `spread` and in all that
+        `log_likelihood` depends on. The places of the nodes count as constant, because they make no difference to the
+        integral.
+    """
+    with torch.no_grad():
+        # In units of τ from here on. An error of nearly 0 has all bends out of reach.
+        unit = spread.clamp_min(1e-300)
+        places = torch.cat([torch.zeros_like(spread)[None], bends / unit]).clamp(-_FARTHEST, _FARTHEST)
+
+        def log_density(u: Tensor) -> Tensor:
+            return log_likelihood(spread * u) - u.square() / 2
+
+        nodes, _ = _composite_rule(places, width / unit)
+        start = nodes.gather(0, log_density(nodes).argmax(dim=0, keepdim=True))[0]
+        mode, deviation = _find_mode(log_density, start)
+        # Many judgements make a peak that is narrower than the scales, and lies anywhere.
+        nodes, log_weights = _composite_rule(torch.cat([places, mode[None]]), torch.minimum(width / unit, deviation))
+    terms = log_likelihood(spread * nodes) - nodes.square() / 2 + log_weights
+    return torch.logsumexp(terms, dim=0) - math.log(2 * math.pi) / 2
+
+
+@functools.cache
+def _unit_rule() -> tuple[Tensor, Tensor]:
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+def _composite_rule(places: Tensor, finest: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Makes a rule whose cuts lie ever closer to each place.
+
+    Args:
+        places (`torch.Tensor` of shape `(C, P)`):
+            Where the integrand may bend or peak.
+        finest (`torch.Tensor` of shape `(P,)`):
+            On which scale.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Nodes and the logarithms of their weights, each of shape `(Q, P)`.
+    """
+    smallest = finest.min().clamp(1 / _FARTHEST, 1.0).item() if finest.numel() else 1.0
+    levels = 1 + math.ceil(math.log(REACH / smallest, _RATIO))
+    steps = REACH * torch.tensor([_RATIO**-level for level in range(levels)]).to(places)
+    offsets = torch.cat([-steps, steps.new_zeros(1), steps])
+    cuts = (places[:, None] + offsets[:, None]).flatten(0, 1).sort(dim=0).values
+    unit_nodes, unit_weights = (tensor.to(places)[:, None] for tensor in _unit_rule())
+    starts, lengths = cuts[:-1, None], cuts.diff(dim=0)[:, None]
+    return (starts + lengths * unit_nodes).flatten(0, 1), (lengths * unit_weights).flatten(0, 1).log()
+
+
+def _find_mode(log_density: Callable[[Tensor], Tensor], mode: Tensor) -> tuple[Tensor, Tensor]:
+    """Climbs to a mode from a start `(P,)`; also returns the deviation of a normal as curved as the density there."""
+    deviation = torch.ones_like(mode)
+    for _ in range(_MODE_SEARCH_STEPS):
+        # Differences in place of derivatives: the nodes need not lie exactly, and nothing has to be differentiated
+        # twice.
+        step = 0.01 * deviation
+        left, middle, right = log_density(mode + step * torch.tensor([[-1.0], [0.0], [1.0]]).to(mode))
+        curvature = ((2 * middle - left - right) / step.square()).clamp_min(1.0)
+        deviation = curvature.rsqrt()
+        # Newton's step may overshoot where the density is far from normal, so shorter ones compete with it. A step of
+        # 0 is among them: the density never falls.
+        newton = (right - left) / (2 * step * curvature)
+        candidates = mode + newton * torch.tensor(_SHORTER_STEPS).to(mode)[:, None]
+        best = log_density(candidates).argmax(dim=0, keepdim=True)
+        mode = candidates.gather(0, best)[0]
+    return mode, deviation
