@@ -63,7 +63,7 @@ def log_likelihood(
 
     Args:
         chosen, rejected ([`RewardDistribution`] of shape `(P,)`):
-            Rewards of one family. Their `location_error`, if they have one, is shared by the judgements about an answer.
+            Rewards of one family. Their `location_error`, if any, is shared by the judgements about an answer.
         judgements ([`Judgements`]):
             What was said.
         responses ([`Responses`], *optional*):

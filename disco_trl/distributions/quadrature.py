@@ -19,11 +19,15 @@ from torch import Tensor
 
 
 REACH = 12.0
-"""How far the cuts around each place go, in units of τ. Beyond it a normal density is below 1e-31."""
+"""How far the cuts around 0 and around the mode go, in units of τ. Beyond it a normal density is below 1e-31."""
+_BEND_REACH = 2.0
+"""The same around bends. Farther away, nothing changes faster than the normal density does."""
 _RATIO = 2.0
-_NODES = 8
+_NODES = 7
+_NEGLIGIBLE = 30.0
+"""Pieces whose integral is smaller than the largest by this many nats are left out."""
 _FARTHEST = 1e8
-_MODE_SEARCH_STEPS = 12
+_MODE_SEARCH_STEPS = 8
 _SHORTER_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
 
@@ -31,7 +35,8 @@ def log_marginal(log_likelihood: Callable[[Tensor], Tensor], spread: Tensor, ben
     """
     Integrates a likelihood over a normal error.
 
-    It is exact to 1e-6 in nats for all families, for errors of up to 100 times the scales and up to 10,000 votes.
+    It is exact to 1e-8 nats for families that bend on one scale, for errors of up to 100 times that scale and up to
+    10,000 votes.
 
     Args:
         log_likelihood (`Callable[[torch.Tensor], torch.Tensor]`):
@@ -51,47 +56,70 @@ def log_marginal(log_likelihood: Callable[[Tensor], Tensor], spread: Tensor, ben
     with torch.no_grad():
         # In units of τ from here on. An error of nearly 0 has all bends out of reach.
         unit = spread.clamp_min(1e-300)
-        places = torch.cat([torch.zeros_like(spread)[None], bends / unit]).clamp(-_FARTHEST, _FARTHEST)
+        origin = torch.zeros_like(spread)[None]
+        bent = _cuts(
+            (bends / unit).clamp(-_FARTHEST, _FARTHEST),
+            nearest=_smallest(width / unit, _BEND_REACH),
+            reach=_BEND_REACH,
+        )
 
         def log_density(u: Tensor) -> Tensor:
             return log_likelihood(spread * u) - u.square() / 2
 
-        nodes, _ = _composite_rule(places, width / unit)
-        start = nodes.gather(0, log_density(nodes).argmax(dim=0, keepdim=True))[0]
+        cuts = torch.cat([bent, _cuts(origin, nearest=1.0, reach=REACH)]).sort(dim=0).values
+        tries = torch.cat([cuts, (cuts[1:] + cuts[:-1]) / 2])
+        start = tries.gather(0, log_density(tries).argmax(dim=0, keepdim=True))[0]
         mode, deviation = _find_mode(log_density, start)
         # Many judgements make a peak that is narrower than the scales, and lies anywhere.
-        nodes, log_weights = _composite_rule(torch.cat([places, mode[None]]), torch.minimum(width / unit, deviation))
+        peaked = _cuts(mode[None], nearest=_smallest(deviation, 1.0), reach=REACH)
+        cuts = torch.cat([cuts, peaked]).sort(dim=0).values
+        starts, lengths = _heaviest(cuts, log_density(cuts))
+        unit_nodes, unit_weights = (tensor.to(cuts)[:, None] for tensor in _unit_rule())
+        nodes = (starts[:, None] + lengths[:, None] * unit_nodes).flatten(0, 1)
+        log_weights = (lengths[:, None] * unit_weights).flatten(0, 1).log()
     terms = log_likelihood(spread * nodes) - nodes.square() / 2 + log_weights
     return torch.logsumexp(terms, dim=0) - math.log(2 * math.pi) / 2
+
+
+def _smallest(values: Tensor, most: float) -> float:
+    # A nan is left to the caller: the integral of its row is one.
+    return values.nan_to_num(most).min().clamp(1 / _FARTHEST, most).item() if values.numel() else most
+
+
+def _cuts(places: Tensor, nearest: float, reach: float) -> Tensor:
+    """
+    Cuts the line at places and on both sides of each, at distances that grow by a constant ratio.
+
+    Args:
+        places (`torch.Tensor` of shape `(C, P)`):
+            Where the integrand bends or peaks.
+        nearest (`float`):
+            How near the nearest of the other cuts has to be.
+        reach (`float`):
+            How far the farthest is.
+
+    Returns:
+        `torch.Tensor` of shape `(D, P)`: The cuts, in no order.
+    """
+    levels = 1 + math.ceil(math.log(reach / nearest, _RATIO))
+    steps = reach * torch.tensor([_RATIO**-level for level in range(levels)]).to(places)
+    offsets = torch.cat([-steps, steps.new_zeros(1), steps])
+    return (places[:, None] + offsets[:, None]).flatten(0, 1)
+
+
+def _heaviest(cuts: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
+    """Starts and lengths `(S, P)` of the pieces between sorted cuts `(D, P)`, without the negligible ones."""
+    lengths = cuts.diff(dim=0)
+    weights = torch.maximum(log_density[1:], log_density[:-1]) + lengths.log()
+    count = (weights > weights.amax(dim=0) - _NEGLIGIBLE).sum(dim=0)
+    kept = weights.topk(max(1, int(count.max())) if count.numel() else 0, dim=0).indices
+    return cuts[:-1].gather(0, kept), lengths.gather(0, kept)
 
 
 @functools.cache
 def _unit_rule() -> tuple[Tensor, Tensor]:
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
-
-
-def _composite_rule(places: Tensor, finest: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Makes a rule whose cuts lie ever closer to each place.
-
-    Args:
-        places (`torch.Tensor` of shape `(C, P)`):
-            Where the integrand may bend or peak.
-        finest (`torch.Tensor` of shape `(P,)`):
-            On which scale.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Nodes and the logarithms of their weights, each of shape `(Q, P)`.
-    """
-    smallest = finest.min().clamp(1 / _FARTHEST, 1.0).item() if finest.numel() else 1.0
-    levels = 1 + math.ceil(math.log(REACH / smallest, _RATIO))
-    steps = REACH * torch.tensor([_RATIO**-level for level in range(levels)]).to(places)
-    offsets = torch.cat([-steps, steps.new_zeros(1), steps])
-    cuts = (places[:, None] + offsets[:, None]).flatten(0, 1).sort(dim=0).values
-    unit_nodes, unit_weights = (tensor.to(places)[:, None] for tensor in _unit_rule())
-    starts, lengths = cuts[:-1, None], cuts.diff(dim=0)[:, None]
-    return (starts + lengths * unit_nodes).flatten(0, 1), (lengths * unit_weights).flatten(0, 1).log()
 
 
 def _find_mode(log_density: Callable[[Tensor], Tensor], mode: Tensor) -> tuple[Tensor, Tensor]:
