@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,15 @@ VOTES = ("chosen_votes", "rejected_votes")
 RATINGS = ("chosen_rating", "rejected_rating")
 RANKING = ("completions", "ranks")
 JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", "tie", "margin", *RATINGS, "weight")
+READINGS = {
+    VOTES: "numbers of votes for each answer",
+    ("preference_probability",): "soft labels, P(chosen ≻ rejected)",
+    ("tie",): "whether the two were called equal",
+    RATINGS: "ratings of each answer",
+    RANKING: "ranked answers",
+    ("weight",): "weights of the rows",
+}
+"""What the likelihood takes each column for that TRL does not read."""
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """What a row passes to the chat template."""
 
@@ -85,7 +96,21 @@ PREPARED = Layout(TOKENIZED_PAIR, "tokenized")
 
 def is_ranking(row: dict[str, Any]) -> bool:
     """Whether the row ranks several answers, rather than holding one or two."""
-    return not all(is_missing(row.get(name)) for name in RANKING)
+    return not is_missing(row.get("ranks")) or (not is_missing(row.get("completions")) and not is_pair(row))
+
+
+def is_pair(row: dict[str, Any]) -> bool:
+    """Whether the row holds a chosen and a rejected answer. `completions` beside them that nobody ranked are not read."""
+    return not any(is_missing(row.get(side)) for side in TEXT_PAIR)
+
+
+def leave_out(columns: Iterable[str]) -> str:
+    """How to leave columns out of a dataset, in Python and on the command line."""
+    names = json.dumps([*columns], ensure_ascii=False)
+    return (
+        f"dataset.remove_columns({names}), or, on the command line, `columns` of the dataset in a --config file, "
+        "which lists those to keep"
+    )
 
 
 def find_layout(row: dict[str, Any], singles: bool = False) -> Layout:

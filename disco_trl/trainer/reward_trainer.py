@@ -31,7 +31,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..data.collator import ANSWERS, DataCollatorForDiscoPreference
 from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN
-from ..data.judgements import Survey, check_answerable, survey
+from ..data.judgements import Survey, check_answerable, log_readings, survey
 from ..data.preparation import check_token_ids, finish_preferences, prepare_preferences
 from ..data.samplers import group_stream
 from ..distributions.judgements import Judgements
@@ -150,6 +150,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         self._surveyed = survey(train_dataset) if is_dataset else Survey()
         self._surveyed_dataset = train_dataset
         likelihood = likelihood_settings(args, self._surveyed)
+        log_readings("train", self._surveyed, self._surveyed.ratings if "rating_values" in likelihood else {})
 
         # Model, PEFT and data, by TRL. The model is adopted as soon as it is there: an instance now, a string model
         # where TRL builds it.
