@@ -20,12 +20,13 @@ from ..columns import (
     LEGACY_TOKENIZED_PAIR,
     PAIRS,
     RANKING,
+    RATINGS,
     SYNONYMS,
     TOKENIZED_PAIR,
     find_layout,
 )
 from ..files import chunks
-from ..judgements import MOST_RATING_VALUES
+from ..judgements import readings
 from ..records import Record, read_record
 from ..tokenization import SpecialTokens, tokenize_record
 from ..validation import find_special_token
@@ -134,6 +135,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     survey = DataSurvey()
     special = None if tokenizer is None else SpecialTokens(tokenizer)
     with_special_tokens: list[int] = []
+    said: set[str] = set()
     layout = None
     read = 0
     with logging.tqdm(desc="checking", unit="row") as bar:
@@ -145,6 +147,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
                     layout = find_layout(row)
                 try:
                     record = read_record(row, layout)
+                    said |= record.said
                     survey.add(record, read, None if tokenizer is None else _token_counts(record, tokenizer))
                     if special is not None and layout.kind != "tokenized" and find_special_token(record, special):
                         with_special_tokens.append(read)
@@ -154,6 +157,8 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             bar.update(len(rows))
     if layout is None:
         raise ValueError("the data is empty; check its path and split")
+    figures = survey.figures()
+    ratings = {} if figures.get("ratings", {}).get("why_not_read") else survey.rating_values
     found = {
         "rows": read,
         "errors": errors.figures(),
@@ -161,8 +166,9 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             "read": [name for name in columns if name in READ],
             "not_read": [name for name in columns if name not in READ],
             "look_alikes": find_look_alikes(list(columns)),
+            "likelihood": {", ".join(names): meaning for names, meaning in readings(said, ratings).items()},
         },
-        **{name: value for name, value in survey.figures().items() if name != "rows"},
+        **{name: value for name, value in figures.items() if name != "rows"},
     }
     if with_special_tokens:
         found["special_tokens"] = {"rows": len(with_special_tokens), "first": with_special_tokens[:ROWS_NAMED]}
@@ -223,14 +229,11 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         )
     if terms.get("ties refused") and not terms.get("ties") and not terms.get("ranked ties"):
         warnings.append("ties were possible (tie: false), but there is none: the width of the tie band goes to 0")
-    values = found.get("ratings", {}).get("values", {})
-    if len(values) > MOST_RATING_VALUES:
+    if why := found.get("ratings", {}).get("why_not_read"):
         warnings.append(
-            f"{len(values)} different ratings, more than the {MOST_RATING_VALUES} that can each have a threshold; "
-            "round them"
+            f"column {' and '.join(map(repr, RATINGS))}: {why}; training does not read them as ratings. If they are "
+            "some, round them to the steps of a scale, or pass rating_values in training"
         )
-    if len(values) == 1:
-        warnings.append("all ratings are the same, which teaches nothing")
     if count := found.get("soft_labels", {}).get("below_half"):
         warnings.append(
             f"{count:,} soft labels are below ½, for the rejected side; the likelihood takes them as they are, but "

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..judgements import why_not_a_scale
 from ..records import Record
 
 
@@ -332,6 +333,7 @@ class DataSurvey:
             "of_an_answer": quantiles(counts),
             "answers_with_several": int(several.sum()),
             "values": {f"{value:.12g}": number for value, number in sorted(self.rating_values.items())},
+            "why_not_read": why_not_a_scale(self.rating_values),
         }
         if several.sum() > 1:
             within = float(np.mean(deviations[several] ** 2))
