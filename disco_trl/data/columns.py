@@ -42,19 +42,6 @@ KNOWN_COLUMNS = {
     *(*TEXT_PAIR, "prompt", "completion", "messages", *TEMPLATE_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING),
 }
 
-# Other names of TRL's columns, in tools and well-known datasets, the most telling one first.
-SYNONYMS = {
-    "chosen": (
-        *("accepted", "preferred", "response_chosen", "chosen_response", "response_j", "winner", "preferred_response"),
-        *("better", "better_response", "positive", "y_w"),
-    ),
-    "rejected": (
-        *("response_rejected", "rejected_response", "response_k", "loser", "dispreferred", "non_preferred"),
-        *("declined", "worse", "worse_response", "negative", "y_l"),
-    ),
-    "prompt": ("prompts", "question", "instruction", "query", "input", "user_prompt"),
-}
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -96,11 +83,11 @@ PREPARED = Layout(TOKENIZED_PAIR, "tokenized")
 
 def is_ranking(row: dict[str, Any]) -> bool:
     """Whether the row ranks several answers, rather than holding one or two."""
-    return not is_missing(row.get("ranks")) or (not is_missing(row.get("completions")) and not is_pair(row))
+    return not is_missing(row.get("ranks")) or (not is_missing(row.get("completions")) and not holds_pair(row))
 
 
-def is_pair(row: dict[str, Any]) -> bool:
-    """Whether the row holds a chosen and a rejected answer. `completions` beside them that nobody ranked are not read."""
+def holds_pair(row: dict[str, Any]) -> bool:
+    """Whether the row holds a chosen and a rejected answer. Beside them, `completions` without ranks are not read."""
     return not any(is_missing(row.get(side)) for side in TEXT_PAIR)
 
 

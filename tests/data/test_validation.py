@@ -268,7 +268,8 @@ def test_two_processes_name_the_row_of_the_whole_dataset(tiny_tokenizer):
         (
             ("prompt", "chosen"),
             "column 'rejected': missing (there are 'prompt', 'chosen'); name the columns 'chosen' and 'rejected' (and "
-            "'prompt'), or 'chosen_ids' and 'rejected_ids'",
+            "'prompt'), or 'chosen_ids' and 'rejected_ids'; `disco-trl data convert --help` lists the formats that can "
+            "be converted",
         ),
         (
             ("chosen_ids", "reject_ids"),
@@ -285,7 +286,8 @@ def test_two_processes_name_the_row_of_the_whole_dataset(tiny_tokenizer):
 @pytest.mark.parametrize("make", [map_style, streamed])
 def test_columns_are_named_with_their_fix(columns, message, make, tiny_tokenizer):
     with pytest.raises(ValueError) as error:
-        check_preferences(make([dict.fromkeys(columns, "text")]), tiny_tokenizer, "train")
+        row = {column: [1, 2] if column.endswith("_ids") else "text" for column in columns}
+        check_preferences(make([row]), tiny_tokenizer, "train")
     assert str(error.value) == f"train dataset, {message}"
 
 

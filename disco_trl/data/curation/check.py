@@ -7,8 +7,6 @@ Training stops at the first bad row. Here all of them are counted. The figures c
 
 from __future__ import annotations
 
-import difflib
-import re
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -17,74 +15,25 @@ from transformers.utils import logging
 from ..columns import (
     JUDGEMENT_COLUMNS,
     KNOWN_COLUMNS,
-    LEGACY_TOKENIZED_PAIR,
     PAIRS,
     RANKING,
     RATINGS,
-    SYNONYMS,
-    TOKENIZED_PAIR,
     find_layout,
 )
 from ..files import chunks
 from ..judgements import readings
+from ..look_alikes import find_look_alikes, fix_of_answers
 from ..records import Record, read_record
 from ..tokenization import SpecialTokens, tokenize_record
 from ..validation import find_special_token
-from ..values import BadRow, Problem, Row
+from ..values import BadRow, Problem, Row, is_missing
 from .check_report import rows_of
 from .survey import ROWS_NAMED, DataSurvey
 
 
 READ = {*KNOWN_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING} - {"completion", "messages"}
-# Words in names of columns, and the word that disco-trl has for the same thing
-WORDS = {
-    **{"score": "rating", "scores": "rating", "ratings": "rating", "stars": "rating", "grade": "rating"},
-    **{"vote": "votes", "count": "votes", "counts": "votes", "wins": "votes", "prob": "probability"},
-    **{"accepted": "chosen", "preferred": "chosen", "winner": "chosen", "loser": "rejected", "p": "probability"},
-    **{
-        "ties": "tie",
-        "tied": "tie",
-        "draw": "tie",
-        "is": "",
-        "num": "",
-        "n": "",
-        "weights": "weight",
-        "rank": "ranks",
-    },
-    **{"ranking": "ranks", "rankings": "ranks", "responses": "completions", "answers": "completions"},
-    **{"soft": "preference", "label": "probability", "importance": "weight", "sample": "", "example": ""},
-}
 LENGTH_BIAS = 0.55
 """Share of longer answers among the preferred ones above which a warning is shown: on HH-RLHF it is 0.54."""
-
-
-def find_look_alikes(columns: list[str]) -> dict[str, str]:
-    """
-    Columns that are not read but look like one that is.
-
-    Args:
-        columns (`list[str]`):
-            Columns of the data.
-
-    Returns:
-        `dict[str, str]`: The column that each was probably meant to be.
-    """
-    missing = sorted(READ - {*columns} - {*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR})
-    found = {}
-    for column in columns:
-        if column in READ or column.endswith("_id"):
-            continue
-        words = [WORDS.get(word, word) for word in re.findall(r"[a-z0-9]+", _snake(column))]
-        same = [name for name in missing if sorted(name.split("_")) == sorted(filter(None, words))]
-        same = same or [name for name in missing if column in SYNONYMS.get(name, ())]
-        same = same or difflib.get_close_matches(column.lower(), missing, n=1, cutoff=0.8)
-        if same:
-            found[column] = same[0]
-    return found
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 class ErrorCounts:
@@ -130,7 +79,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     Raises:
         `ValueError`: If the dataset is empty, or its columns are not those of preferences.
     """
-    columns: dict[str, None] = {}
+    columns: Row = {}  # each with its first value that is not missing
     errors = ErrorCounts()
     survey = DataSurvey()
     special = None if tokenizer is None else SpecialTokens(tokenizer)
@@ -141,7 +90,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     with logging.tqdm(desc="checking", unit="row") as bar:
         for rows in chunks(dataset):
             for row in rows:
-                columns |= dict.fromkeys(row)
+                columns |= {name: value for name, value in row.items() if is_missing(columns.get(name))}
                 if layout is None:
                     require_answers(row)
                     layout = find_layout(row)
@@ -165,7 +114,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
         "columns": {
             "read": [name for name in columns if name in READ],
             "not_read": [name for name in columns if name not in READ],
-            "look_alikes": find_look_alikes(list(columns)),
+            "look_alikes": find_look_alikes(columns),
             "likelihood": {", ".join(names): meaning for names, meaning in readings(said, ratings).items()},
         },
         **{name: value for name, value in figures.items() if name != "rows"},
@@ -179,11 +128,9 @@ def require_answers(row: Row) -> None:
     """Raise `ValueError`, with the columns to rename, if a row has no answers to compare."""
     if any(row.keys() >= {*names} for names in (*PAIRS, RANKING)):
         return
-    renames = [f"{old!r} to {new!r}" for old, new in find_look_alikes(list(row)).items()]
-    fix = f"rename {', '.join(renames)}" if renames else "convert them with `disco-trl data convert`"
     raise ValueError(
         f"the rows have neither 'chosen' and 'rejected' nor 'completions' and 'ranks' (there are "
-        f"{', '.join(map(repr, row))}); {fix}"
+        f"{', '.join(map(repr, row))}); {fix_of_answers(row)}"
     )
 
 

@@ -23,7 +23,8 @@ from ..files import chunks
 from ..records import Record, read_record
 from ..values import BadRow, Row
 from .check import ErrorCounts
-from .formats import FORMATS, pair_of, prompt_messages
+from .formats import FORMATS, fitting_formats, pair_of
+from .transcripts import prompt_messages
 
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -81,7 +82,7 @@ def detect_format(row: Row) -> str:
     Raises:
         `ValueError`: If none fits, or several do; it names the columns that were found and the formats there are.
     """
-    fitting = [name for name, known in FORMATS.items() if known.recognise(row)]
+    fitting = fitting_formats(row)
     if len(fitting) == 1:
         return fitting[0]
     there = ", ".join(map(repr, row))
