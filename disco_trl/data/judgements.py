@@ -148,8 +148,8 @@ def log_readings(dataset_name: str, found: Survey, ratings: Mapping[float, int])
         unread = [name for name in RATINGS if name in found.said]
         logger.warning(
             f"{dataset_name} dataset, column {' and '.join(map(repr, unread))}: {why_not_a_scale(found.ratings)}; "
-            "they are not read as ratings. If they are some, round them to the steps of a scale, or pass rating_values; "
-            f"else leave them out: {leave_out(unread)}"
+            "they are not read as ratings. If they are some, round them to the steps of a scale, or pass "
+            f"rating_values; else leave them out: {leave_out(unread)}"
         )
     if read := readings(found.said, ratings):
         meanings = "; ".join(f"{', '.join(columns)}: {meaning}" for columns, meaning in read.items())

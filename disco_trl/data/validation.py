@@ -29,6 +29,7 @@ from .columns import (
     holds_pair,
 )
 from .contents import format_of
+from .findings import find_in_some_rows
 from .look_alikes import conversion_of, find_look_alikes, fix_of_answers
 from .records import Record, read_record
 from .tokenization import SpecialTokens
@@ -89,8 +90,11 @@ def check_preferences(
             "them; pass chat_template_path=... in the trainer's config (a chat model's name or path, or a .jinja "
             "file), or set processing_class.chat_template"
         )
-    if layout.kind == "standard":
-        _warn_of_unread_prompt(first_row, dataset_name)
+    if PartialState().is_main_process:
+        if layout.kind == "standard":
+            _warn_of_unread_prompt(first_row, dataset_name)
+        for message in find_in_some_rows(dataset, layout):
+            logger.warning(f"{dataset_name} dataset, {message}")
 
     # One warning, from the process that speaks for all. Token ids have no texts to look at.
     warns = PartialState().is_main_process and layout.kind != "tokenized"
@@ -165,7 +169,7 @@ def _warn_of_unread_prompt(first_row: Row, dataset_name: str) -> None:
     side = RANKING[0] if isinstance(answers, list) and answers and not holds_pair(first_row) else "chosen"
     answer = answers[0] if isinstance(answers, list) and side == RANKING[0] else first_row.get(side)
     # An implicit prompt is quoted by the answers, and then a column with it is no loss.
-    if column is None or str(first_row[column]) in str(answer) or not PartialState().is_main_process:
+    if column is None or str(first_row[column]) in str(answer):
         return
     fix = conversion_of(first_row) or f'if it is the prompt, dataset.rename_column("{column}", "prompt")'
     logger.warning(

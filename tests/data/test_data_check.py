@@ -53,7 +53,7 @@ def test_columns_that_are_no_preferences_are_refused_with_a_fix():
         check([{"y_w": "a", "y_l": "b"}])
     with pytest.raises(ValueError, match="of the format 'ratings', are converted by `disco-trl data convert DATA"):
         check([{"text": "a", "ratings": [1]}])
-    with pytest.raises(ValueError, match="name the columns 'chosen'.*`disco-trl data convert --help`"):
+    with pytest.raises(ValueError, match=r"name the columns 'chosen'.*`disco-trl data convert --help`"):
         check([{"text": "a", "stars": [1]}])
     with pytest.raises(ValueError, match="empty"):
         check([])

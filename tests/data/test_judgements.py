@@ -170,7 +170,7 @@ def test_numbers_that_are_no_scale_are_read_where_their_values_are_given(tiny_ll
 
 def test_ratings_alone_that_are_no_scale_are_refused(tiny_llama_dir, tmp_path):
     rows = rated([number / 7 for number in range(40)], chosen_votes=0, rejected_votes=0)
-    with pytest.raises(ValueError, match="nobody compared the answers.*40 different numbers among 40.*round them"):
+    with pytest.raises(ValueError, match=r"nobody compared the answers.*40 different numbers among 40.*round them"):
         run(tiny_llama_dir, tmp_path, rows)
 
 

@@ -1,4 +1,4 @@
-"""Which columns are taken for misspelt ones, and that what is advised works: no advice that trains on something else."""
+"""Which columns are taken for misspelt ones, and that what is advised works."""
 
 import pytest
 from datasets import Dataset
@@ -118,7 +118,7 @@ def test_sides_that_are_one_message_each_are_of_a_format(tiny_tokenizer):
         "chosen": {"from": "gpt", "value": "Four."},
         "rejected": {"from": "gpt", "value": "Five."},
     }
-    with pytest.raises(ValueError, match="column 'chosen': one message, where a list.*'sharegpt', are converted by"):
+    with pytest.raises(ValueError, match=r"column 'chosen': one message, where a list.*'sharegpt', are converted by"):
         check_preferences(Dataset.from_list([row]), tiny_tokenizer, "train")
 
 

@@ -268,8 +268,8 @@ def test_two_processes_name_the_row_of_the_whole_dataset(tiny_tokenizer):
         (
             ("prompt", "chosen"),
             "column 'rejected': missing (there are 'prompt', 'chosen'); name the columns 'chosen' and 'rejected' (and "
-            "'prompt'), or 'chosen_ids' and 'rejected_ids'; `disco-trl data convert --help` lists the formats that can "
-            "be converted",
+            "'prompt'), or 'chosen_ids' and 'rejected_ids'; `disco-trl data convert --help` lists the formats that "
+            "can be converted",
         ),
         (
             ("chosen_ids", "reject_ids"),

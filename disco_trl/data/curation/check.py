@@ -21,6 +21,7 @@ from ..columns import (
     find_layout,
 )
 from ..files import chunks
+from ..findings import ROWS_NAMED, Findings, named
 from ..judgements import readings
 from ..look_alikes import find_look_alikes, fix_of_answers
 from ..records import Record, read_record
@@ -28,7 +29,7 @@ from ..tokenization import SpecialTokens, tokenize_record
 from ..validation import find_special_token
 from ..values import BadRow, Problem, Row, is_missing
 from .check_report import rows_of
-from .survey import ROWS_NAMED, DataSurvey
+from .survey import DataSurvey
 
 
 READ = {*KNOWN_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING} - {"completion", "messages"}
@@ -85,6 +86,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     special = None if tokenizer is None else SpecialTokens(tokenizer)
     with_special_tokens: list[int] = []
     said: set[str] = set()
+    findings = Findings()
     layout = None
     read = 0
     with logging.tqdm(desc="checking", unit="row") as bar:
@@ -97,6 +99,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
                 try:
                     record = read_record(row, layout)
                     said |= record.said
+                    findings.add(row, record, read)
                     survey.add(record, read, None if tokenizer is None else _token_counts(record, tokenizer))
                     if special is not None and layout.kind != "tokenized" and find_special_token(record, special):
                         with_special_tokens.append(read)
@@ -121,7 +124,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     }
     if with_special_tokens:
         found["special_tokens"] = {"rows": len(with_special_tokens), "first": with_special_tokens[:ROWS_NAMED]}
-    return {"warnings": _warnings(found), **found}, survey
+    return {"warnings": [*findings.messages(), *_warnings(found)], **found}, survey
 
 
 def require_answers(row: Row) -> None:
@@ -206,8 +209,3 @@ def _warnings(found: dict[str, Any]) -> list[str]:
             "max_length: left out of training"
         )
     return warnings
-
-
-def named(numbers: list[int]) -> str:
-    """The numbers of some rows, in words."""
-    return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}{', ...' * (len(numbers) == ROWS_NAMED)}"

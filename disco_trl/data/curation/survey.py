@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from ..findings import ROWS_NAMED
 from ..judgements import why_not_a_scale
 from ..records import Record
 
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
-ROWS_NAMED = 5
 SHORTEST_LEAK = 20
 """Characters after normalization from which an answer in two splits counts as a leak. ("Yes." is in all of them.)"""
 DEFAULT_MAX_LENGTH = 1024
