@@ -95,8 +95,8 @@ def leave_out(columns: Iterable[str]) -> str:
     """How to leave columns out of a dataset, in Python and on the command line."""
     names = json.dumps([*columns], ensure_ascii=False)
     return (
-        f"dataset.remove_columns({names}), or, on the command line, `columns` of the dataset in a --config file, "
-        "which lists those to keep"
+        f"dataset.remove_columns({names}), or, for `disco-trl train`, list the other columns as `columns` of the "
+        "dataset in a --config file"
     )
 
 

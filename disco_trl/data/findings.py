@@ -69,9 +69,8 @@ class Findings:
         """
         self.rows += 1
         self._kind = record.kind
-        for name in row.keys() & {*MEDIA}:
-            if _is_filled(row[name]):
-                self._media[name].append(number)
+        for name in media_of(row):
+            self._media[name].append(number)
         if record.kind != "tokenized":
             self._add_texts(row, record, number)
         if not record.is_ranking and holds_pair(row) and _is_filled(row.get("completions")):
@@ -179,6 +178,11 @@ def _some_rows(dataset: Dataset | IterableDataset) -> Iterator[tuple[int, Row]]:
     # Spread, because a mixture often has its sources one after the other.
     positions = np.unique(np.linspace(0, len(dataset) - 1, ROWS_SAMPLED).astype(int)).tolist()
     return zip(positions, dataset.select(positions), strict=True)
+
+
+def media_of(row: Row) -> list[str]:
+    """The columns of a row with pictures, sound or video."""
+    return [name for name in MEDIA if _is_filled(row.get(name))]
 
 
 def repeats_prompt(record: Record) -> bool:

@@ -43,7 +43,7 @@ FOUND = {
     ),
     "a prompt before texts that have it": (
         {**STANDARD, "chosen": PROMPT + "Four.", "rejected": PROMPT + "Five."},
-        ("column 'prompt': the answers begin with it already (rows 0, 1, 2)", "`columns` of the dataset"),
+        ("column 'prompt': the answers begin with it already (rows 0, 1, 2)", "as `columns` of the dataset"),
     ),
     "a prompt before ranked answers that have it": (
         {"prompt": "Two?", "completions": ["Two? 4", "Two? 5"], "ranks": [1, 2]},

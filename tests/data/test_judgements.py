@@ -180,8 +180,8 @@ def test_columns_in_the_likelihood_are_logged_once_with_how_to_leave_them_out(ti
     assert [message for message in caplog.messages if "in the likelihood" in message] == [
         "train dataset, columns in the likelihood: chosen_rating, rejected_rating: ratings of each answer, all on one "
         "scale of 7 values (2.75, 3, 4.5, 5, 7, 9, 10); weight: weights of the rows. If one means something else, "
-        'leave it out: dataset.remove_columns(["chosen_rating", "rejected_rating", "weight"]), or, on the command '
-        "line, `columns` of the dataset in a --config file, which lists those to keep"
+        'leave it out: dataset.remove_columns(["chosen_rating", "rejected_rating", "weight"]), or, for '
+        "`disco-trl train`, list the other columns as `columns` of the dataset in a --config file"
     ]
     caplog.clear()
     run(tiny_llama_dir, tmp_path, preferences("standard", 4, margin=True).to_list())

@@ -47,11 +47,11 @@ BAD_ROWS = {
     ),
     "prompt of text, sides of messages": (
         *(EXPLICIT, {"prompt": "Two and two?"}, "prompt"),
-        *("a string in a dataset of conversations", 'make it [{"role": "user", "content": ...}]'),
+        *("a string in a dataset of conversations", "data convert DATA OUT.jsonl --rename prompt=instruction` does"),
     ),
     "prompt of text that the sides repeat": (
         *({"prompt": [user()], **IMPLICIT}, {"prompt": "What is two and two?"}, "prompt"),
-        *("that begin with it already", 'dataset.remove_columns("prompt")'),
+        *("that hold it already", 'dataset.remove_columns(["prompt"]), or, for `disco-trl train`, list the other'),
     ),
     "one message, not a list": (
         *(EXPLICIT, {"rejected": assistant()}, "rejected"),

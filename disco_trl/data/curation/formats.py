@@ -282,18 +282,37 @@ def _is_helpsteer(row: Row) -> bool:
     return _two_answers(row) is not None and bool({*STRENGTHS, "preference_strength", "overall_preference"} & {*row})
 
 
-def _from_helpsteer(row: Row) -> list[Row]:
-    names = _two_answers(row)
-    if names is None:
-        raise BadRow("response_1", "two answers are missing", "name them 'response_1' and 'response_2'")
+def strengths_of(row: Row) -> tuple[str, list[float]]:
+    """
+    How much better each annotator finds an answer of a row of the format `helpsteer`.
+
+    Args:
+        row (`dict`):
+            The row.
+
+    Returns:
+        `tuple[str, list[float]]`: The column, and the strengths: below 0 the first answer is better, above 0 the
+        second.
+
+    Raises:
+        [`~disco_trl.data.values.BadRow`]: If there are none, or one is not a number.
+    """
     column = _column(row, (*STRENGTHS, "preference_strength", "overall_preference"), "the annotators' preferences")
-    key, can_tie = STRENGTHS.get(column, ("", False))
+    key, _ = STRENGTHS.get(column, ("", False))
     records = row[column] if isinstance(row[column], list) else [row[column]]
-    # Below 0 the first answer is better, above 0 the second.
     strengths = [
         _finite(column, record.get(key) if isinstance(record, dict) else record, "a strength of preference")
         for record in records
     ]
+    return column, strengths
+
+
+def _from_helpsteer(row: Row) -> list[Row]:
+    names = _two_answers(row)
+    if names is None:
+        raise BadRow("response_1", "two answers are missing", "name them 'response_1' and 'response_2'")
+    column, strengths = strengths_of(row)
+    _, can_tie = STRENGTHS.get(column, ("", False))
     votes = [sum(strength < 0 for strength in strengths), sum(strength > 0 for strength in strengths)]
     ties = len(strengths) - sum(votes)
     chosen, rejected = names if votes[0] >= votes[1] else names[::-1]
