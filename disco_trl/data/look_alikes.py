@@ -27,6 +27,7 @@ PAIRS_OF_OTHERS = (
     *(("preferred", "non_preferred"), ("preferred_response", "non_preferred_response")),
     *(("preferred_response", "dispreferred_response"), ("better", "worse"), ("better_response", "worse_response")),
     *(("response_j", "response_k"), ("y_w", "y_l"), ("positive", "negative")),
+    ("messages", "rejected_messages"),
 )
 """Names of `chosen` and `rejected` in other tools and well-known datasets. One of them alone may be anything: `winner`
 is a text in few datasets, and the name of a side or of a model in the others."""

@@ -78,6 +78,10 @@ def test_what_only_sounds_alike_is_no_near_miss(column, value):
             {"attention_mask_chosen": MASK, "input_ids_chosen": IDS, "input_ids_rejected": IDS},
             {"input_ids_chosen": "chosen_ids", "input_ids_rejected": "rejected_ids"},
         ),
+        (
+            {"messages": [user(), assistant()], "rejected_messages": [user(), assistant("Five.")]},
+            {"messages": "chosen", "rejected_messages": "rejected"},
+        ),
         # One side alone, or sides of two types, would only be refused later.
         ({"messages": [user(), assistant()], "rejected_response": TEXT}, {}),
         ({"chosen_messages": [user(), assistant()], "rejected_response": TEXT}, {}),
