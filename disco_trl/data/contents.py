@@ -118,7 +118,7 @@ def _conversation_problems(answers: Sequence[Part], prompt: Sequence[Part]) -> I
             wrong = f"{format_of(messages)} in a dataset of conversations"
             role = "user" if column == "prompt" else "assistant"
             fix = f'make it [{{"role": "{role}", "content": ...}}], or every row and column a string'
-            if column == "prompt":
+            if column == "prompt" and isinstance(messages, str):
                 fix += "; `disco-trl data convert DATA OUT.jsonl --rename prompt=instruction` does that"
                 # HuggingFaceH4/ultrafeedback_binarized is written like this. (The answers have been checked by now.)
                 if any(turn.get("content") == messages for turn in answers[0][1]):
