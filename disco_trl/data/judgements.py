@@ -120,7 +120,7 @@ def readings(said: Collection[str], ratings: Mapping[float, int]) -> dict[Sequen
         if columns == RATINGS:
             values = [f"{value:g}" for value in sorted(ratings)]
             some = values if len(values) <= 12 else [*values[:3], "...", *values[-2:]]
-            meaning += f", all on one scale of {len(values)} values ({', '.join(some)})"
+            meaning += f", all on one scale of {len(values)} value{'s' * (len(values) != 1)} ({', '.join(some)})"
             there = there if values else ()
         if there:
             found[there] = meaning

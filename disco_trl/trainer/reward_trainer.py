@@ -150,7 +150,6 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         self._surveyed = survey(train_dataset) if is_dataset else Survey()
         self._surveyed_dataset = train_dataset
         likelihood = likelihood_settings(args, self._surveyed)
-        log_readings("train", self._surveyed, self._surveyed.ratings if "rating_values" in likelihood else {})
 
         # Model, PEFT and data, by TRL. The model is adopted as soon as it is there: an instance now, a string model
         # where TRL builds it.
@@ -280,6 +279,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         # TRL calls this for each dataset of its constructor, with the model in place, and for those of `evaluate`.
+        found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
+        if dataset_name == "train":  # before a row is refused for what a column of another meaning holds
+            log_readings(dataset_name, found, found.ratings if "rating_values" in self._likelihood else {})
         prepared = prepare_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
         # TRL tokenizes what is not tokenized yet, a stream say. Its own length filter is turned off, because it would
         # read the dataset row by row once more.
@@ -287,7 +289,6 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         unfiltered.max_length = None
         prepared = super()._prepare_dataset(prepared, processing_class, unfiltered, dataset_name)
         prepared = finish_preferences(prepared, dataset_name, max_length=args.max_length)
-        found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
         check_answerable(dataset, dataset_name, found, self._likelihood)
         return check_token_ids(prepared, dataset_name, vocabulary_size(self._adoption.model))
 

@@ -188,6 +188,14 @@ def test_columns_in_the_likelihood_are_logged_once_with_how_to_leave_them_out(ti
     assert not any("likelihood" in message for message in caplog.messages)
 
 
+def test_a_checkpoint_that_knows_the_ratings_reads_them_on_a_scale_or_not(tiny_llama_dir, tmp_path, caplog):
+    run(tiny_llama_dir, tmp_path / "one", rated([1.0, 2.0, 3.0, 2.0, 1.0, 3.0, 2.0, 1.0])).save_model()
+    caplog.clear()
+    run(str(tmp_path / "one"), tmp_path / "two", rated([2.0] * 8))
+    (message,) = [message for message in caplog.messages if "rating" in message]
+    assert "chosen_rating, rejected_rating: ratings of each answer, all on one scale of 1 value (2)" in message
+
+
 def test_rankings_are_logged_with_their_answers(caplog):
     log_readings("train", survey(Dataset.from_list([RANKING])), {})
     assert "columns in the likelihood: completions, ranks: ranked answers." in caplog.text

@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 from preference_rows import STANDARD, assistant, user
 
+from disco_trl.data.curation.check import check_dataset
 from disco_trl.data.look_alikes import find_look_alikes, find_renames, fix_of_answers
 from disco_trl.data.validation import check_preferences
 
@@ -131,6 +132,9 @@ def test_an_instruction_with_its_input_is_to_be_converted_and_not_renamed(tiny_t
     check_preferences(Dataset.from_list([row]), tiny_tokenizer, "train")
     (message,) = caplog.messages
     assert "not read" in message and "'alpaca', are converted by `disco-trl data convert" in message
+    assert all(
+        "'alpaca', are converted by" in warning for warning in check_dataset(Dataset.from_list([row]))[0]["warnings"]
+    )
     caplog.clear()
     check_preferences(Dataset.from_list([STANDARD]), tiny_tokenizer, "train")
     assert caplog.messages == []

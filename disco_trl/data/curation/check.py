@@ -23,7 +23,7 @@ from ..columns import (
 from ..files import chunks
 from ..findings import ROWS_NAMED, Findings, named
 from ..judgements import readings
-from ..look_alikes import find_look_alikes, fix_of_answers
+from ..look_alikes import conversion_of, find_look_alikes, fix_of_answers
 from ..records import Record, read_record
 from ..tokenization import SpecialTokens, tokenize_record
 from ..validation import find_special_token
@@ -118,6 +118,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             "read": [name for name in columns if name in READ],
             "not_read": [name for name in columns if name not in READ],
             "look_alikes": find_look_alikes(columns),
+            "conversion": conversion_of(columns),
             "likelihood": {", ".join(names): meaning for names, meaning in readings(said, ratings).items()},
         },
         **{name: value for name, value in figures.items() if name != "rows"},
@@ -147,8 +148,10 @@ def _token_counts(record: Record, tokenizer: Any) -> list[int]:
 def _warnings(found: dict[str, Any]) -> list[str]:
     """What is not an error, but probably not intended."""
     terms, repeated = found["terms"], found["repeated_pairs"]
+    conversion = found["columns"]["conversion"]
     warnings = [
-        f"column {old!r} is not read; if it is {new!r}, rename it"
+        f"column {old!r} is not read; "
+        + (conversion if conversion and new == "prompt" else f"if it is {new!r}, rename it")
         for old, new in found["columns"]["look_alikes"].items()
     ]
     if count := found["identical_sides"]["rows"]:
