@@ -158,6 +158,13 @@ def conversion_of(row: Row) -> str | None:
     return f"rows like these, of the format {known}, are converted by `disco-trl data convert DATA OUT.jsonl{options}`"
 
 
+def unconverted_side(row: Row) -> str | None:
+    """What is wrong with sides that are one message each, as in a known format, and the fix; None if they are not."""
+    column = next((side for side in TEXT_PAIR if isinstance(row.get(side), dict)), None)
+    conversion = None if column is None else conversion_of(row)
+    return conversion and f"column '{column}': one message, where a list of them should be; {conversion}"
+
+
 def fix_of_answers(row: Row) -> str:
     """
     What to do about rows without answers to compare.

@@ -30,7 +30,7 @@ from .columns import (
 )
 from .contents import format_of
 from .findings import find_in_some_rows
-from .look_alikes import conversion_of, find_look_alikes, fix_of_answers
+from .look_alikes import conversion_of, find_look_alikes, fix_of_answers, unconverted_side
 from .records import Record, read_record
 from .tokenization import SpecialTokens
 from .values import BadRow, Row, is_missing
@@ -140,11 +140,8 @@ def _check_columns(first_row: Row, layout: Layout, dataset_name: str) -> None:
             f"{dataset_name} dataset, column {' and '.join(map(repr, missing))}: missing "
             f"(there are {', '.join(map(repr, first_row))}); {fix_of_answers(first_row)}"
         )
-    for column in layout.columns:
-        if isinstance(first_row.get(column), dict) and (conversion := conversion_of(first_row)):
-            raise ValueError(
-                f"{dataset_name} dataset, column '{column}': one message, where a list of them should be; {conversion}"
-            )
+    if wrong := unconverted_side(first_row):
+        raise ValueError(f"{dataset_name} dataset, {wrong}")
     if ROW_COLUMN in first_row:
         raise ValueError(
             f"{dataset_name} dataset, column '{ROW_COLUMN}': the trainer keeps its own row numbers under this name; "

@@ -125,6 +125,8 @@ def test_sides_that_are_one_message_each_are_of_a_format(tiny_tokenizer):
     }
     with pytest.raises(ValueError, match=r"column 'chosen': one message, where a list.*'sharegpt', are converted by"):
         check_preferences(Dataset.from_list([row]), tiny_tokenizer, "train")
+    with pytest.raises(ValueError, match=r"^column 'chosen': one message, where a list of them should be; rows like"):
+        check_dataset(Dataset.from_list([row]))
 
 
 def test_an_instruction_with_its_input_is_to_be_converted_and_not_renamed(tiny_tokenizer, caplog):

@@ -23,7 +23,7 @@ from ..columns import (
 from ..files import chunks
 from ..findings import ROWS_NAMED, Findings, named
 from ..judgements import readings
-from ..look_alikes import conversion_of, find_look_alikes, fix_of_answers
+from ..look_alikes import conversion_of, find_look_alikes, fix_of_answers, unconverted_side
 from ..records import Record, read_record
 from ..tokenization import SpecialTokens, tokenize_record
 from ..validation import find_special_token
@@ -129,7 +129,9 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
 
 
 def require_answers(row: Row) -> None:
-    """Raise `ValueError`, with the columns to rename, if a row has no answers to compare."""
+    """Raise `ValueError`, with the fix, if a row has no answers to compare."""
+    if wrong := unconverted_side(row):
+        raise ValueError(wrong)
     if any(row.keys() >= {*names} for names in (*PAIRS, RANKING)):
         return
     raise ValueError(
