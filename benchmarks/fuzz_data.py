@@ -35,7 +35,9 @@ from disco_trl.data.columns import PAIRS, RANKED_IDS, RANKING, TOKENIZED_PAIR, f
 from disco_trl.data.curation.convert import Converter, Report, detect_format
 from disco_trl.data.curation.formats import FORMATS
 from disco_trl.data.curation.survey import DataSurvey
+from disco_trl.data.findings import Findings
 from disco_trl.data.judgements import Survey
+from disco_trl.data.look_alikes import find_look_alikes, fix_of_answers
 from disco_trl.data.records import read_feedback, read_record
 from disco_trl.data.tokenization import SpecialTokens, tokenize_record
 from disco_trl.data.validation import find_special_token
@@ -226,7 +228,9 @@ class DataPath:
         }
 
     def train(self, row: Row) -> None:
-        """Validates, surveys, tokenizes and collates a row."""
+        """Validates, surveys, tokenizes and collates a row, or advises what to do about its columns."""
+        find_look_alikes(row)
+        fix_of_answers(row)
         if not any(row.keys() >= {*names} for names in (*PAIRS, RANKING)):
             return
         layout = find_layout(row)
@@ -235,6 +239,9 @@ class DataPath:
         tokens = tokenize_record(record, self.tokenizer)
         if record.kind != "tokenized":
             find_special_token(record, self.special)
+        findings = Findings()
+        findings.add(row, record, 0)
+        findings.messages()
         survey = DataSurvey()
         survey.add(record, 0, list(map(len, tokens)))
         survey.figures()

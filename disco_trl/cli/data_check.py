@@ -45,10 +45,11 @@ def run(args: Arguments) -> int:
     """Check a dataset, and print what was found."""
     from transformers import AutoTokenizer
 
-    from ..data.curation.check import check_dataset, named
+    from ..data.curation.check import check_dataset
     from ..data.curation.check_report import draw, render, rows_of
     from ..data.curation.survey import SHORTEST_LEAK
     from ..data.files import open_rows
+    from ..data.findings import named
 
     tokenizer = None
     if args.model_name_or_path is not None:

@@ -64,7 +64,15 @@ class Arguments(OutputFileArguments, SplitArguments):
 
 def run(args: Arguments) -> None:
     """Convert a dataset, and print how many rows were read and written."""
-    from ..data.curation.convert import Converter, Report, convert_pairs, convert_rows, detect_format, rename
+    from ..data.curation.convert import (
+        Converter,
+        Report,
+        convert_pairs,
+        convert_rows,
+        detect_format,
+        rename,
+        why_unsigned,
+    )
     from ..data.files import RowWriter, check_output, choose_split, load_preferences, open_rows
 
     out = Path(args.output_file)
@@ -80,6 +88,13 @@ def run(args: Arguments) -> None:
     name = args.format
     if name == "auto":
         name = detect_format(rename(first_row, renamed))
+    if name == "helpsteer" and (unsigned := why_unsigned(rename(row, renamed) for row in dataset)) is not None:
+        if args.format == "auto":
+            raise ValueError(
+                f"--format auto: {unsigned}; if these are sizes and another column says which answer is better, name "
+                "the better one 'chosen' and the other 'rejected'; if they are right, pass --format helpsteer"
+            )
+        print(f"warning: {unsigned}")
     for option, owner in {"pairs": "ratings", "to": "ultrafeedback", "score": "ultrafeedback"}.items():
         if getattr(args, option) is not None and name != owner:
             raise ValueError(f"--{option} is for the format {owner}, and this is {name}; leave it out")

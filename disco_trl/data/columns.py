@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,15 @@ VOTES = ("chosen_votes", "rejected_votes")
 RATINGS = ("chosen_rating", "rejected_rating")
 RANKING = ("completions", "ranks")
 JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", "tie", "margin", *RATINGS, "weight")
+READINGS = {
+    VOTES: "numbers of votes for each answer",
+    ("preference_probability",): "soft labels, P(chosen ≻ rejected)",
+    ("tie",): "whether the two were called equal",
+    RATINGS: "ratings of each answer",
+    RANKING: "ranked answers",
+    ("weight",): "weights of the rows",
+}
+"""What the likelihood takes each column for that TRL does not read."""
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """What a row passes to the chat template."""
 
@@ -29,19 +40,6 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 KNOWN_COLUMNS = {
     *(*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR),
     *(*TEXT_PAIR, "prompt", "completion", "messages", *TEMPLATE_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING),
-}
-
-# Other names of TRL's columns, in tools and well-known datasets, the most telling one first.
-SYNONYMS = {
-    "chosen": (
-        *("accepted", "preferred", "response_chosen", "chosen_response", "response_j", "winner", "preferred_response"),
-        *("better", "better_response", "positive", "y_w"),
-    ),
-    "rejected": (
-        *("response_rejected", "rejected_response", "response_k", "loser", "dispreferred", "non_preferred"),
-        *("declined", "worse", "worse_response", "negative", "y_l"),
-    ),
-    "prompt": ("prompts", "question", "instruction", "query", "input", "user_prompt"),
 }
 
 
@@ -85,7 +83,21 @@ PREPARED = Layout(TOKENIZED_PAIR, "tokenized")
 
 def is_ranking(row: dict[str, Any]) -> bool:
     """Whether the row ranks several answers, rather than holding one or two."""
-    return not all(is_missing(row.get(name)) for name in RANKING)
+    return not is_missing(row.get("ranks")) or (not is_missing(row.get("completions")) and not holds_pair(row))
+
+
+def holds_pair(row: dict[str, Any]) -> bool:
+    """Whether the row holds a chosen and a rejected answer. Beside them, `completions` without ranks are not read."""
+    return not any(is_missing(row.get(side)) for side in TEXT_PAIR)
+
+
+def leave_out(columns: Iterable[str]) -> str:
+    """How to leave columns out of a dataset, in Python and on the command line."""
+    names = json.dumps([*columns], ensure_ascii=False)
+    return (
+        f"dataset.remove_columns({names}), or, for `disco-trl train`, list the other columns as `columns` of the "
+        "dataset in a --config file"
+    )
 
 
 def find_layout(row: dict[str, Any], singles: bool = False) -> Layout:

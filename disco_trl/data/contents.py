@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .columns import TEMPLATE_COLUMNS
+from .columns import TEMPLATE_COLUMNS, leave_out
 from .values import BadRow, Problem, as_list, is_missing, shown
 
 
@@ -118,9 +118,12 @@ def _conversation_problems(answers: Sequence[Part], prompt: Sequence[Part]) -> I
             wrong = f"{format_of(messages)} in a dataset of conversations"
             role = "user" if column == "prompt" else "assistant"
             fix = f'make it [{{"role": "{role}", "content": ...}}], or every row and column a string'
-            # HuggingFaceH4/ultrafeedback_binarized is written like this. (The answers have been checked by now.)
-            if column == "prompt" and answers[0][1][0].get("content") == messages:
-                wrong, fix = f"{wrong} that begin with it already", 'dataset.remove_columns("prompt")'
+            if column == "prompt" and isinstance(messages, str):
+                fix += "; `disco-trl data convert DATA OUT.jsonl --rename prompt=instruction` does that"
+                # HuggingFaceH4/ultrafeedback_binarized is written like this. (The answers have been checked by now.)
+                if any(turn.get("content") == messages for turn in answers[0][1]):
+                    wrong = f"{wrong} that hold it already"
+                    fix = f"leave the column out, as the sides are whole conversations: {leave_out(['prompt'])}"
             yield Problem(column, wrong, fix)
         elif not messages:
             fix = "put the user's turn there" if column == "prompt" else "put the answer there, or drop the row"

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from .columns import JUDGEMENT_COLUMNS, RATINGS
+from .columns import JUDGEMENT_COLUMNS, RANKING, RATINGS, READINGS, leave_out
 from .records import Comparison, Feedback, Record, read_feedback
 from .values import BadRow, Row
 
 
+logger = logging.getLogger(__name__)
+
 MOST_RATING_VALUES = 101
 """Most ratings that are told apart: each of them has a threshold to learn."""
+
+MOST_UNREPEATED_VALUES = 20
+"""Most different ratings that need not recur: above, each has to be given twice on average to be a step of a scale."""
 
 SURVEYED_OF_STREAM = 1000
 """Rows of a stream that are surveyed, since reading a stream to its end may take days."""
@@ -42,20 +49,114 @@ class Survey:
         pairs_of_rows (`set[int]`, *optional*):
             How many comparisons a row may stand for: a ranking for those of all pairs of its answers, any other row
             for one.
+        said (`set[str]`, *optional*):
+            Columns of judgements that are filled in some row, other than TRL's `margin`.
+        has_comparisons (`bool`, *optional*, defaults to `False`):
+            Whether somebody compared two answers, rather than only rating them.
     """
 
     has_ties: bool = False
     has_several_ratings: bool = False
     ratings: Counter = field(default_factory=Counter)
     pairs_of_rows: set[int] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
+    has_comparisons: bool = False
+
+    @property
+    def ratings_on_a_scale(self) -> Counter:
+        """The ratings, unless they are not on a scale that thresholds could be learned for."""
+        return self.ratings if why_not_a_scale(self.ratings) is None else Counter()
 
     def add(self, feedback: Feedback) -> None:
         """Take what was said in a row into account."""
         self.has_ties |= feedback.has_tie
         self.pairs_of_rows.add(len(feedback.comparisons))
+        self.said |= feedback.said - {"margin"}
+        self.has_comparisons |= any(comparison.people for comparison in feedback.comparisons)
         for ratings in feedback.ratings:
             self.has_several_ratings |= len(ratings) >= 2
             self.ratings.update(map(float, ratings))
+
+
+def why_not_a_scale(ratings: Mapping[float, int]) -> str | None:
+    """
+    Why numbers are no ratings that thresholds could be learned for, if they are not.
+
+    Args:
+        ratings (`Mapping[float, int]`):
+            How often each was given.
+
+    Returns:
+        `str`, *optional*: The reason, or None if they are on a scale, or there are none.
+    """
+    given = sum(ratings.values())
+    if len(ratings) == 1:
+        return f"all {given} are {next(iter(ratings)):g}, which tells no answer from another"
+    if len(ratings) > MOST_RATING_VALUES or (len(ratings) > MOST_UNREPEATED_VALUES and given < 2 * len(ratings)):
+        return (
+            f"{len(ratings)} different numbers among {given}, as a reward model's scores are, where a scale has at "
+            f"most {MOST_RATING_VALUES} that recur"
+        )
+    return None
+
+
+def readings(said: Collection[str], ratings: Mapping[float, int]) -> dict[Sequence[str], str]:
+    """
+    What the likelihood takes the columns of a dataset for.
+
+    Args:
+        said (`Collection[str]`):
+            Columns of judgements that are filled.
+        ratings (`Mapping[float, int]`):
+            How often each rating was given; empty if they are not read.
+
+    Returns:
+        `dict[Sequence[str], str]`: What columns are read as, for each kind of judgement other than TRL's margin.
+    """
+    found: dict[Sequence[str], str] = {}
+    for columns, meaning in READINGS.items():
+        # Answers are no judgement by themselves: `completions` goes with the `ranks` that are said.
+        there = columns if columns == RANKING and "ranks" in said else tuple(name for name in columns if name in said)
+        if columns == RATINGS:
+            values = [f"{value:g}" for value in sorted(ratings)]
+            some = values if len(values) <= 12 else [*values[:3], "...", *values[-2:]]
+            meaning += f", all on one scale of {len(values)} value{'s' * (len(values) != 1)} ({', '.join(some)})"
+            there = there if values else ()
+        if there:
+            found[there] = meaning
+    return found
+
+
+def log_readings(dataset_name: str, found: Survey, ratings: Mapping[float, int]) -> None:
+    """
+    Log, once for all processes, what the likelihood takes columns for that TRL does not read, and whether it leaves
+    ratings out.
+
+    A dataset may have a column of such a name with a meaning of its own. So that this is seen, it is a warning.
+
+    Args:
+        dataset_name (`str`):
+            Name of the dataset in the log.
+        found ([`Survey`]):
+            Survey of the dataset.
+        ratings (`Mapping[float, int]`):
+            How often each rating was given; empty if they are not read.
+    """
+    if not PartialState().is_main_process:
+        return
+    if found.ratings and not ratings:
+        unread = [name for name in RATINGS if name in found.said]
+        logger.warning(
+            f"{dataset_name} dataset, column {' and '.join(map(repr, unread))}: {why_not_a_scale(found.ratings)}; "
+            "they are not read as ratings. If they are some, round them to the steps of a scale, or pass "
+            f"rating_values; else leave them out: {leave_out(unread)}"
+        )
+    if read := readings(found.said, ratings):
+        meanings = "; ".join(f"{', '.join(columns)}: {meaning}" for columns, meaning in read.items())
+        logger.warning(
+            f"{dataset_name} dataset, columns in the likelihood: {meanings}. If one means something else, leave it "
+            f"out: {leave_out(name for columns in read for name in columns)}"
+        )
 
 
 def survey(dataset: Dataset | IterableDataset) -> Survey:
@@ -107,7 +208,7 @@ def check_answerable(
             raise ValueError(
                 f"{dataset_name} dataset, row {index}, column {' or '.join(map(repr, columns))}: the model, which "
                 f"knows the ratings {', '.join(f'{value:g}' for value in values)}, cannot give {given:g}; round it, "
-                "or pass rating_values with all there are"
+                "pass rating_values with all there are, or leave the column out"
             )
         if feedback.has_tie and has_strange_ties:
             raise ValueError(
@@ -130,7 +231,7 @@ def _judged_rows(dataset: Dataset | IterableDataset) -> Iterator[Row]:
     if isinstance(plain, IterableDataset):
         yield from islice(plain, SURVEYED_OF_STREAM)
         return
-    names = [name for name in plain.column_names if name in {*JUDGEMENT_COLUMNS, "ranks"} - {"margin", "weight"}]
+    names = [name for name in plain.column_names if name in {*JUDGEMENT_COLUMNS, "ranks"} - {"margin"}]
     for batch in plain.select_columns(names).iter(batch_size=1000) if names else ():
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))

@@ -8,8 +8,6 @@ batch, so that the trainer can name the rows of a batch that goes wrong.
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +19,18 @@ from transformers import PreTrainedTokenizerBase
 
 from .columns import (
     JUDGEMENT_COLUMNS,
-    KNOWN_COLUMNS,
     RANKED_IDS,
     RANKING,
     ROW_COLUMN,
-    SYNONYMS,
     TEMPLATE_COLUMNS,
     TOKENIZED_PAIR,
     Layout,
     find_layout,
+    holds_pair,
 )
 from .contents import format_of
+from .findings import find_in_some_rows
+from .look_alikes import conversion_of, find_look_alikes, fix_of_answers, unconverted_side
 from .records import Record, read_record
 from .tokenization import SpecialTokens
 from .values import BadRow, Row, is_missing
@@ -91,8 +90,11 @@ def check_preferences(
             "them; pass chat_template_path=... in the trainer's config (a chat model's name or path, or a .jinja "
             "file), or set processing_class.chat_template"
         )
-    if layout.kind == "standard":
-        _warn_of_unread_prompt(first_row, dataset_name)
+    if PartialState().is_main_process:
+        if layout.kind == "standard":
+            _warn_of_unread_prompt(first_row, dataset_name)
+        for message in find_in_some_rows(dataset, layout):
+            logger.warning(f"{dataset_name} dataset, {message}")
 
     # One warning, from the process that speaks for all. Token ids have no texts to look at.
     warns = PartialState().is_main_process and layout.kind != "tokenized"
@@ -134,7 +136,12 @@ def _check_columns(first_row: Row, layout: Layout, dataset_name: str) -> None:
     """Raise `ValueError` for what the columns lack, or would confuse TRL with."""
     missing = [name for name in layout.columns if name not in first_row]
     if missing and "ranks" not in first_row:
-        raise ValueError(_missing_columns(missing, first_row, dataset_name))
+        raise ValueError(
+            f"{dataset_name} dataset, column {' and '.join(map(repr, missing))}: missing "
+            f"(there are {', '.join(map(repr, first_row))}); {fix_of_answers(first_row)}"
+        )
+    if wrong := unconverted_side(first_row):
+        raise ValueError(f"{dataset_name} dataset, {wrong}")
     if ROW_COLUMN in first_row:
         raise ValueError(
             f"{dataset_name} dataset, column '{ROW_COLUMN}': the trainer keeps its own row numbers under this name; "
@@ -152,49 +159,18 @@ def _check_columns(first_row: Row, layout: Layout, dataset_name: str) -> None:
             )
 
 
-def _missing_columns(missing: list[str], first_row: Row, dataset_name: str) -> str:
-    look_alikes = {name: _look_alike(name, first_row) for name in missing}
-    renames = {found: name for name, found in look_alikes.items() if found is not None}
-    if renames and "prompt" not in first_row and (prompt := _look_alike("prompt", first_row)) is not None:
-        renames[prompt] = "prompt"
-    if len(renames) == 1:
-        ((old, new),) = renames.items()
-        fix = f'dataset.rename_column("{old}", "{new}")'
-    elif renames:
-        fix = f"dataset.rename_columns({json.dumps(renames, ensure_ascii=False)})"
-    else:
-        fix = "name the columns 'chosen' and 'rejected' (and 'prompt'), or 'chosen_ids' and 'rejected_ids'"
-    return (
-        f"{dataset_name} dataset, column {' and '.join(map(repr, missing))}: missing "
-        f"(there are {', '.join(map(repr, first_row))}); {fix}"
-    )
-
-
-def _look_alike(wanted: str, first_row: Row) -> str | None:
-    """The column probably meant by `wanted`: in another case, by another tool's name, misspelt, or a longer name."""
-    candidates = {
-        name.strip().lower().replace("-", "_").replace(" ", "_"): name
-        for name, value in first_row.items()
-        if name not in KNOWN_COLUMNS and not name.endswith("_id") and isinstance(value, str | list)
-    }
-    found = [name for name in (wanted, *SYNONYMS.get(wanted, ())) if name in candidates]
-    found = found or difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.8)
-    found = found or [name for name in candidates if wanted in name]
-    return candidates[found[0]] if found else None
-
-
 def _warn_of_unread_prompt(first_row: Row, dataset_name: str) -> None:
     """Warn of plain text whose prompt has another name: TRL would train on the answers alone, without a word."""
-    column = None if "prompt" in first_row else _look_alike("prompt", first_row)
+    column = next((name for name, meant in find_look_alikes(first_row).items() if meant == "prompt"), None)
     answers = first_row.get(RANKING[0])
-    side = RANKING[0] if isinstance(answers, list) and answers else "chosen"
-    answer = answers[0] if isinstance(answers, list) and answers else first_row.get(side)
+    side = RANKING[0] if isinstance(answers, list) and answers and not holds_pair(first_row) else "chosen"
+    answer = answers[0] if isinstance(answers, list) and side == RANKING[0] else first_row.get(side)
     # An implicit prompt is quoted by the answers, and then a column with it is no loss.
-    if column is None or str(first_row[column]) in str(answer) or not PartialState().is_main_process:
+    if column is None or str(first_row[column]) in str(answer):
         return
+    fix = conversion_of(first_row) or f'if it is the prompt, dataset.rename_column("{column}", "prompt")'
     logger.warning(
-        f"{dataset_name} dataset, column '{column}': not read, and '{side}' of row 0 does not contain it; if it is "
-        f'the prompt, dataset.rename_column("{column}", "prompt")'
+        f"{dataset_name} dataset, column '{column}': not read, and '{side}' of row 0 does not contain it; {fix}"
     )
 
 

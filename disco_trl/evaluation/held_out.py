@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.columns import PAIRS, RANKING
-from ..data.curation.convert import Converter, Report, detect_format
+from ..data.curation.convert import Converter, Report, detect_format, why_unsigned
 from ..data.curation.formats import FORMATS
 from ..data.records import Record
 from ..data.tokenization import tokenize_record
@@ -152,16 +152,22 @@ class HeldOut:
         number_of: dict[tuple[int, ...], int] = {}
         items, answers = [], []
         read = None if kind == "auto" else item_reader(kind)
+        inferred: list[Row] = []
         for number, row in enumerate(logging.tqdm(rows, desc="Reading", unit="row")):
             if read is None:
                 kind = detect_kind(row)
                 read = item_reader(kind)
+                inferred.append(row)
+            elif inferred and kind == "helpsteer":
+                inferred.append(row)
             for item in read(row, number):
                 tokens = _tokens(item, processing_class, number)
                 if max_length is not None and max(map(len, tokens)) > max_length:
                     continue
                 items.append(item)
                 answers.append(np.array([number_of.setdefault(ids, len(number_of)) for ids in tokens]))
+        if kind == "helpsteer" and (unsigned := why_unsigned(inferred)) is not None:
+            raise ValueError(f"{unsigned}; if that is right, pass --kind helpsteer")
         if not items:
             raise ValueError("there is nothing to evaluate: no rows, or none short enough")
         return cls(items, BENCHMARKS.get(kind), [list(ids) for ids in number_of], answers)

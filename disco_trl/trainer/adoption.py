@@ -19,7 +19,7 @@ import torch
 from peft import PeftConfig
 from trl.trainer import reward_trainer as trl_reward_trainer
 
-from ..data.judgements import MOST_RATING_VALUES, Survey
+from ..data.judgements import MOST_RATING_VALUES, Survey, why_not_a_scale
 from ..models.adapters import save_reward_head
 from ..models.modeling import DiscoRewardModel
 from ..models.upgrade import upgrade
@@ -41,10 +41,26 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
         `dict[str, Any]`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
 
     Raises:
-        `ValueError`: If there is one rating only, or more different ones than can be told apart.
+        `ValueError`: If `args` name more different ratings than can be told apart, or if the data hold only ratings
+            and these are not on a scale.
     """
     settings: dict[str, Any] = {}
-    if args.location_error or (args.location_error is None and found.has_several_ratings):
+    if args.rating_values is not None:
+        settings["rating_values"] = [float(value) for value in args.rating_values]
+    elif ratings := found.ratings_on_a_scale:
+        settings["rating_values"] = sorted(ratings)
+    elif found.ratings and not found.has_comparisons:
+        raise ValueError(
+            "train dataset, columns 'chosen_rating' and 'rejected_rating': nobody compared the answers, and the "
+            f"ratings have nothing to teach: {why_not_a_scale(found.ratings)}; round them to the steps of a scale"
+        )
+    if len(settings.get("rating_values", ())) > MOST_RATING_VALUES:
+        raise ValueError(
+            f"rating_values has {len(settings['rating_values'])} different ratings, where 2 to {MOST_RATING_VALUES} "
+            "can be told apart; round them"
+        )
+    several = found.has_several_ratings and "rating_values" in settings
+    if args.location_error or (args.location_error is None and several):
         settings["location_error"] = True
     if found.has_ties or args.tie_width is not None:
         settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
@@ -52,16 +68,6 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
         settings["label_noise"] = "learned"
     elif args.label_noise > 0:
         settings["label_noise"] = float(args.label_noise)
-    if args.rating_values is not None:
-        settings["rating_values"] = [float(value) for value in args.rating_values]
-    elif found.ratings:
-        settings["rating_values"] = sorted(found.ratings)
-    if not 2 <= len(settings.get("rating_values", (0, 1))) <= MOST_RATING_VALUES:
-        raise ValueError(
-            f"train dataset, columns 'chosen_rating' and 'rejected_rating': {len(settings['rating_values'])} "
-            f"different ratings, where 2 to {MOST_RATING_VALUES} can be told apart; round them, or give all there can "
-            "be in rating_values"
-        )
     return settings
 
 

@@ -44,7 +44,8 @@ class DiscoRewardConfig(RewardConfig):
             Probability, below ½, that a vote is the opposite of what was meant. If `None`, it is learned.
         rating_values (`list[float]`, *optional*):
             Ratings that `chosen_rating` and `rejected_rating` may hold, in ascending order. If `None`, they are those
-            of the training data (for a stream, of its first 1,000 rows).
+            of the training data (for a stream, of its first 1,000 rows). Numbers that are not on a scale, such as a
+            reward model's scores, are then not read, and a warning is logged.
         weigh_by (`str`, *optional*, defaults to `"pair"`):
             What has weight 1 in the loss. With `"pair"`, all judgements in a row of the dataset together. With
             `"vote"`, each vote, each rating and each ranked pair. A column `weight` multiplies either.
@@ -129,7 +130,7 @@ class DiscoRewardConfig(RewardConfig):
         default=None,
         metadata={
             "help": "Ratings that `chosen_rating` and `rejected_rating` may hold, in ascending order. If `None`, they "
-            "are those of the training data."
+            "are those of the training data, unless these are not on a scale."
         },
     )
     weigh_by: str = field(

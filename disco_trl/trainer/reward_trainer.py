@@ -31,7 +31,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..data.collator import ANSWERS, DataCollatorForDiscoPreference
 from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN
-from ..data.judgements import Survey, check_answerable, survey
+from ..data.judgements import Survey, check_answerable, log_readings, survey
 from ..data.preparation import check_token_ids, finish_preferences, prepare_preferences
 from ..data.samplers import group_stream
 from ..distributions.judgements import Judgements
@@ -279,6 +279,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         # TRL calls this for each dataset of its constructor, with the model in place, and for those of `evaluate`.
+        found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
+        if dataset_name == "train":  # before a row is refused for what a column of another meaning holds
+            log_readings(dataset_name, found, found.ratings if "rating_values" in self._likelihood else {})
         prepared = prepare_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
         # TRL tokenizes what is not tokenized yet, a stream say. Its own length filter is turned off, because it would
         # read the dataset row by row once more.
@@ -286,7 +289,6 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         unfiltered.max_length = None
         prepared = super()._prepare_dataset(prepared, processing_class, unfiltered, dataset_name)
         prepared = finish_preferences(prepared, dataset_name, max_length=args.max_length)
-        found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
         check_answerable(dataset, dataset_name, found, self._likelihood)
         return check_token_ids(prepared, dataset_name, vocabulary_size(self._adoption.model))
 

@@ -249,6 +249,25 @@ def test_trains_on_a_mixture(monkeypatch, tmp_path, tiny_llama_dir, pairs_folder
     assert_scores_as_a_plain_classifier(tmp_path / "out", family="normal")
 
 
+def test_columns_of_a_config_file_leave_others_out(monkeypatch, tmp_path, tiny_llama_dir):
+    """What errors and warnings advise for columns that are not to be read."""
+    row = {"prompt": "Two and two?", "chosen_rating": 4.5, "rejected_rating": 1.5}
+    for side, answer in (("chosen", "Four."), ("rejected", "Five.")):
+        row[side] = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": answer}]
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    config = tmp_path / "reward.yaml"
+    dataset = {"path": "json", "data_files": str(tmp_path / "rows.jsonl")}
+    options = SMALL_RUN | {"model_name_or_path": tiny_llama_dir, "output_dir": str(tmp_path / "out")}
+    config.write_text(yaml.safe_dump(options | {"datasets": [dataset]}))
+    with pytest.raises(
+        SystemExit, match=r"column 'prompt': a string .*as `columns` of the dataset in a --config file"
+    ):
+        run_in_process(monkeypatch, "--config", str(config))
+    config.write_text(yaml.safe_dump(options | {"datasets": [dataset | {"columns": ["chosen", "rejected"]}]}))
+    run_in_process(monkeypatch, "--config", str(config))
+    assert "likelihood" not in json.loads((tmp_path / "out/config.json").read_text())["disco"]
+
+
 @pytest.mark.slow
 def test_script_with_a_config_file_and_peft(tmp_path, tiny_llama_dir, pairs_folder):
     """A user's `trl reward` command with the file name changed, in a process of its own."""

@@ -10,7 +10,7 @@ from datasets import Dataset
 from preference_rows import CALL, EXPLICIT, IMPLICIT, LEGAL, STANDARD, TOKENIZED, assistant, streamed, user
 
 from disco_trl.cli.main import main
-from disco_trl.data.curation.check import check_dataset, find_look_alikes
+from disco_trl.data.curation.check import check_dataset
 from disco_trl.data.curation.survey import normalize
 from disco_trl.data.curation.survey import texts_of as texts_of_record
 from disco_trl.data.records import read_answers
@@ -48,32 +48,41 @@ def test_columns_are_read_or_not_and_look_alikes_are_named():
     assert found["warnings"] == ["column 'chosen_score' is not read; if it is 'chosen_rating', rename it"]
 
 
-@pytest.mark.parametrize(
-    ("column", "meant"),
-    [
-        ("score_rejected", "rejected_rating"),
-        ("chosen_vote", "chosen_votes"),
-        ("num_chosen_votes", "chosen_votes"),
-        ("prefrence_probability", "preference_probability"),
-        ("soft_label", "preference_probability"),
-        ("isTie", "tie"),
-        ("rankings", "ranks"),
-        ("question", "prompt"),
-        ("prompt_id", None),
-        ("source", None),
-    ],
-)
-def test_look_alikes(column, meant):
-    assert find_look_alikes([column]) == ({} if meant is None else {column: meant})
-
-
 def test_columns_that_are_no_preferences_are_refused_with_a_fix():
-    with pytest.raises(ValueError, match=r"\(there are 'winner', 'loser'\); rename 'winner' to 'chosen', 'loser'"):
-        check([{"winner": "a", "loser": "b"}])
-    with pytest.raises(ValueError, match="convert them with `disco-trl data convert`"):
+    with pytest.raises(ValueError, match=r'rename_columns\(\{"y_w": "chosen", "y_l": "rejected"\}\)'):
+        check([{"y_w": "a", "y_l": "b"}])
+    with pytest.raises(ValueError, match="of the format 'ratings', are converted by `disco-trl data convert DATA"):
+        check([{"text": "a", "ratings": [1]}])
+    with pytest.raises(ValueError, match=r"name the columns 'chosen'.*`disco-trl data convert --help`"):
         check([{"text": "a", "stars": [1]}])
     with pytest.raises(ValueError, match="empty"):
         check([])
+
+
+def test_a_column_whose_first_rows_are_empty_is_told_by_a_later_one():
+    found = check([pair(chosen_score=None), pair(chosen_score=2.0)])
+    assert found["columns"]["look_alikes"] == {"chosen_score": "chosen_rating"}
+
+
+def test_columns_in_the_likelihood_are_shown_with_what_they_are_read_as(tmp_path, capsys):
+    rows = [pair(chosen_rating=5.0 + n % 2, rejected_rating=1.5, weight=1.0, margin=0.5) for n in range(3)]
+    assert check(rows)["columns"]["likelihood"] == {
+        "chosen_rating, rejected_rating": "ratings of each answer, all on one scale of 3 values (1.5, 5, 6)",
+        "weight": "weights of the rows",
+    }
+    main(["data", "check", write(tmp_path / "rated.jsonl", rows)])
+    shown = capsys.readouterr().out
+    assert "in the likelihood: chosen_rating, rejected_rating: ratings of each answer, all on one scale" in shown
+    assert "rating thresholds: 2, between 3 ratings" in shown
+
+
+def test_numbers_that_are_no_scale_teach_no_thresholds(tmp_path, capsys):
+    rows = [pair(f"{n}", chosen_rating=[n / 7, n / 9], rejected_rating=n / 8) for n in range(1, 40)]
+    assert check(rows)["columns"]["likelihood"] == {}
+    main(["data", "check", write(tmp_path / "scored.jsonl", rows)])
+    shown = capsys.readouterr().out
+    assert "different numbers among 117, as a reward model's scores are" in shown
+    assert "thresholds" not in shown and "apart from disagreement: no" in shown
 
 
 # Errors
@@ -216,9 +225,9 @@ def test_identical_sides():
         ([pair(preference_probability=0.1)], "1 soft labels are below ½"),
         (
             [pair(chosen_votes=0, rejected_votes=0, chosen_rating=list(range(102)))],
-            "102 different ratings, more than the 101",
+            "column 'chosen_rating' and 'rejected_rating': 102 different numbers among 102",
         ),
-        ([pair(chosen_votes=0, rejected_votes=0, chosen_rating=[3, 3])], "all ratings are the same"),
+        ([pair(chosen_votes=0, rejected_votes=0, chosen_rating=[3, 3])], "all 2 are 3, which tells no answer"),
         ([pair("long " * 9 + str(n), f"{n}") for n in range(40)], "the longer answer is preferred in 100.0%"),
         ([pair(f"{n}", "long " * 9 + str(n)) for n in range(40)], "the shorter answer is preferred in 100.0%"),
     ],

@@ -139,13 +139,88 @@ def test_helpsteer_counts_votes_and_gives_ties_a_row_of_their_own(convert):
 
 
 def test_helpsteer_without_a_zero_on_the_scale_is_forced_choices(convert):
-    assert convert([HELPSTEER_2]) == [
+    assert convert([HELPSTEER_2], "--format", "helpsteer") == [
         {
             **FOUR_FIVE,
             "prompt": [user("Hello."), assistant("Hi."), *QUESTION],
             **{"chosen_votes": 2, "rejected_votes": 0, "tie": None, "weight": None},
         }
     ]
+
+
+def test_strengths_that_are_never_negative_are_not_taken_for_helpsteers(convert, capsys, tmp_path):
+    # Absolute values, of which every row would say that the second answer is better
+    sizes = [{"prompt": "?", "response_1": f"{n}", "response_2": "x", "preference_strength": n % 4} for n in range(8)]
+    with pytest.raises(SystemExit, match=r"none of 6 strengths of preference is below 0, .*pass --format helpsteer"):
+        convert(sizes)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert len(convert(sizes, "--format", "helpsteer")) == 8
+    assert "warning: column 'preference_strength': none of 6 strengths" in capsys.readouterr().out
+    (tmp_path / "out.jsonl").unlink()
+    assert len(convert([*sizes, {**sizes[0], "preference_strength": -1}])) == 9
+
+
+def test_a_strength_beside_chosen_and_rejected_is_no_direction():
+    row = {"prompt": "?", "chosen": "Four.", "rejected": "Five.", "preference_strength": 3}
+    assert not FORMATS["helpsteer"].recognise(row)
+    with pytest.raises(BadRow, match="two answers are missing"):
+        FORMATS["helpsteer"].convert(row)
+
+
+PAIR = {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."}
+ORCA = {
+    **{"system": "Be brief.", "input": "Two and two?", "chosen": "Four.", "rejected": "Five."},
+    **{"generations": ["Four.", "Five."], "order": ["chosen", "rejected"], "rating": [9.0, 7.0]},
+}
+SNORKEL = {
+    "prompt": "Two and two?",
+    "chosen": [*QUESTION, assistant("Four.")],
+    "rejected": [*QUESTION, assistant("Five.")],
+    **{"all_generated_responses": ["Four.", "Five."], "all_rm_scores": [0.9, 0.1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        (ORCA, "make messages of the texts, and of a column 'system', pass --rename input=instruction"),
+        (PAIR, "make messages of the texts, and of a column 'system', pass --rename prompt=instruction"),
+        (SNORKEL, r"column 'prompt': .* hold it already; leave the column out, .*remove_columns\(\[\"prompt\"\]\)"),
+        ({**SNORKEL, "prompt": QUESTION, "chosen": [assistant("Four.")]}, "training reads them as they are"),
+    ],
+    ids=["orca", "texts", "snorkel", "messages"],
+)
+def test_pairs_are_pairs_whatever_they_were_made_from(row, fix):
+    with pytest.raises(ValueError, match=f"--format auto: 'chosen' and 'rejected' are there already.*{fix}"):
+        detect_format(row)
+
+
+def test_pairs_of_texts_become_messages_as_is_advised(convert, tmp_path):
+    [row] = convert([ORCA], "--rename", "input=instruction")
+    assert row == {**FOUR_FIVE, "prompt": [system("Be brief."), *QUESTION]}
+    (tmp_path / "out.jsonl").unlink()
+    assert convert([PAIR], "--rename", "prompt=instruction") == [FOUR_FIVE]
+    (tmp_path / "out.jsonl").unlink()
+    # Sides that are messages, after a prompt that is a text
+    assert convert([{**FOUR_FIVE, "prompt": "Two and two?"}], "--rename", "prompt=instruction") == [FOUR_FIVE]
+
+
+def test_a_prompt_that_the_answers_repeat_is_not_written(convert):
+    with pytest.raises(SystemExit, match="row 0, column 'prompt': the answers begin with it already; cut it off"):
+        convert([SNORKEL], "--rename", "prompt=instruction")
+
+
+def test_pictures_are_not_dropped_in_silence(convert, capsys):
+    pictured = {**SHAREGPT, "images": ["a.png"]}
+    with pytest.raises(SystemExit, match="row 1, column 'images': pictures, sound or video, without which the texts"):
+        convert([{**SHAREGPT, "images": []}, pictured])
+    assert convert([{**SHAREGPT, "images": []}, pictured], "--skip_bad") == [FOUR_FIVE]
+    assert "skipped          1  column 'images'" in capsys.readouterr().out
+
+
+def test_what_a_format_does_not_read_is_warned_of(convert, capsys):
+    convert([{**SOFT, "system": "Answer in French."}])
+    assert "warning: column 'system': not read (row 0), so the model does not see it" in capsys.readouterr().out
 
 
 def test_alpaca(convert):

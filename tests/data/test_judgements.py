@@ -10,7 +10,7 @@ from tiny_training import SMALL_RUN, preferences
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer
 from disco_trl.data.columns import PREPARED, find_layout
-from disco_trl.data.judgements import in_turn, survey, to_tensors
+from disco_trl.data.judgements import in_turn, log_readings, survey, to_tensors
 from disco_trl.data.records import ranked_pairs, read_answers, read_feedback, read_record
 from disco_trl.data.tokenization import tokenize
 from disco_trl.data.values import BadRow, Problem, is_missing
@@ -122,6 +122,95 @@ def test_a_survey_finds_what_there_is_to_learn():
         assert survey(dataset).has_several_ratings == has_several
         assert survey(dataset.to_iterable_dataset()).has_several_ratings == has_several
     assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).pairs_of_rows == {1}
+
+
+def rated(values, **more):
+    """Rows of pairs, two ratings each, with the values in turn."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [
+        {**row, "chosen_rating": chosen, "rejected_rating": rejected, **more}
+        for row, (chosen, rejected) in zip(preferences("standard", len(values) // 2), pairs, strict=True)
+    ]
+
+
+def run(tiny_llama_dir, tmp_path, rows, **options):
+    config = DiscoRewardConfig(str(tmp_path), **SMALL_RUN, **options)
+    trainer = DiscoRewardTrainer(tiny_llama_dir, config, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ([number / 7 for number in range(40)], "40 different numbers among 40, as a reward model's scores are"),
+        ([*range(110)] * 4, "110 different numbers among 440"),
+        ([5] * 8, "all 8 are 5, which tells no answer from another"),
+    ],
+)
+def test_numbers_that_are_no_scale_are_left_out_with_a_warning(tiny_llama_dir, tmp_path, caplog, values, why):
+    rows = rated(values)
+    bare = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    losses = [run(tiny_llama_dir, tmp_path, of).state.log_history[0]["loss"] for of in (rows, bare)]
+    assert losses[0] == losses[1]
+    (message,) = [message for message in caplog.messages if "not read as ratings" in message]
+    assert message.startswith(f"train dataset, column 'chosen_rating' and 'rejected_rating': {why}")
+    assert 'dataset.remove_columns(["chosen_rating", "rejected_rating"])' in message and "`columns`" in message
+    # By several scores nothing about the model's own error is known either.
+    several = [{**row, "chosen_rating": [row["chosen_rating"], 0.5]} for row in rated([n / 7 for n in range(40)])]
+    assert "likelihood" not in run(tiny_llama_dir, tmp_path, several).model.config.disco
+
+
+def test_numbers_that_are_no_scale_are_read_where_their_values_are_given(tiny_llama_dir, tmp_path, caplog):
+    values = [number / 8 for number in range(22)]
+    trainer = run(tiny_llama_dir, tmp_path, rated(values), rating_values=values)
+    assert trainer.model.config.disco["likelihood"]["rating_values"] == values
+    assert not any("not read as ratings" in message for message in caplog.messages)
+
+
+def test_ratings_alone_that_are_no_scale_are_refused(tiny_llama_dir, tmp_path):
+    rows = rated([number / 7 for number in range(40)], chosen_votes=0, rejected_votes=0)
+    with pytest.raises(ValueError, match=r"nobody compared the answers.*40 different numbers among 40.*round them"):
+        run(tiny_llama_dir, tmp_path, rows)
+
+
+def test_columns_in_the_likelihood_are_logged_once_with_how_to_leave_them_out(tiny_llama_dir, tmp_path, caplog):
+    rows = [{**row, "weight": 1.0, "margin": 0.5} for row in rated([5.0, 3.0, 9.0, 7.0, 4.5, 2.75, 10.0, 5.0])]
+    run(tiny_llama_dir, tmp_path, rows)
+    assert [message for message in caplog.messages if "in the likelihood" in message] == [
+        "train dataset, columns in the likelihood: chosen_rating, rejected_rating: ratings of each answer, all on one "
+        "scale of 7 values (2.75, 3, 4.5, 5, 7, 9, 10); weight: weights of the rows. If one means something else, "
+        'leave it out: dataset.remove_columns(["chosen_rating", "rejected_rating", "weight"]), or, for '
+        "`disco-trl train`, list the other columns as `columns` of the dataset in a --config file"
+    ]
+    caplog.clear()
+    run(tiny_llama_dir, tmp_path, preferences("standard", 4, margin=True).to_list())
+    assert not any("likelihood" in message for message in caplog.messages)
+
+
+def test_a_checkpoint_that_knows_the_ratings_reads_them_on_a_scale_or_not(tiny_llama_dir, tmp_path, caplog):
+    run(tiny_llama_dir, tmp_path / "one", rated([1.0, 2.0, 3.0, 2.0, 1.0, 3.0, 2.0, 1.0])).save_model()
+    caplog.clear()
+    run(str(tmp_path / "one"), tmp_path / "two", rated([2.0] * 8))
+    (message,) = [message for message in caplog.messages if "rating" in message]
+    assert "chosen_rating, rejected_rating: ratings of each answer, all on one scale of 1 value (2)" in message
+
+
+def test_rankings_are_logged_with_their_answers(caplog):
+    log_readings("train", survey(Dataset.from_list([RANKING])), {})
+    assert "columns in the likelihood: completions, ranks: ranked answers." in caplog.text
+
+
+def test_completions_that_nobody_ranked_are_not_read_beside_a_pair(tiny_llama_dir, tmp_path):
+    rows = preferences("standard", 8).to_list()
+    losses = [
+        run(tiny_llama_dir, tmp_path, of).state.log_history[0]["loss"]
+        for of in (rows, [{**row, "completions": ["a", "b"]} for row in rows])
+    ]
+    assert losses[0] == losses[1]
+    # In a mixture with rankings a pair may have some as well.
+    pair = {"chosen": "x", "rejected": "y", "completions": ["a", "b"], "ranks": None}
+    assert read_record(pair, find_layout(pair)).answers == ["x", "y"]
 
 
 def test_a_survey_does_not_compare_the_answers_of_an_endless_ranking():

@@ -278,7 +278,7 @@ def test_errors_come_before_any_token(prepare, tiny_tokenizer):
 @pytest.mark.parametrize("make", [map_style, streamed])
 def test_a_prepared_dataset_passes_again_unchanged(make, prepare, caplog):
     same = {**EXPLICIT, "rejected": EXPLICIT["chosen"]}
-    prepared = prepare(make([EXPLICIT, same, IMPLICIT | {"prompt": [user()]}]), "eval", max_length=1024)
+    prepared = prepare(make([EXPLICIT, same, IMPLICIT | {"prompt": [user("Hello.")]}]), "eval", max_length=1024)
     rows = list(prepared)
     assert [row[ROW_COLUMN] for row in rows] == [0, 2]
     assert len(caplog.messages) == 1

@@ -47,11 +47,11 @@ BAD_ROWS = {
     ),
     "prompt of text, sides of messages": (
         *(EXPLICIT, {"prompt": "Two and two?"}, "prompt"),
-        *("a string in a dataset of conversations", 'make it [{"role": "user", "content": ...}]'),
+        *("a string in a dataset of conversations", "data convert DATA OUT.jsonl --rename prompt=instruction` does"),
     ),
     "prompt of text that the sides repeat": (
         *({"prompt": [user()], **IMPLICIT}, {"prompt": "What is two and two?"}, "prompt"),
-        *("that begin with it already", 'dataset.remove_columns("prompt")'),
+        *("that hold it already", 'dataset.remove_columns(["prompt"]), or, for `disco-trl train`, list the other'),
     ),
     "one message, not a list": (
         *(EXPLICIT, {"rejected": assistant()}, "rejected"),
@@ -268,7 +268,8 @@ def test_two_processes_name_the_row_of_the_whole_dataset(tiny_tokenizer):
         (
             ("prompt", "chosen"),
             "column 'rejected': missing (there are 'prompt', 'chosen'); name the columns 'chosen' and 'rejected' (and "
-            "'prompt'), or 'chosen_ids' and 'rejected_ids'",
+            "'prompt'), or 'chosen_ids' and 'rejected_ids'; `disco-trl data convert --help` lists the formats that "
+            "can be converted",
         ),
         (
             ("chosen_ids", "reject_ids"),
@@ -285,7 +286,8 @@ def test_two_processes_name_the_row_of_the_whole_dataset(tiny_tokenizer):
 @pytest.mark.parametrize("make", [map_style, streamed])
 def test_columns_are_named_with_their_fix(columns, message, make, tiny_tokenizer):
     with pytest.raises(ValueError) as error:
-        check_preferences(make([dict.fromkeys(columns, "text")]), tiny_tokenizer, "train")
+        row = {column: [1, 2] if column.endswith("_ids") else "text" for column in columns}
+        check_preferences(make([row]), tiny_tokenizer, "train")
     assert str(error.value) == f"train dataset, {message}"
 
 

@@ -47,6 +47,14 @@ def test_an_unknown_row_is_refused_with_what_there_is():
         detect_kind({"question": "a", "answer": "b"})
 
 
+def test_strengths_that_are_never_negative_are_evaluated_only_if_named(tiny_tokenizer):
+    sizes = [HELPSTEER, {**HELPSTEER, "response_1": "Thus.", "preference_strength": 1}]
+    with pytest.raises(ValueError, match=r"none of 2 strengths of preference is below 0.*pass --kind helpsteer"):
+        HeldOut.read(sizes, tiny_tokenizer)
+    assert len(HeldOut.read(sizes, tiny_tokenizer, "helpsteer").items) == 2
+    assert len(HeldOut.read([*sizes, {**HELPSTEER, "preference_strength": -1}], tiny_tokenizer).items) == 3
+
+
 @pytest.mark.parametrize("row", PREFERENCES)
 def test_preferences_are_tokenized_as_in_training(row, tiny_tokenizer):
     held_out = HeldOut.read([row], tiny_tokenizer)
@@ -72,7 +80,7 @@ def test_a_bootstrap_draws_items_and_shared_answers(tiny_tokenizer):
 
 
 def test_converted_formats(tiny_tokenizer):
-    held_out = HeldOut.read([HELPSTEER], tiny_tokenizer)
+    held_out = HeldOut.read([HELPSTEER], tiny_tokenizer, "helpsteer")
     better = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]
     assert held_out.sequences[held_out.first[0]] == tokenize(tiny_tokenizer, better)
 

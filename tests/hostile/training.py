@@ -133,13 +133,6 @@ TRAINING = (
             "number, or a list of them",
         ),
         (
-            "more ratings than can be told apart",
-            [PAIR | {"chosen_rating": n / 7, "chosen": f"{n}"} for n in range(102)],
-            "train dataset, columns 'chosen_rating' and 'rejected_rating': 102 different ratings, "
-            "where 2 to 101 can be told apart; round them, or give all there can be in rating_values",
-            "102 rows, each with another `chosen_rating`",
-        ),
-        (
             "a negative weight",
             [PAIR | {"weight": -0.5}],
             "train dataset, row 0, column 'weight': -0.5 is negative; give 0 or more; 0 leaves the row out",
@@ -294,6 +287,12 @@ TRAINING = (
         ("a byte order mark in a text", [PAIR | {"chosen": "\ufeffFour."}], "trains"),
         ("one letter written in two ways", [PAIR | {"chosen": "\u00e9", "rejected": "e\u0301"}], "trains"),
         ("an empty prompt", [PAIR | {"prompt": ""}], "trains"),
+        (
+            "more ratings than can be told apart",
+            [PAIR | {"chosen_rating": n / 7, "chosen": f"{n}"} for n in range(102)],
+            "trains; warns: train dataset, column 'chosen_rating': 102 different numbers among 102, as a reward",
+            "102 rows, each with another `chosen_rating`",
+        ),
         ("a weight of 0 in every row", [PAIR | {"weight": 0.0}], "trains"),
         ("votes beyond all people", [PAIR | {"chosen_votes": 10**18, "rejected_votes": 1}], "trains"),
         (

@@ -7,8 +7,6 @@ Training stops at the first bad row. Here all of them are counted. The figures c
 
 from __future__ import annotations
 
-import difflib
-import re
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -17,73 +15,26 @@ from transformers.utils import logging
 from ..columns import (
     JUDGEMENT_COLUMNS,
     KNOWN_COLUMNS,
-    LEGACY_TOKENIZED_PAIR,
     PAIRS,
     RANKING,
-    SYNONYMS,
-    TOKENIZED_PAIR,
+    RATINGS,
     find_layout,
 )
 from ..files import chunks
-from ..judgements import MOST_RATING_VALUES
+from ..findings import ROWS_NAMED, Findings, named
+from ..judgements import readings
+from ..look_alikes import conversion_of, find_look_alikes, fix_of_answers, unconverted_side
 from ..records import Record, read_record
 from ..tokenization import SpecialTokens, tokenize_record
 from ..validation import find_special_token
-from ..values import BadRow, Problem, Row
+from ..values import BadRow, Problem, Row, is_missing
 from .check_report import rows_of
-from .survey import ROWS_NAMED, DataSurvey
+from .survey import DataSurvey
 
 
 READ = {*KNOWN_COLUMNS, *JUDGEMENT_COLUMNS, *RANKING} - {"completion", "messages"}
-# Words in names of columns, and the word that disco-trl has for the same thing
-WORDS = {
-    **{"score": "rating", "scores": "rating", "ratings": "rating", "stars": "rating", "grade": "rating"},
-    **{"vote": "votes", "count": "votes", "counts": "votes", "wins": "votes", "prob": "probability"},
-    **{"accepted": "chosen", "preferred": "chosen", "winner": "chosen", "loser": "rejected", "p": "probability"},
-    **{
-        "ties": "tie",
-        "tied": "tie",
-        "draw": "tie",
-        "is": "",
-        "num": "",
-        "n": "",
-        "weights": "weight",
-        "rank": "ranks",
-    },
-    **{"ranking": "ranks", "rankings": "ranks", "responses": "completions", "answers": "completions"},
-    **{"soft": "preference", "label": "probability", "importance": "weight", "sample": "", "example": ""},
-}
 LENGTH_BIAS = 0.55
 """Share of longer answers among the preferred ones above which a warning is shown: on HH-RLHF it is 0.54."""
-
-
-def find_look_alikes(columns: list[str]) -> dict[str, str]:
-    """
-    Columns that are not read but look like one that is.
-
-    Args:
-        columns (`list[str]`):
-            Columns of the data.
-
-    Returns:
-        `dict[str, str]`: The column that each was probably meant to be.
-    """
-    missing = sorted(READ - {*columns} - {*TOKENIZED_PAIR, *LEGACY_TOKENIZED_PAIR})
-    found = {}
-    for column in columns:
-        if column in READ or column.endswith("_id"):
-            continue
-        words = [WORDS.get(word, word) for word in re.findall(r"[a-z0-9]+", _snake(column))]
-        same = [name for name in missing if sorted(name.split("_")) == sorted(filter(None, words))]
-        same = same or [name for name in missing if column in SYNONYMS.get(name, ())]
-        same = same or difflib.get_close_matches(column.lower(), missing, n=1, cutoff=0.8)
-        if same:
-            found[column] = same[0]
-    return found
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 class ErrorCounts:
@@ -129,22 +80,26 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     Raises:
         `ValueError`: If the dataset is empty, or its columns are not those of preferences.
     """
-    columns: dict[str, None] = {}
+    columns: Row = {}  # each with its first value that is not missing
     errors = ErrorCounts()
     survey = DataSurvey()
     special = None if tokenizer is None else SpecialTokens(tokenizer)
     with_special_tokens: list[int] = []
+    said: set[str] = set()
+    findings = Findings()
     layout = None
     read = 0
     with logging.tqdm(desc="checking", unit="row") as bar:
         for rows in chunks(dataset):
             for row in rows:
-                columns |= dict.fromkeys(row)
+                columns |= {name: value for name, value in row.items() if is_missing(columns.get(name))}
                 if layout is None:
                     require_answers(row)
                     layout = find_layout(row)
                 try:
                     record = read_record(row, layout)
+                    said |= record.said
+                    findings.add(row, record, read)
                     survey.add(record, read, None if tokenizer is None else _token_counts(record, tokenizer))
                     if special is not None and layout.kind != "tokenized" and find_special_token(record, special):
                         with_special_tokens.append(read)
@@ -154,30 +109,34 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             bar.update(len(rows))
     if layout is None:
         raise ValueError("the data is empty; check its path and split")
+    figures = survey.figures()
+    ratings = {} if figures.get("ratings", {}).get("why_not_read") else survey.rating_values
     found = {
         "rows": read,
         "errors": errors.figures(),
         "columns": {
             "read": [name for name in columns if name in READ],
             "not_read": [name for name in columns if name not in READ],
-            "look_alikes": find_look_alikes(list(columns)),
+            "look_alikes": find_look_alikes(columns),
+            "conversion": conversion_of(columns),
+            "likelihood": {", ".join(names): meaning for names, meaning in readings(said, ratings).items()},
         },
-        **{name: value for name, value in survey.figures().items() if name != "rows"},
+        **{name: value for name, value in figures.items() if name != "rows"},
     }
     if with_special_tokens:
         found["special_tokens"] = {"rows": len(with_special_tokens), "first": with_special_tokens[:ROWS_NAMED]}
-    return {"warnings": _warnings(found), **found}, survey
+    return {"warnings": [*findings.messages(), *_warnings(found)], **found}, survey
 
 
 def require_answers(row: Row) -> None:
-    """Raise `ValueError`, with the columns to rename, if a row has no answers to compare."""
+    """Raise `ValueError`, with the fix, if a row has no answers to compare."""
+    if wrong := unconverted_side(row):
+        raise ValueError(wrong)
     if any(row.keys() >= {*names} for names in (*PAIRS, RANKING)):
         return
-    renames = [f"{old!r} to {new!r}" for old, new in find_look_alikes(list(row)).items()]
-    fix = f"rename {', '.join(renames)}" if renames else "convert them with `disco-trl data convert`"
     raise ValueError(
         f"the rows have neither 'chosen' and 'rejected' nor 'completions' and 'ranks' (there are "
-        f"{', '.join(map(repr, row))}); {fix}"
+        f"{', '.join(map(repr, row))}); {fix_of_answers(row)}"
     )
 
 
@@ -191,8 +150,10 @@ def _token_counts(record: Record, tokenizer: Any) -> list[int]:
 def _warnings(found: dict[str, Any]) -> list[str]:
     """What is not an error, but probably not intended."""
     terms, repeated = found["terms"], found["repeated_pairs"]
+    conversion = found["columns"]["conversion"]
     warnings = [
-        f"column {old!r} is not read; if it is {new!r}, rename it"
+        f"column {old!r} is not read; "
+        + (conversion if conversion and new == "prompt" else f"if it is {new!r}, rename it")
         for old, new in found["columns"]["look_alikes"].items()
     ]
     if count := found["identical_sides"]["rows"]:
@@ -223,14 +184,11 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         )
     if terms.get("ties refused") and not terms.get("ties") and not terms.get("ranked ties"):
         warnings.append("ties were possible (tie: false), but there is none: the width of the tie band goes to 0")
-    values = found.get("ratings", {}).get("values", {})
-    if len(values) > MOST_RATING_VALUES:
+    if why := found.get("ratings", {}).get("why_not_read"):
         warnings.append(
-            f"{len(values)} different ratings, more than the {MOST_RATING_VALUES} that can each have a threshold; "
-            "round them"
+            f"column {' and '.join(map(repr, RATINGS))}: {why}; training does not read them as ratings. If they are "
+            "some, round them to the steps of a scale, or pass rating_values in training"
         )
-    if len(values) == 1:
-        warnings.append("all ratings are the same, which teaches nothing")
     if count := found.get("soft_labels", {}).get("below_half"):
         warnings.append(
             f"{count:,} soft labels are below ½, for the rejected side; the likelihood takes them as they are, but "
@@ -256,8 +214,3 @@ def _warnings(found: dict[str, Any]) -> list[str]:
             "max_length: left out of training"
         )
     return warnings
-
-
-def named(numbers: list[int]) -> str:
-    """The numbers of some rows, in words."""
-    return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}{', ...' * (len(numbers) == ROWS_NAMED)}"

@@ -74,6 +74,7 @@ def _schema_lines(found: dict[str, Any]) -> list[str]:
     lines = [rows_of(found["rows"]), f"read: {', '.join(found['columns']['read'])}"]
     if found["columns"]["not_read"]:
         lines.append(f"not read: {', '.join(found['columns']['not_read'])}")
+    lines += [f"in the likelihood: {names}: {what}" for names, what in found["columns"]["likelihood"].items()]
     return lines
 
 
@@ -115,6 +116,7 @@ def _judgement_lines(found: dict[str, Any]) -> list[str]:
 
 def _learned_lines(found: dict[str, Any]) -> list[str]:
     terms, ratings = found["terms"], found.get("ratings", {})
+    ratings = {} if ratings.get("why_not_read") else ratings
     answers = ratings.get("answers_with_several", 0)
     if answers:
         why = f"yes, by {answers:,} answers with several ratings"

@@ -9,8 +9,9 @@ with another answer to its prompt, drawn at random, so that every rating counts 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,15 @@ import numpy as np
 from datasets import Dataset, IterableDataset, List, Value
 from transformers.utils import logging
 
-from ..columns import Layout, find_layout
+from ..columns import Layout, find_layout, holds_pair
 from ..files import chunks
+from ..findings import Findings, media_of, repeats_prompt
+from ..look_alikes import find_look_alikes
 from ..records import Record, read_record
 from ..values import BadRow, Row
 from .check import ErrorCounts
-from .formats import FORMATS, pair_of, prompt_messages
+from .formats import FORMATS, fitting_formats, pair_of, strengths_of
+from .transcripts import prompt_messages
 
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -48,6 +52,8 @@ class Report:
             Rows that could not be converted.
         alone (`int`, *optional*, defaults to `0`):
             Rated answers without a second answer to their prompt.
+        findings ([`~disco_trl.data.findings.Findings`], *optional*):
+            What is probably not meant as it is, of the rows that were converted.
     """
 
     format: str
@@ -55,6 +61,7 @@ class Report:
     written: int = 0
     bad: ErrorCounts = field(default_factory=ErrorCounts)
     alone: int = 0
+    findings: Findings = field(default_factory=Findings)
 
     def __str__(self) -> str:
         lines = [f"read     {self.read:9,}  as {self.format}"]
@@ -64,7 +71,8 @@ class Report:
         ]
         if self.alone:
             lines.append(f"skipped  {self.alone:9,}  the only answer to its prompt, which nothing can be paired with")
-        return "\n".join([*lines, f"written  {self.written:9,}"])
+        lines += [f"written  {self.written:9,}", *(f"warning: {message}" for message in self.findings.messages())]
+        return "\n".join(lines)
 
 
 def detect_format(row: Row) -> str:
@@ -81,7 +89,7 @@ def detect_format(row: Row) -> str:
     Raises:
         `ValueError`: If none fits, or several do; it names the columns that were found and the formats there are.
     """
-    fitting = [name for name, known in FORMATS.items() if known.recognise(row)]
+    fitting = fitting_formats(row)
     if len(fitting) == 1:
         return fitting[0]
     there = ", ".join(map(repr, row))
@@ -89,10 +97,57 @@ def detect_format(row: Row) -> str:
         raise ValueError(
             f"--format auto: the columns {there} may be any of {', '.join(fitting)}; choose with --format"
         )
+    if holds_pair(row):
+        raise ValueError(f"--format auto: {_why_nothing_to_convert(row)}")
     known = "\n".join(f"  {name}: {known.what}" for name, known in FORMATS.items())
     raise ValueError(
         f"--format auto: no format has the columns {there}; rename them with --rename OLD=NEW to those of one of "
-        f"these, or, if they are chosen and rejected answers already, run `disco-trl data check`\n{known}"
+        f"these\n{known}"
+    )
+
+
+def _why_nothing_to_convert(row: Row) -> str:
+    """What to do with rows that hold chosen and rejected answers already."""
+    layout = find_layout(row)
+    try:
+        record = read_record(row, layout)
+    except BadRow as error:
+        return f"'chosen' and 'rejected' are there already, but in row 0, {error}"
+    what = (
+        "'chosen' and 'rejected' are there already, and training reads them as they are (see `disco-trl data check`)"
+    )
+    near = {meant: column for column, meant in find_look_alikes(row).items()}
+    prompt = "prompt" if "prompt" in row else near.get("prompt")
+    if record.kind != "standard" or prompt is None:
+        return what
+    return f"{what}; to make messages of the texts, and of a column 'system', pass --rename {prompt}=instruction"
+
+
+def why_unsigned(rows: Iterable[Row]) -> str | None:
+    """
+    Why the strengths of preference of the format `helpsteer` may not say which answer is better: none is negative.
+
+    A file of sizes, such as absolute values, would otherwise be read as "the second answer is better" in every row.
+
+    Args:
+        rows (`Iterable[dict]`):
+            Rows of the format. No more of them are read than up to the first negative strength.
+
+    Returns:
+        `str`, *optional*: The reason, or None if some strength is negative, or none is positive.
+    """
+    positive: Counter[str] = Counter()
+    for row in rows:
+        with contextlib.suppress(BadRow):
+            column, strengths = strengths_of(row)
+            if min(strengths, default=0) < 0:
+                return None
+            positive[column] += sum(strength > 0 for strength in strengths)
+    if not positive.total():
+        return None
+    return (
+        f"column {next(iter(positive))!r}: none of {positive.total():,} strengths of preference is below 0, which "
+        "stands for the first answer, so the second one is the better in every row"
     )
 
 
@@ -175,7 +230,10 @@ class Converter:
         """
         row = rename(row, self.renamed)
         try:
-            return [self._checked(self._finished(converted)) for converted in self.convert(row)]
+            for name in media_of(row):
+                wrong = "pictures, sound or video, without which the texts would be written"
+                raise BadRow(name, wrong, "drop the row, or, if the answers do not depend on it, the column")
+            return [self._checked(self._finished(converted), row, number) for converted in self.convert(row)]
         except BadRow as error:
             self._refuse(error, number)
             return []
@@ -194,7 +252,7 @@ class Converter:
             `list[dict]`: The checked row, none if it is skipped.
         """
         try:
-            return [self._checked(pair_of(one[1], other[1], first_only))]
+            return [self._checked(pair_of(one[1], other[1], first_only), {}, one[0])]
         except BadRow as error:
             self._refuse(error, one[0])
             return []
@@ -220,7 +278,7 @@ class Converter:
             row["completions"] = list(map(_as_messages, row["completions"]))
         return row
 
-    def _checked(self, row: Row) -> Row:
+    def _checked(self, row: Row, source: Row, number: int) -> Row:
         if "answer" in row:
             return row
         self.first = self.first or ({*row}, find_layout(row))
@@ -235,6 +293,10 @@ class Converter:
             raise BadRow(column, f"once converted, {wrong}", fix) from error
         if self.flat and any(len(message) > 2 for message in _all_messages(record)):
             raise BadRow("prompt", "a tool call, for which Parquet has no type", "write to a .jsonl file instead")
+        if record.kind == "conversational" and repeats_prompt(record):
+            fix = "cut it off them, or leave the prompt's column out of the data"
+            raise BadRow("prompt", "the answers begin with it already", fix)
+        self.report.findings.add({**source, **row}, record, number)
         return row
 
 

@@ -9,21 +9,24 @@ messages; `disco_trl.data.curation.convert` decides whether texts become message
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
+from ..columns import holds_pair
 from ..values import BadRow, Row, as_number, is_missing, shown
+from .transcripts import is_transcript, transcript_messages
 
 
 PAIRS_OF_ANSWERS = (
     *(("completion_a", "completion_b"), ("response_a", "response_b"), ("answer_a", "answer_b")),
     *(("response_1", "response_2"), ("response1", "response2"), ("output_1", "output_2")),
-    *(("completion_1", "completion_2"), ("response_0", "response_1"), ("chosen", "rejected")),
+    *(("completion_1", "completion_2"), ("response_0", "response_1")),
 )
+"""Answers of which a further column says which is better. (`chosen` and `rejected` say so themselves, and a strength
+beside them is how much better `chosen` is.)"""
 PROBABILITIES = {"prob_a": False, "prob_b": True, "prob_1": False, "prob_2": True, "preference_probability": False}
 """Columns with a probability, and whether it is that the second answer is preferred."""
 STRENGTHS = {
@@ -184,7 +187,9 @@ def _has_list(row: Row, of: type | tuple[type, ...] = (str, list, dict)) -> str 
 
 def _is_ranking(row: Row) -> bool:
     name = _has_list(row)
-    if name is None or _is_ultrafeedback(row):
+    # Beside a pair, such lists are those that it was made from: distilabel's `generations`, and Snorkel's
+    # `all_generated_responses` with their `all_rm_scores`.
+    if name is None or _is_ultrafeedback(row) or holds_pair(row):
         return False
     ranked_inside = isinstance(row[name][0], dict) and first_of(row[name][0], ("rank", "score")) is not None
     return ranked_inside or any(column in row for column in (*RANKS, *SCORES, *ORDERS))
@@ -214,7 +219,7 @@ def _from_ranking(row: Row) -> list[Row]:
 
 
 def _is_ultrafeedback(row: Row) -> bool:
-    name = _has_list(row, dict)
+    name = None if holds_pair(row) else _has_list(row, dict)
     return name is not None and bool({"annotations", "overall_score", "fine-grained_score"} & row[name][0].keys())
 
 
@@ -277,18 +282,37 @@ def _is_helpsteer(row: Row) -> bool:
     return _two_answers(row) is not None and bool({*STRENGTHS, "preference_strength", "overall_preference"} & {*row})
 
 
-def _from_helpsteer(row: Row) -> list[Row]:
-    names = _two_answers(row)
-    if names is None:
-        raise BadRow("response_1", "two answers are missing", "name them 'response_1' and 'response_2'")
+def strengths_of(row: Row) -> tuple[str, list[float]]:
+    """
+    How much better each annotator finds an answer of a row of the format `helpsteer`.
+
+    Args:
+        row (`dict`):
+            The row.
+
+    Returns:
+        `tuple[str, list[float]]`: The column, and the strengths: below 0 the first answer is better, above 0 the
+        second.
+
+    Raises:
+        [`~disco_trl.data.values.BadRow`]: If there are none, or one is not a number.
+    """
     column = _column(row, (*STRENGTHS, "preference_strength", "overall_preference"), "the annotators' preferences")
-    key, can_tie = STRENGTHS.get(column, ("", False))
+    key, _ = STRENGTHS.get(column, ("", False))
     records = row[column] if isinstance(row[column], list) else [row[column]]
-    # Below 0 the first answer is better, above 0 the second.
     strengths = [
         _finite(column, record.get(key) if isinstance(record, dict) else record, "a strength of preference")
         for record in records
     ]
+    return column, strengths
+
+
+def _from_helpsteer(row: Row) -> list[Row]:
+    names = _two_answers(row)
+    if names is None:
+        raise BadRow("response_1", "two answers are missing", "name them 'response_1' and 'response_2'")
+    column, strengths = strengths_of(row)
+    _, can_tie = STRENGTHS.get(column, ("", False))
     votes = [sum(strength < 0 for strength in strengths), sum(strength > 0 for strength in strengths)]
     ties = len(strengths) - sum(votes)
     chosen, rejected = names if votes[0] >= votes[1] else names[::-1]
@@ -306,7 +330,7 @@ def _from_helpsteer(row: Row) -> list[Row]:
 
 
 def _is_soft(row: Row) -> bool:
-    return _two_answers(row) not in (None, ("chosen", "rejected")) and any(name in row for name in PROBABILITIES)
+    return _two_answers(row) is not None and any(name in row for name in PROBABILITIES)
 
 
 def _from_soft(row: Row) -> list[Row]:
@@ -398,54 +422,6 @@ def _message(column: str, turn: Any) -> dict[str, Any]:
 # Transcripts
 
 
-TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-def is_transcript(text: Any) -> bool:
-    """Whether it is written as hh-rlhf writes conversations."""
-    return isinstance(text, str) and text.lstrip("\n").startswith("Human:") and "Assistant:" in text
-
-
-def transcript_messages(column: str, text: str) -> list[dict[str, str]]:
-    """
-    The messages of a transcript in which a blank line and `Human:` or `Assistant:` begin a turn.
-
-    Args:
-        column (`str`):
-            Column of the transcript, for the error.
-        text (`str`):
-            The transcript.
-
-    Returns:
-        `list[dict[str, str]]`: The messages.
-
-    Raises:
-        [`~disco_trl.data.values.BadRow`]: If it begins otherwise.
-    """
-    start, *parts = TURN.split("\n\n" + text.lstrip("\n"))
-    if start or not parts:
-        raise BadRow(column, f"{shown(text)} is no transcript", r'begin it with "\n\nHuman:"')
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[role], "content": content.strip()}
-        for role, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
-EXTRA_ID_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
-
-
-def prompt_messages(column: str, prompt: str) -> list[dict[str, str]]:
-    """The messages of a prompt that is a text: one from the user, or the turns of a transcript."""
-    if is_transcript(prompt):
-        messages = transcript_messages(column, prompt)
-        # A transcript that waits for the answer ends with the name of who gives it.
-        return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
-    first, *parts = EXTRA_ID_TURN.split(prompt)
-    turns = [("User", first), *zip(parts[::2], parts[1::2], strict=True)]
-    return [{"role": role.lower(), "content": content} for role, content in turns]
-
-
 def _is_transcripts(row: Row) -> bool:
     return all(is_transcript(row.get(side)) for side in ("chosen", "rejected"))
 
@@ -504,3 +480,17 @@ FORMATS = {
         _from_transcripts,
     ),
 }
+
+
+def fitting_formats(row: Row) -> list[str]:
+    """
+    Infer the format of a row.
+
+    Args:
+        row (`dict`):
+            Row of the data.
+
+    Returns:
+        `list[str]`: Names of the formats that it may be of.
+    """
+    return [name for name, known in FORMATS.items() if known.recognise(row)]

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from ..findings import ROWS_NAMED
+from ..judgements import why_not_a_scale
 from ..records import Record
 
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
-ROWS_NAMED = 5
 SHORTEST_LEAK = 20
 """Characters after normalization from which an answer in two splits counts as a leak. ("Yes." is in all of them.)"""
 DEFAULT_MAX_LENGTH = 1024
@@ -332,6 +333,7 @@ class DataSurvey:
             "of_an_answer": quantiles(counts),
             "answers_with_several": int(several.sum()),
             "values": {f"{value:.12g}": number for value, number in sorted(self.rating_values.items())},
+            "why_not_read": why_not_a_scale(self.rating_values),
         }
         if several.sum() > 1:
             within = float(np.mean(deviations[several] ** 2))

@@ -1,0 +1,220 @@
+"""
+What of a dataset is probably not read as it was meant, although every row of it is sound.
+
+The trainer logs what it finds in some rows, spread over the dataset or the first of a stream, and `disco-trl data
+check` what it finds in all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from .columns import RATINGS, Layout, holds_pair, leave_out
+from .records import Record, read_record
+from .values import BadRow, Row, is_missing
+
+
+MEDIA = ("image", "images", "picture", "pictures", "video", "videos", "audio", "audios")
+SYSTEMS = ("system", "system_prompt", "system_message")
+SOURCES = ("source", "dataset", "data_source", "dataset_name", "origin", "subset")
+ROWS_NAMED = 5
+ROWS_SAMPLED = 32
+MOST_SOURCES = 100
+ROWS_OF_SOURCE = 4
+"""Fewest rated rows of a source whose scale is compared with that of others."""
+TWO_SCALES = 1.5
+"""Ratio of two sources' highest ratings from which a warning is shown: scales of 5 and of 10 have 2."""
+
+
+def named(numbers: Sequence[int]) -> str:
+    """The numbers of some rows, in words: of many, the first."""
+    first = ", ".join(map(str, numbers[:ROWS_NAMED]))
+    return f"row{'s' * (len(numbers) > 1)} {first}{', ...' * (len(numbers) >= ROWS_NAMED)}"
+
+
+class Findings:
+    """Takes in the rows of a dataset, and says what is probably not read as it was meant."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._kind = "standard"
+        # Numbers of rows, by column
+        self._media: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
+        self._systems: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
+        self._json: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
+        self._repeated, self._unranked = array("Q"), array("Q")
+        # Number of rated rows and the highest rating, by the column that names their source and by the source
+        self._rated: defaultdict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
+
+    def add(self, row: Row, record: Record, number: int) -> None:
+        """
+        Take in a row.
+
+        Args:
+            row (`dict`):
+                The row, with all its columns.
+            record ([`~disco_trl.data.records.Record`]):
+                Its record.
+            number (`int`):
+                Its number in the dataset.
+        """
+        self.rows += 1
+        self._kind = record.kind
+        for name in media_of(row):
+            self._media[name].append(number)
+        if record.kind != "tokenized":
+            self._add_texts(row, record, number)
+        if not record.is_ranking and holds_pair(row) and _is_filled(row.get("completions")):
+            self._unranked.append(number)
+        if rated := [rating for ratings in record.ratings for rating in ratings]:
+            for name in row.keys() & {*SOURCES}:
+                source, of_sources = str(row[name]), self._rated[name]
+                if source in of_sources or len(of_sources) < MOST_SOURCES:
+                    count, highest = of_sources.get(source, (0, -np.inf))
+                    of_sources[source] = count + 1, max(highest, *rated)
+
+    def _add_texts(self, row: Row, record: Record, number: int) -> None:
+        for name in row.keys() & {*SYSTEMS}:
+            system = row[name]
+            said = "\n".join(map(_text, [record.prompt, record.answers[0]]))
+            if isinstance(system, str) and system.strip() and system.strip() not in said:
+                self._systems[name].append(number)
+        for column, content in record.parts():
+            if _is_json_of_messages(content):
+                self._json[column].append(number)
+        if repeats_prompt(record):
+            self._repeated.append(number)
+
+    def messages(self) -> list[str]:
+        """What was found: the column, what is wrong with it, in which rows, and the fix."""
+        found = [
+            f"column {name!r}: pictures, sound or video ({named(rows)}) are not read, and the model learns from the "
+            f"texts alone; drop the rows that need them, or, if none does, leave the column out: {leave_out([name])}"
+            for name, rows in self._media.items()
+        ]
+        found += [
+            f"column {name!r}: not read ({named(rows)}), so the model does not see it; {self._system_fix(name)}"
+            for name, rows in self._systems.items()
+        ]
+        if self._json:
+            columns, rows = [*self._json], sorted(set().union(*self._json.values()))
+            decoded = ", ".join(f'"{name}": json.loads(row["{name}"])' for name in columns)
+            found.append(
+                f"column {' and '.join(map(repr, columns))}: messages as JSON in a string ({named(rows)}) are read as "
+                f"plain text; dataset.map(lambda row: {{{decoded}}}), or write them into the file as they are, not as "
+                "a string"
+            )
+        # A short prompt may begin an answer by chance, a conversation does not.
+        if self._repeated and (self._kind == "conversational" or len(self._repeated) > self.rows / 2):
+            is_all = len(self._repeated) == self.rows
+            fix = f"leave it out: {leave_out(['prompt'])}" if is_all else "cut it off the answers of these rows"
+            found.append(
+                f"column 'prompt': the answers begin with it already ({named(self._repeated)}), so the model sees it "
+                f"twice; {fix}"
+            )
+        if self._unranked:
+            found.append(
+                f"column 'completions': not read beside 'chosen' and 'rejected' ({named(self._unranked)}), as there "
+                f"are no 'ranks'; to silence this, leave it out: {leave_out(['completions'])}"
+            )
+        return found + self._scales()
+
+    def _system_fix(self, name: str) -> str:
+        if self._kind == "conversational":
+            return 'make it the first message of the prompt: {"role": "system", "content": ...}'
+        renamed = "prompt=instruction" + f" {name}=system" * (name != "system")
+        return (
+            f"put it before the prompt, or make messages of all: `disco-trl data convert DATA OUT.jsonl --rename "
+            f"{renamed}`"
+        )
+
+    def _scales(self) -> list[str]:
+        """Ratings of two sources that reach to different heights. Without a source, two scales cannot be told."""
+        found = []
+        for column, of_sources in self._rated.items():
+            reached = sorted((high, source) for source, (count, high) in of_sources.items() if count >= ROWS_OF_SOURCE)
+            if reached and 0 < reached[0][0] * TWO_SCALES <= reached[-1][0]:
+                (low, one), (high, other) = reached[0], reached[-1]
+                found.append(
+                    f"column {' and '.join(map(repr, RATINGS))}: ratings reach {low:g} where {column!r} is {one!r}, "
+                    f"and {high:g} where it is {other!r}; if these are two scales, bring them to one, or leave the "
+                    f"ratings out: {leave_out(RATINGS)}"
+                )
+        return found
+
+
+def find_in_some_rows(dataset: Dataset | IterableDataset, layout: Layout) -> list[str]:
+    """
+    What is probably not read as it was meant, judged by some rows of a dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Preference dataset. Its bad rows are passed over.
+        layout ([`~disco_trl.data.columns.Layout`]):
+            Its layout.
+
+    Returns:
+        `list[str]`: As [`Findings.messages`].
+    """
+    findings = Findings()
+    for number, row in _some_rows(dataset.with_format(None)):
+        with contextlib.suppress(BadRow):
+            findings.add(row, read_record(row, layout), number)
+    return findings.messages()
+
+
+def _some_rows(dataset: Dataset | IterableDataset) -> Iterator[tuple[int, Row]]:
+    if isinstance(dataset, IterableDataset):
+        return enumerate(islice(dataset, ROWS_SAMPLED))
+    # Spread, because a mixture often has its sources one after the other.
+    positions = np.unique(np.linspace(0, len(dataset) - 1, ROWS_SAMPLED).astype(int)).tolist()
+    return zip(positions, dataset.select(positions), strict=True)
+
+
+def media_of(row: Row) -> list[str]:
+    """The columns of a row with pictures, sound or video."""
+    return [name for name in MEDIA if _is_filled(row.get(name))]
+
+
+def repeats_prompt(record: Record) -> bool:
+    """Whether all answers of a record begin with its prompt, in a column of its own, once more."""
+    prompt: Any = record.prompt
+    if isinstance(prompt, str):
+        prompt = prompt.strip()
+        return bool(prompt) and all(
+            isinstance(text, str) and text.lstrip().startswith(prompt) for text in record.answers
+        )
+    if not prompt or record.kind != "conversational":
+        return False
+    asked = [(turn.get("role"), turn.get("content")) for turn in prompt]
+    return all(
+        [(turn.get("role"), turn.get("content")) for turn in answer[: len(asked)]] == asked
+        for answer in record.answers
+    )
+
+
+def _is_filled(value: Any) -> bool:
+    return not is_missing(value) and not (isinstance(value, str | dict) and not value)
+
+
+def _text(content: Any) -> str:
+    return "\n".join(str(turn.get("content")) for turn in content) if isinstance(content, list) else str(content)
+
+
+def _is_json_of_messages(content: Any) -> bool:
+    if not isinstance(content, str) or not content.lstrip().startswith("["):
+        return False
+    try:
+        turns = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
