@@ -5,6 +5,7 @@ Whatever scores (reward functions, data sets, servers, evaluation) uses this mod
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -162,10 +163,13 @@ def run_in_batches(
             logger.warning_once(f"{model.config.name_or_path}: prefixes are not shared in scoring: {refusal}")
         divide = batches_by_unique_tokens if shares_prefixes else batches_by_tokens
         collate: Any = pack if shares_prefixes else _pad
+        # A stock classifier would keep the keys and values of all layers, as if the text were to be continued.
+        inner = model.get_base_model() if is_peft_model(model) else model
+        options = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
         with logging.tqdm(total=len(sequences), desc=description, unit="text", disable=description is None) as bar:
             for indices in divide(sequences, tokens_per_batch):
                 batch = collate([sequences[index] for index in indices], pad_token_id)
-                yield indices, model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+                yield indices, model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
                 bar.update(len(indices))
     finally:
         for module in training:

@@ -192,9 +192,11 @@ def _attend_at_once(layout: _Layout, query: Tensor, key: Tensor, value: Tensor, 
     """Attend for all nodes in one kernel: the queries of each node to copies of the keys of its path."""
     places, query_starts, key_starts = layout.varlen(query.device)
     kernel = cast(VarlenKernel, installed_kernel())
+    states, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = kernel(
-        query[0].transpose(0, 1).contiguous(),
-        *(tensor[0].transpose(0, 1).index_select(0, places) for tensor in (key, value)),
+        states.contiguous(),
+        keys.index_select(0, places),
+        values.index_select(0, places),
         query_starts,
         key_starts,
         max(layout.lengths),
@@ -285,8 +287,9 @@ def _untried(model: Any, config: Any) -> str | None:
     """Why a model whose weights are in pieces cannot be trusted to run on forests, or `None`."""
     if config.model_type not in KNOWN_MODEL_TYPES:
         return f"its weights are in pieces, and nobody has tried a {config.model_type!r} whole"
-    adapters = {config.peft_type for config in model.peft_config.values()} if is_peft_model(model) else set()
-    if unknown := sorted(adapters.difference(KNOWN_ADAPTERS)):
+    adapters = model.peft_config.values() if is_peft_model(model) else ()
+    kinds = {str(getattr(adapter.peft_type, "value", adapter.peft_type)) for adapter in adapters}
+    if unknown := sorted(kinds.difference(KNOWN_ADAPTERS)):
         return f"its weights are in pieces, and nobody has tried an adapter of the kind {unknown[0]} whole"
     return None
 

@@ -93,7 +93,7 @@ def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -
     rows = nn.utils.rnn.pad_sequence(
         list(map(torch.tensor, sequences)), batch_first=True, padding_value=config.pad_token_id
     )
-    padded = {"input_ids": rows, "attention_mask": rows.ne(config.pad_token_id).long(), "use_cache": False}
+    padded = {"input_ids": rows, "attention_mask": rows.ne(config.pad_token_id).long()}
     packed = pack(sequences, config.pad_token_id)
     watched, other_ids = _change_beside(packed, ids)
     is_cuda = model.device.type == "cuda"
@@ -102,8 +102,8 @@ def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -
     if is_cuda:
         dtypes.append(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
 
-    def hidden_states(batch: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
-        inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    def hidden_states(batch: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         # The model is called as a whole, because FSDP gathers the parameters of a sharded model only for a call.
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
             return model(**inputs).pooled_hidden_state

@@ -41,7 +41,7 @@ class VarlenKernel:
             The function; what it supports is read from its signature.
     """
 
-    def __init__(self, function: Callable[..., Tensor]):
+    def __init__(self, function: Callable[..., Any]):
         parameters = inspect.signature(function).parameters
         self.function = function
         self.has_scale = "scale" in parameters
