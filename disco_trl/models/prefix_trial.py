@@ -87,15 +87,14 @@ def try_forest(model: Any, config: Any, share: Callable[[], None]) -> tuple[str 
 
 
 def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -> str | None:
-    ids = [token for token in range(min(config.vocab_size, 24)) if token != config.pad_token_id]
+    pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    ids = [token for token in range(min(config.vocab_size, 24)) if token != pad_token_id]
     tokens = torch.tensor(ids)[torch.arange(40) * 7 % len(ids)].tolist()
     sequences = [tokens[:20], tokens[:12] + tokens[30:35], tokens[25:30]]
-    rows = nn.utils.rnn.pad_sequence(
-        list(map(torch.tensor, sequences)), batch_first=True, padding_value=config.pad_token_id
-    )
-    padded = {"input_ids": rows, "attention_mask": rows.ne(config.pad_token_id).long()}
-    packed = pack(sequences, config.pad_token_id)
-    watched, other_ids = _change_beside(packed, ids)
+    rows = nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=pad_token_id)
+    padded = {"input_ids": rows, "attention_mask": rows.ne(pad_token_id).long()}
+    packed = pack(sequences, pad_token_id)
+    watched, ids_beside = _change_beside(packed, ids)
     is_cuda = model.device.type == "cuda"
     # Under autocast other kernels run.
     dtypes: list[torch.dtype | None] = [None]
@@ -119,7 +118,7 @@ def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -
             shared = hidden_states(packed, dtype)
             windows = list(trial.windows)
             again = hidden_states(packed, dtype)
-            beside_others = hidden_states({**packed, "input_ids": other_ids}, dtype)
+            beside_others = hidden_states({**packed, "input_ids": ids_beside}, dtype)
         except Exception as error:
             return _explain(error, trial)
         if windows != _windows_of_layers(config):
@@ -129,12 +128,20 @@ def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -
         exact = dtype is None and expected.dtype == torch.float32 and not getattr(model, "is_quantized", False)
         tolerance = 0.1 if not exact else 1e-2 if is_cuda else 1e-4
         difference = _distance(shared, expected)
-        if not difference < tolerance:
-            return f"it does not give a prefix the same hidden states in both ways (they differ by {difference:.2g})"
         influence = _distance(beside_others[watched], shared[watched])
         allowed = tolerance if _rounds_by_batch(model) else LARGEST_INFLUENCE + 3 * _distance(again, shared)
-        if not influence < allowed:
-            return f"it mixes the tokens of different sequences (the others change a hidden state by {influence:.2g})"
+        if not (difference < tolerance and influence < allowed):
+            # All rows but the first, which has no padding
+            other_rows = torch.cat([rows[:1], _following(rows[1:], ids)])
+            between_rows = _distance(hidden_states({**padded, "input_ids": other_rows}, dtype)[0], expected[0])
+            if not between_rows < allowed:
+                return (
+                    f"it mixes the tokens of a batch, rows of padded batches too (they change a hidden state by "
+                    f"{between_rows:.2g}), so that a reward depends on what else is in its batch"
+                )
+            if difference < tolerance:
+                return f"it mixes the tokens of different sequences (they change a hidden state by {influence:.2g})"
+            return f"it does not give a prefix the same hidden states in both ways (they differ by {difference:.2g})"
     return None
 
 
@@ -164,9 +171,14 @@ def _change_beside(packed: dict[str, Tensor], ids: list[int]) -> tuple[int, Tens
     while node >= 0:
         is_other[:, ends[node] - lengths[node] : ends[node]] = False
         node = parents[node]
-    following = dict(zip(ids, [*ids[1:], ids[0]], strict=True))
-    shifted = [following.get(token, token) for token in packed["input_ids"][0].tolist()]
-    return watched, torch.where(is_other, torch.tensor([shifted]), packed["input_ids"])
+    return watched, torch.where(is_other, _following(packed["input_ids"], ids), packed["input_ids"])
+
+
+def _following(tokens: Tensor, ids: list[int]) -> Tensor:
+    """Each token replaced by the one that follows it in `ids`, in a circle; other tokens are left as they are."""
+    following = torch.arange(max(*ids, int(tokens.max())) + 1)
+    following[torch.tensor(ids)] = torch.tensor([*ids[1:], ids[0]])
+    return following[tokens]
 
 
 def _rounds_by_batch(model: Any) -> bool:
