@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..data.forest import batches_by_unique_tokens, pack
 from ..distributions.reward_distribution import RewardDistribution
+from .distributed import is_main_process
 from .loading import CheckpointKind, load_reward_model
 from .modeling import disco_class
 from .outputs import overall
@@ -159,7 +160,8 @@ def run_in_batches(
     try:
         refusal = prepare(model)
         shares_prefixes = refusal is None
-        if not shares_prefixes and hasattr(model.config, "disco"):  # of a plain classifier nobody expects it
+        # Of a plain classifier nobody expects it.
+        if not shares_prefixes and hasattr(model.config, "disco") and is_main_process():
             logger.warning_once(f"{model.config.name_or_path}: prefixes are not shared in scoring: {refusal}")
         divide = batches_by_unique_tokens if shares_prefixes else batches_by_tokens
         collate: Any = pack if shares_prefixes else _pad

@@ -11,6 +11,7 @@ layers, gradient checkpointing, FSDP, DeepSpeed) passes a mask on without lookin
 
 import functools
 import sys
+import threading
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .distributed import is_main_process
 from .prefix_trial import current_trial, try_forest
 from .varlen_attention import COMPLETE_SINCE, VarlenKernel, installed_kernel, is_for_kernel, lacking
 
@@ -44,6 +46,7 @@ KNOWN_ADAPTERS = (
 # Up to this number of keys, attention on a CPU is faster in float32 than in bfloat16: at 100 keys, forward and
 # backward take half as long again in bfloat16.
 FLOAT32_KEYS = 256
+_ONE_TRIAL = threading.Lock()
 
 
 # Attention
@@ -231,19 +234,21 @@ def prepare(model: Any) -> str | None:
     inner = model.get_base_model() if is_peft_model(model) else model
     if inner is not model and model.active_peft_config.is_prompt_learning:
         return "its adapter puts tokens of its own before each sequence"
-    implementation = str(inner.config._attn_implementation)
-    # An adapter adds modules, and merging it removes them.
-    state = (
-        implementation.removeprefix(PREFIX),
-        tuple(getattr(model, "active_adapters", ())) if inner is not model else (),
-        sum(1 for _ in model.modules()),
-    )
-    tried, refusal = getattr(model, "_prefix_sharing", (None, None))
-    is_ready = implementation.startswith(PREFIX)
-    if tried != state or (refusal is None and not is_ready):
-        refusal = _prepare(model, inner)
-        model._prefix_sharing = (state, refusal)
-    return refusal
+    # Another thread that scores with the model waits, as some parameters have other values during the trial.
+    with _ONE_TRIAL:
+        implementation = str(inner.config._attn_implementation)
+        # An adapter adds modules, and merging it removes them.
+        state = (
+            implementation.removeprefix(PREFIX),
+            tuple(getattr(model, "active_adapters", ())) if inner is not model else (),
+            sum(1 for _ in model.modules()),
+        )
+        tried, refusal = getattr(model, "_prefix_sharing", (None, None))
+        is_ready = implementation.startswith(PREFIX)
+        if tried != state or (refusal is None and not is_ready):
+            refusal = _prepare(model, inner)
+            model._prefix_sharing = (state, refusal)
+        return refusal
 
 
 def _prepare(model: Any, inner: Any) -> str | None:
@@ -275,7 +280,7 @@ def _prepare(model: Any, inner: Any) -> str | None:
     refusal, trial = try_forest(model, config, functools.partial(attend_by, name))
     if refusal is not None:
         attend_by(implementation)
-    elif trial.lacking is not None and _is_main_process():
+    elif trial.lacking is not None and is_main_process():
         logger.warning(
             f"Shared prefixes attend one node at a time on this GPU, which gives the same numbers and is slow: "
             f"{trial.lacking}. Install torch>={COMPLETE_SINCE}."
@@ -292,9 +297,3 @@ def _untried(model: Any, config: Any) -> str | None:
     if unknown := sorted(kinds.difference(KNOWN_ADAPTERS)):
         return f"its weights are in pieces, and nobody has tried an adapter of the kind {unknown[0]} whole"
     return None
-
-
-def _is_main_process() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )

@@ -4,6 +4,8 @@ how it tells an error from a model that cannot."""
 import copy
 import functools
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -14,6 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny_models import PAD
 
 from disco_trl.data.forest import pack
+from disco_trl.models import prefix_sharing
 from disco_trl.models.prefix_sharing import KNOWN_ADAPTERS, prepare
 from disco_trl.models.prefix_trial import constants_filled
 
@@ -282,6 +285,23 @@ def test_an_optimizer_goes_on_as_without_a_trial():
             optimizer.zero_grad()
         ends.append(bits(model))
     assert ends[0] == ends[1]
+
+
+def test_threads_that_score_with_one_model_try_it_once(monkeypatch):
+    model = get_peft_model(random_model("llama"), LoraConfig(task_type="SEQ_CLS", **ATTENTION))
+    before, trials = bits(model), []
+    whole = prefix_sharing.try_forest
+    monkeypatch.setattr(prefix_sharing, "try_forest", lambda *args: trials.append(args) or whole(*args))
+    together = threading.Barrier(4)
+
+    def ask(_):
+        together.wait()
+        return prepare(model)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(ask, range(4))] == [None] * 4
+    assert len(trials) == 1
+    assert bits(model) == before
 
 
 # Errors
