@@ -111,6 +111,8 @@ def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -
         alone = [hidden_states(padded, dtype) for dtype in dtypes]
     except Exception as error:
         return f"a few tokens do not go through it in a padded batch either ({_told(error)})"
+    if not all(states.isfinite().all() for states in alone):
+        return "its hidden states are not finite, in a padded batch either"
     share()
     for dtype, expected in zip(dtypes, alone, strict=True):
         trial.windows.clear()

@@ -329,6 +329,12 @@ def test_a_padding_token_that_is_none_is_not_blamed_on_forests(pad_token_id, err
     assert prepare(model).startswith(f"a few tokens do not go through it in a padded batch either ({error}")
 
 
+def test_weights_that_are_not_finite_are_not_blamed_on_forests():
+    model = random_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    assert prepare(model) == "its hidden states are not finite, in a padded batch either"
+
+
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, KeyError, AssertionError, torch.OutOfMemoryError])
 def test_an_error_that_no_architecture_makes_is_told_as_one(kind):
     model = random_model("llama")
