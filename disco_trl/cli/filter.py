@@ -65,7 +65,7 @@ def run(args: Arguments) -> None:
     """Write the pairs of a dataset that are to be kept."""
     import numpy as np
 
-    from ..data.files import RowWriter, check_output, open_rows, refuse_clash
+    from ..data.files import RowWriter, check_output, open_rows, refuse_clash, written_at_once
     from ..rewards.annotate import Annotator, find_answers
     from ..rewards.filter import PairFilter, Rules
 
@@ -113,9 +113,8 @@ def run(args: Arguments) -> None:
             writer.write(pair_filter(rows, first))
         report = pair_filter.report
         if args.report is not None:
-            Path(args.report).write_text(
-                json.dumps({"rules": vars(pair_filter.rules), **vars(report)}, indent=2) + "\n"
-            )
+            with written_at_once(Path(args.report)) as unfinished:
+                unfinished.write_text(json.dumps({"rules": vars(pair_filter.rules), **vars(report)}, indent=2) + "\n")
         if report.kept == 0:
             raise ValueError(f"no pair is left, so {out} is not written\n{report}")
     print(report)

@@ -32,7 +32,7 @@ class Arguments(TransformArguments, OutputFileArguments, SplitArguments, Scoring
 
 def run(args: Arguments) -> None:
     """Score a dataset, in one process or in several."""
-    from ..data.files import check_output, open_rows
+    from ..data.files import check_output, locked, open_rows
     from ..distributions.transforms import get_transform
     from ..models.distributed import process_state
     from ..rewards.annotate import Annotator, annotate_file, remove_parts
@@ -46,7 +46,8 @@ def run(args: Arguments) -> None:
     if is_complete:
         # Killed after the last step but one: the file gets its name when it is complete.
         if state.is_main_process:
-            remove_parts(parts)
+            with locked(out):
+                remove_parts(parts)
             print(f"{out} was complete")
         return
     check_output(out)

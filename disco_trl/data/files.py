@@ -7,13 +7,15 @@ Rows are read and written in order, in memory that does not grow with their numb
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import gzip
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,12 +23,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
+from transformers.utils import logging
 
 from .values import Row
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
+
 ROWS_AT_ONCE = 256
 """Rows of a chunk by default: enough to batch by length, few enough to hold."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Codes of the errors of a disk that is full, of a quota, and of a limit to the size of a file."""
 
 
 def open_rows(
@@ -140,13 +152,76 @@ def as_json(row: Row, row_number: int) -> str:
 
 
 @contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """
+    Keep an output for this process alone, so that no other one writes to the same files meanwhile.
+
+    The lock is one of the operating system (`flock`) on the file `PATH.lock`. It ends with the process, however that
+    ends; a file that a killed process has left is no lock. File systems without locks, such as some NFS mounts, are
+    warned of, and on Windows nothing is locked.
+
+    Args:
+        path (`Path`):
+            File or folder that is about to be written. Its parent folder is made.
+
+    Raises:
+        `BlockingIOError`: If another process holds it. The message names that process.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = Path(os.path.abspath(path))
+    lock = path.with_name(f"{path.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(path, lock)
+    try:
+        yield
+    finally:
+        # In this order: who opens the file before it is gone finds it locked, or finds that it is another one.
+        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile would go on holding it
+        os.close(descriptor)
+
+
+def _lock(path: Path, lock: Path) -> int:
+    """Open and lock a file, and return its descriptor."""
+    while True:
+        if lock.is_symlink():
+            lock.unlink()
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "unknown"
+            os.close(descriptor)
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                f"{path}: another process is writing it ({holder}); wait until it has ended, or choose another output",
+            ) from None
+        except OSError as error:
+            logger.warning(
+                f"{path} cannot be locked ({error.strerror}): this file system has no locks. Make sure that no other "
+                "process writes the same output."
+            )
+            return descriptor
+        # The last holder may have removed the file between the two calls.
+        if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+            os.ftruncate(descriptor, 0)
+            with suppress(OSError):  # of a full disk
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return descriptor
+        os.close(descriptor)
+
+
+@contextmanager
 def written_at_once(path: Path, folder: bool = False) -> Iterator[Path]:
     """
     Write a file or a folder that appears under its name when it is complete, and not before.
 
     What is written has reached the disk by then, so whatever it replaces, or was made from, may be deleted. If the
-    block raises, nothing is left. Links are not followed: one that stands under the name, or under the name that is
-    written to, is replaced, and what it leads to stays as it is.
+    block raises, on a full disk for example, nothing is left. Links are not followed: one that stands under the name,
+    or under the name that is written to, is replaced, and what it leads to stays as it is.
 
     Args:
         path (`Path`):
@@ -157,6 +232,9 @@ def written_at_once(path: Path, folder: bool = False) -> Iterator[Path]:
     Yields:
         `Path`: An empty file or folder beside it, to be written to.
 
+    Raises:
+        `OSError`: If there is no space; the message names the file and the fix.
+
     Example:
 
     ```python
@@ -166,6 +244,7 @@ def written_at_once(path: Path, folder: bool = False) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))  # a name to put something behind, also of "."
     unfinished, replaced = (path.with_name(f"{path.name}.{what}") for what in ("unfinished", "replaced"))
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in (unfinished, replaced):  # of a run that was killed
         _remove(left_over)
@@ -181,7 +260,16 @@ def written_at_once(path: Path, folder: bool = False) -> Iterator[Path]:
         if folder and os.path.lexists(path):  # a folder that is not empty cannot be replaced in one step
             path.rename(replaced)
         os.replace(unfinished, path)
-        _flush(path.parent)
+        for parent in (path.parent, *(folder.parent for folder in made)):
+            _flush(parent)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)}: {path} is not written, and nothing is left of it; make space, or choose "
+            "another disk, and repeat the command",
+        ) from error
     finally:
         _remove(unfinished)
         if os.path.lexists(replaced) and not os.path.lexists(path):
@@ -217,6 +305,8 @@ class RowWriter:
             File to write. Its folder is made.
         features ([`~datasets.Features`], *optional*):
             Types of the columns, which Parquet needs to know before the first row; None for `.jsonl`.
+        is_locked (`bool`, *optional*, defaults to `False`):
+            Whether the caller holds the lock on the file (see [`locked`]), which is otherwise taken here.
 
     Example:
 
@@ -226,13 +316,16 @@ class RowWriter:
     ```
     """
 
-    def __init__(self, path: Path, features: Features | None):
+    def __init__(self, path: Path, features: Features | None, is_locked: bool = False):
         self.path = path
         self.features = features
+        self.is_locked = is_locked
         self.rows = 0
 
     def __enter__(self) -> RowWriter:
         with ExitStack() as opened:
+            if not self.is_locked:
+                opened.enter_context(locked(self.path))
             unfinished = opened.enter_context(written_at_once(self.path))
             if self.features is None:
                 self._file: Any = unfinished.open("w", encoding="utf-8")

@@ -146,3 +146,9 @@ def process_state(use_cpu: bool = False, **kwargs: Any) -> PartialState:
     # Without an accelerator, and unless it is told to use the CPU, accelerate takes each process for the only one.
     use_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=use_cpu, **kwargs)
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of all processes, or the only one. Unlike [`process_state`] it sets nothing up."""
+    is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not is_one_of_several or torch.distributed.get_rank() == 0

@@ -61,7 +61,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.files import written_at_once
+from ..data.files import locked, written_at_once
 from ..data.tokenization import tokenize
 from ..distributions.reward_distribution import RewardDistribution, get_family
 from .heads import DiscoHead
@@ -207,7 +207,7 @@ def export(
         merging = _compare("the merged model", _score(source, sequences), expected)
     _round_weights(source, DTYPES[dtype], with_head=to != "disco")
     rounded = _score(source, sequences)
-    with written_at_once(output.resolve(), folder=True) as folder:
+    with locked(output.resolve()), written_at_once(output.resolve(), folder=True) as folder:
         _write(source, folder, to, DTYPES[dtype])
         tokenizer.save_pretrained(folder)
         del source  # its memory is needed for what comes now

@@ -5,6 +5,7 @@ Whatever scores (reward functions, data sets, servers, evaluation) uses this mod
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from ..data.forest import batches_by_unique_tokens, pack
 from ..distributions.reward_distribution import RewardDistribution
+from .distributed import is_main_process
 from .loading import CheckpointKind, load_reward_model
 from .modeling import disco_class
 from .outputs import overall
@@ -158,14 +160,18 @@ def run_in_batches(
     try:
         refusal = prepare(model)
         shares_prefixes = refusal is None
-        if not shares_prefixes and hasattr(model.config, "disco"):  # of a plain classifier nobody expects it
+        # Of a plain classifier nobody expects it.
+        if not shares_prefixes and hasattr(model.config, "disco") and is_main_process():
             logger.warning_once(f"{model.config.name_or_path}: prefixes are not shared in scoring: {refusal}")
         divide = batches_by_unique_tokens if shares_prefixes else batches_by_tokens
         collate: Any = pack if shares_prefixes else _pad
+        # A stock classifier would keep the keys and values of all layers, as if the text were to be continued.
+        inner = model.get_base_model() if is_peft_model(model) else model
+        options = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
         with logging.tqdm(total=len(sequences), desc=description, unit="text", disable=description is None) as bar:
             for indices in divide(sequences, tokens_per_batch):
                 batch = collate([sequences[index] for index in indices], pad_token_id)
-                yield indices, model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+                yield indices, model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
                 bar.update(len(indices))
     finally:
         for module in training:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,9 @@ class DiscoRewardModel(_Stock):
             [`~disco_trl.RewardDistribution`]: Location and scale of shape `(B,)`, in float32. It has a
             `location_error` if the model has learned one, or was trained with `epistemic=True`.
         """
+        if "use_cache" in inspect.signature(self.forward).parameters:
+            # Nothing continues a scored answer. By default a decoder would keep the keys and values of all layers.
+            inputs.setdefault("use_cache", False)
         return self.rewards_of(self(**inputs))
 
     def rewards_of(self, output: RewardModelOutput) -> RewardDistribution:

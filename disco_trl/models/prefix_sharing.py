@@ -12,7 +12,7 @@ layers, gradient checkpointing, FSDP, DeepSpeed) passes a mask on without lookin
 import functools
 import sys
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -20,9 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
-from ..data.forest import pack
+from .distributed import is_main_process
+from .prefix_trial import current_trial, try_forest
+from .varlen_attention import COMPLETE_SINCE, VarlenKernel, installed_kernel, is_for_kernel, lacking
 
+
+logger = logging.get_logger(__name__)
 
 # Attention implementations that can be called for the tokens of one node. flex_attention is not among them, because it
 # would compile anew for every shape of a node.
@@ -31,11 +36,17 @@ PREFIX = "shared_prefix_"
 # Architectures that the tests have tried. `prepare` trusts this list where it cannot try a model itself, because the
 # weights are sharded.
 KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "opt")
+# Kinds of adapters that the tests have tried, for the same use.
+KNOWN_ADAPTERS = (
+    *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA"),
+    *("GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT"),
+    *("PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA"),
+    *("VERA", "WAVEFT"),
+)
 # Up to this number of keys, attention on a CPU is faster in float32 than in bfloat16: at 100 keys, forward and
 # backward take half as long again in bfloat16.
 FLOAT32_KEYS = 256
-# While `prepare` tries a model: the sliding window of each layer that has attended, in the order of the layers.
-_TRIAL = threading.local()
+_ONE_TRIAL = threading.Lock()
 
 
 # Attention
@@ -113,25 +124,48 @@ def _attend(
     It maps queries, keys and values of shape `(1, heads, T, D)` to outputs of shape `(1, T, heads, D)`. With any other
     mask it calls the implementation that it replaces.
     """
-    attend: Any = (
-        sys.modules[type(module).__module__].eager_attention_forward
-        if implementation == "eager"
-        else ALL_ATTENTION_FUNCTIONS[implementation]
-    )
+    attend = _replaced(implementation, module)
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
         return attend(module, query, key, value, attention_mask, **kwargs)
     layout = getattr(attention_mask, "forest_layout", None) or _Layout(attention_mask[0, 0])
     # They belong to the whole row, and flash attention would read the bounds of packed sequences from them.
     kwargs.pop("position_ids", None)
+    trial = current_trial()
+    if trial is not None:
+        trial.windows.append(kwargs.get("sliding_window"))
+    try:
+        return _attend_forest(implementation, attend, layout, module, query, key, value, kwargs), None
+    except Exception as error:
+        if trial is not None:
+            trial.failure = error
+        raise
+
+
+def _replaced(implementation: str, module: torch.nn.Module) -> Any:
+    """The attention function that a model would call without us."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise NotImplementedError(f"{type(module).__name__} has no function eager_attention_forward")
+    return eager
+
+
+def _attend_forest(
+    implementation: str, attend: Any, layout: _Layout, module: torch.nn.Module, query: Tensor, key: Tensor,
+    value: Tensor, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
     window = kwargs.get("sliding_window")
-    if getattr(_TRIAL, "windows", None) is not None:
-        _TRIAL.windows.append(window)
     device = query.device
     # Autocast is off below, so that short paths can be computed in float32. Inputs are cast as it would cast them.
     if torch.is_autocast_enabled(device.type):
         query, key, value = (tensor.to(torch.get_autocast_dtype(device.type)) for tensor in (query, key, value))
-    if implementation != "eager" and _has_varlen_kernel(query, value, kwargs):
-        return _attend_varlen(layout, module, query, key, value, **kwargs), None
+    if implementation != "eager" and is_for_kernel(query, value, kwargs):
+        reason = lacking(window)
+        if reason is None:
+            return _attend_at_once(layout, query, key, value, kwargs)
+        if (trial := current_trial()) is not None:
+            trial.lacking = reason
 
     outputs = []
     queries, keys, values = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
@@ -154,47 +188,24 @@ def _attend(
         with torch.autocast(device.type, enabled=False):
             output, _ = attend(module, *states, masked, **kwargs)
         outputs.append(output.to(query.dtype))
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
-def _has_varlen_kernel(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether torch's flash attention for sequences of various lengths supports this call (CUDA, half precision)."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1] <= 256
-        and not kwargs.get("dropout")
-        and kwargs.get("softcap") is None
-        and kwargs.get("s_aux") is None
-        and _varlen_attn() is not None
-    )
-
-
-@functools.cache
-def _varlen_attn() -> Any:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # before torch 2.10
-        return None
-    return varlen_attn
-
-
-def _attend_varlen(
-    layout: _Layout, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-) -> Tensor:
+def _attend_at_once(layout: _Layout, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Attend for all nodes in one kernel: the queries of each node to copies of the keys of its path."""
     places, query_starts, key_starts = layout.varlen(query.device)
-    window = kwargs.get("sliding_window")
-    output = _varlen_attn()(
-        query[0].transpose(0, 1).contiguous(),
-        *(tensor[0].transpose(0, 1).index_select(0, places) for tensor in (key, value)),
+    kernel = cast(VarlenKernel, installed_kernel())
+    states, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = kernel(
+        states.contiguous(),
+        keys.index_select(0, places),
+        values.index_select(0, places),
         query_starts,
         key_starts,
         max(layout.lengths),
         max(layout.path_lengths),
         scale=kwargs.get("scaling"),
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        window=kwargs.get("sliding_window"),
     )
     return output[None]
 
@@ -207,10 +218,11 @@ def prepare(model: Any) -> str | None:
     Prepare a model to run on forests, if it can.
 
     The attention function of the model is replaced by one that understands a forest, and otherwise calls the
-    implementation that the model was loaded with. Then a few tokens are run through the model, as a forest and as
-    separate sequences. All layers have to attend along the forest, with the sliding windows that the config states,
-    and the hidden states have to agree. This tells a causal decoder from an encoder, from a recurrent model, and from
-    a model with other positions or windows. A model that fails is left unchanged, and is tried only once.
+    implementation that the model was loaded with. A few tokens are run through the model, as a forest and as separate
+    sequences (see `disco_trl.models.prefix_trial`). All layers have to attend along the forest, with the sliding
+    windows that the config states, and the hidden states have to agree. This tells a causal decoder from an encoder,
+    from a recurrent model, from a model with other positions or windows, and from an adapter that mixes tokens. A
+    model that fails is left unchanged. It is tried again only if its attention implementation or its adapters change.
 
     Args:
         model ([`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]):
@@ -219,23 +231,32 @@ def prepare(model: Any) -> str | None:
     Returns:
         `str`, *optional*: The reason why the model cannot run on forests, as a clause, or `None` if it can.
     """
-    if is_peft_model(model):
-        if model.active_peft_config.is_prompt_learning:
-            return "its adapter puts tokens of its own before each sequence"
-        model = model.get_base_model()
-    # `set_attn_implementation` may have replaced our function since.
-    is_ready = str(model.config._attn_implementation).startswith(PREFIX)
-    if not hasattr(model, "_prefix_sharing_refusal") or (model._prefix_sharing_refusal is None and not is_ready):
-        model._prefix_sharing_refusal = _prepare(model)
-    return model._prefix_sharing_refusal
+    inner = model.get_base_model() if is_peft_model(model) else model
+    if inner is not model and model.active_peft_config.is_prompt_learning:
+        return "its adapter puts tokens of its own before each sequence"
+    # Another thread that scores with the model waits, as some parameters have other values during the trial.
+    with _ONE_TRIAL:
+        implementation = str(inner.config._attn_implementation)
+        # An adapter adds modules, and merging it removes them.
+        state = (
+            implementation.removeprefix(PREFIX),
+            tuple(getattr(model, "active_adapters", ())) if inner is not model else (),
+            sum(1 for _ in model.modules()),
+        )
+        tried, refusal = getattr(model, "_prefix_sharing", (None, None))
+        is_ready = implementation.startswith(PREFIX)
+        if tried != state or (refusal is None and not is_ready):
+            refusal = _prepare(model, inner)
+            model._prefix_sharing = (state, refusal)
+        return refusal
 
 
-def _prepare(model: Any) -> str | None:
-    config = model.config.get_text_config()
-    backbone = getattr(model, model.base_model_prefix, None)
-    if getattr(model, "head_name", None) != "score" or not isinstance(backbone, PreTrainedModel):
+def _prepare(model: Any, inner: Any) -> str | None:
+    config = inner.config.get_text_config()
+    backbone = getattr(inner, inner.base_model_prefix, None)
+    if getattr(inner, "head_name", None) != "score" or not isinstance(backbone, PreTrainedModel):
         return "it is not a disco model on a decoder, whose reward is read at the last token"
-    implementation = model.config._attn_implementation.removeprefix(PREFIX)
+    implementation = inner.config._attn_implementation.removeprefix(PREFIX)
     if implementation not in IMPLEMENTATIONS:
         return f"its attention implementation is {implementation!r}, not one of {', '.join(IMPLEMENTATIONS)}"
     if not {"full_attention", "sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ()):
@@ -244,70 +265,35 @@ def _prepare(model: Any) -> str | None:
     ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(_attend, implementation))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    for part in configs.values():
-        part._attn_implementation = name
+
+    def attend_by(name: str) -> None:
+        for part in configs.values():
+            part._attn_implementation = name
+
+    attend_by(implementation)
     # With ZeRO-3 and FSDP this process has a part of each parameter, or none, so the model cannot be tried here.
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        known = config.model_type in KNOWN_MODEL_TYPES
-        refusal = None if known else f"its weights are in pieces, and nobody has tried a {config.model_type!r} whole"
-    else:
-        refusal = _try_forest(model, config)
+        refusal = _untried(model, config)
+        if refusal is None:
+            attend_by(name)
+        return refusal
+    refusal, trial = try_forest(model, config, functools.partial(attend_by, name))
     if refusal is not None:
-        for part in configs.values():
-            part._attn_implementation = implementation
+        attend_by(implementation)
+    elif trial.lacking is not None and is_main_process():
+        logger.warning(
+            f"Shared prefixes attend one node at a time on this GPU, which gives the same numbers and is slow: "
+            f"{trial.lacking}. Install torch>={COMPLETE_SINCE}."
+        )
     return refusal
 
 
-@torch.no_grad()
-def _try_forest(model: Any, config: Any) -> str | None:
-    """Compare a small forest with the same sequences in rows. Return why they differ, or `None`."""
-    windows = _TRIAL.windows = []
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        # Everything runs in evaluation mode, except 4-bit layers: in that mode bitsandbytes repacks their weights on a
-        # CPU, which rounds them permanently.
-        module.training = hasattr(getattr(module, "weight", None), "quant_state")
-    try:
-        ids = [token for token in range(min(config.vocab_size, 24)) if token != config.pad_token_id]
-        tokens = torch.tensor(ids)[torch.arange(40) * 7 % len(ids)].tolist()
-        sequences = [tokens[:20], tokens[:12] + tokens[30:35], tokens[25:30]]
-        batch = {name: tensor.to(model.device) for name, tensor in pack(sequences, config.pad_token_id).items()}
-        rows = torch.nn.utils.rnn.pad_sequence(
-            list(map(torch.tensor, sequences)), batch_first=True, padding_value=config.pad_token_id
-        ).to(model.device)
-        mask = rows.ne(config.pad_token_id).long()
-        # Under autocast other kernels run.
-        for dtype in (None, torch.bfloat16) if rows.is_cuda else (None,):
-            windows.clear()
-            # The model is called as a whole, because FSDP gathers the parameters of a sharded model only for a call.
-            with torch.autocast(rows.device.type, dtype=dtype, enabled=dtype is not None):
-                shared = model(**batch).pooled_hidden_state
-                alone = model(input_ids=rows, attention_mask=mask, use_cache=False).pooled_hidden_state
-            if windows != _windows_of_layers(config):
-                return "its layers do not all attend by transformers' common interface"
-            # Rounding errors are far below these tolerances, and the effect of a wrong token or position far above. An
-            # accelerator may multiply float32 in TF32.
-            exact = dtype is None and alone.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-            difference = ((shared - alone).float().norm() / alone.float().norm()).item()
-            tolerance = 0.1 if not exact else 1e-2 if rows.is_cuda else 1e-4
-            if not difference < tolerance:
-                return (
-                    f"it does not give a prefix the same hidden states in both ways (they differ by {difference:.2g})"
-                )
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        return f"it does not take a forest for an attention mask ({type(error).__name__}: {str(error)[:200]})"
-    finally:
-        _TRIAL.windows = None
-        for module, mode in modes.items():
-            module.training = mode
+def _untried(model: Any, config: Any) -> str | None:
+    """Why a model whose weights are in pieces cannot be trusted to run on forests, or `None`."""
+    if config.model_type not in KNOWN_MODEL_TYPES:
+        return f"its weights are in pieces, and nobody has tried a {config.model_type!r} whole"
+    adapters = model.peft_config.values() if is_peft_model(model) else ()
+    kinds = {str(getattr(adapter.peft_type, "value", adapter.peft_type)) for adapter in adapters}
+    if unknown := sorted(kinds.difference(KNOWN_ADAPTERS)):
+        return f"its weights are in pieces, and nobody has tried an adapter of the kind {unknown[0]} whole"
     return None
-
-
-def _windows_of_layers(config: Any) -> list[int | None]:
-    """Sliding window of each layer as the config states it, `None` for a layer without one."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        return [window if kind == "sliding_attention" else None for kind in layer_types]
-    uses_it = getattr(config, "use_sliding_window", True)
-    return [window if uses_it else None] * config.num_hidden_layers

@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +30,13 @@ from transformers.utils import logging
 from ..data.columns import TEMPLATE_COLUMNS, TEXT_PAIR, Layout, find_layout
 from ..data.contents import check_contents
 from ..data.files import (
+    NO_SPACE,
     ROWS_AT_ONCE,
     RowWriter,
     as_json,
+    check_output,
     chunks,
+    locked,
     parquet_features,
     refuse_clash,
     written_at_once,
@@ -317,17 +322,38 @@ def annotate_file(
         `tuple[int, int]`: The number of rows, and how many of them had been scored before.
 
     Raises:
-        `ValueError`: If something is wrong with a row (all are checked before the first is scored), or if what is in
-            `OUT.parts` was made from other rows, by another model or with other options.
+        `ValueError`: If something is wrong with a row (all are checked before the first is scored), if the file
+            exists, or if what is in `OUT.parts` was made from other rows, by another model or with other options.
+        `BlockingIOError`: If another process is writing the same file.
+        `OSError`: If there is no space; the message says what is kept.
     """
     state = process_state()
     parts = out.with_name(f"{out.name}.parts")
+    with locked(out) if state.is_main_process else nullcontext():
+        try:
+            return _annotate_file(dataset, out, parts, annotator, rows_per_part, state)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            finished = len(list(parts.glob("part-*.parquet")))
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}: {out} is not complete. The scores of {finished} parts of "
+                f"{rows_per_part} rows are kept in {parts}: make space and run the same command again to go on from "
+                "there, or delete that folder",
+            ) from error
+
+
+def _annotate_file(
+    dataset: Dataset | IterableDataset, out: Path, parts: Path, annotator: Annotator, rows_per_part: int, state: Any
+) -> tuple[int, int]:
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError("the data is empty; check its path and split")
     layout = find_answers(first_row)
     features = None
     if state.is_main_process:
+        check_output(out)  # a process that has ended since may have written it
         names = annotator.column_names(layout)
         refuse_clash(list(first_row), names, "pass --prefix, or rename it in the data")
         if out.suffix == ".parquet":
@@ -354,10 +380,11 @@ def annotate_file(
     state.wait_for_everyone()
 
     if state.is_main_process:
-        with RowWriter(out, features) as writer:
+        with RowWriter(out, features, is_locked=True) as writer:
             for index, rows in enumerate(chunks(dataset, rows_per_part)):
                 scores = pq.read_table(parts / f"part-{index:06d}.parquet").to_pylist()
                 writer.write([row | numbers for row, numbers in zip(rows, scores, strict=True)])
+        # By now the file is on the disk.
         remove_parts(parts)
     state.wait_for_everyone()
     return total, rows_before
@@ -385,8 +412,13 @@ def _begin(parts: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{parts} is a link, and its files would be written and deleted elsewhere; remove it")
     if not path.exists():
         parts.mkdir(parents=True, exist_ok=True)
-        with written_at_once(path) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=2))
+        try:
+            with written_at_once(path) as unfinished:
+                unfinished.write_text(json.dumps(settings, indent=2))
+        except OSError:
+            with suppress(OSError):
+                parts.rmdir()
+            raise
         return
     before = json.loads(path.read_text())
     changed = [name for name in settings if settings[name] != before.get(name)]

@@ -28,6 +28,7 @@ from ..models.adapters import save_reward_head
 from ..models.loading import stock_class
 from ..models.modeling import disco_class
 from ..models.settings import resolve_settings
+from ..models.varlen_attention import VarlenKernel
 
 
 METHODS = ("full", "lora", "qlora")
@@ -209,15 +210,15 @@ class _VarlenAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _has_varlen_kernel(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    return query.dtype == torch.bfloat16 and kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+def _is_for_kernel(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    return query.dtype == torch.bfloat16 and options.get("softcap") is None and options.get("s_aux") is None
 
 
-def _varlen_attn() -> Any:
-    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _VarlenAttention.apply(query, key, value)
-
-    return attend
+def _varlen_attn(
+    query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool
+) -> Tensor:
+    """torch's function as it is since 2.12, whatever is installed here."""
+    return _VarlenAttention.apply(query, key, value)
 
 
 @contextlib.contextmanager
@@ -233,7 +234,12 @@ def attention_of(device: str) -> Iterator[None]:
             `"cuda"` or `"cpu"`.
     """
     # On a CPU, short bfloat16 attention is computed in float32 (`FLOAT32_KEYS`); on CUDA it never is.
-    replaced = {"_has_varlen_kernel": _has_varlen_kernel, "_varlen_attn": _varlen_attn, "FLOAT32_KEYS": 0}
+    replaced = {
+        "is_for_kernel": _is_for_kernel,
+        "lacking": lambda window: None,
+        "installed_kernel": lambda: VarlenKernel(_varlen_attn),
+        "FLOAT32_KEYS": 0,
+    }
     own = {name: getattr(prefix_sharing, name) for name in replaced}
     try:
         for name, value in (replaced if device == "cuda" else own).items():

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from trl import RewardTrainer
 
 from disco_trl.models import distributed as sharding
-from disco_trl.models.distributed import check_parallelism
+from disco_trl.models.distributed import check_parallelism, is_main_process
 from disco_trl.models.modeling import _find_head
 
 
@@ -173,3 +173,15 @@ def test_torchs_function_is_given_back():
         assert torch.distributed.fsdp.fully_shard is not before
         raise RuntimeError("on the way")
     assert torch.distributed.fsdp.fully_shard is before
+
+
+def test_the_first_of_several_processes_speaks():
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+    assert is_main_process()
+    for rank in (0, 1):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        try:
+            assert is_main_process() is (rank == 0)
+        finally:
+            torch.distributed.destroy_process_group()

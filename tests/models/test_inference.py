@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from tiny_models import DECODERS, tiny_config
 from transformers import AutoModelForSequenceClassification
 
 from disco_trl import DiscoRewardModel
+from disco_trl.models import inference
 from disco_trl.models.inference import batches_by_tokens, score
+from disco_trl.models.upgrade import upgrade
 
 
 SEQUENCES = [[7, 8, 9, 10, 2], [5, 2], [11, 12, 13, 2], [6, 2], [30, 31, 32, 33, 34, 35, 2]]
@@ -87,6 +90,29 @@ def test_a_model_that_cannot_share_prefixes_is_padded_and_told_of_once(disco_dir
         expected = torch.cat([model.eval()(torch.tensor([ids])).logits[:, 0] for ids in SEQUENCES])
     torch.testing.assert_close(rewards.location, expected)
     assert caplog.text.count("not a disco model on a decoder") == 1
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_nothing_is_kept_for_tokens_that_never_come(architecture, monkeypatch):
+    """A decoder returns the keys and values of all layers unless it is told not to."""
+    stock = AutoModelForSequenceClassification.from_config(tiny_config(architecture, num_labels=1)).eval()
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+
+    def is_cached(output) -> bool:
+        return any(output.get(name) is not None for name in ("past_key_values", "cache"))
+
+    outputs = []
+    stock.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        assert is_cached(stock(**batch))
+        outputs.clear()
+        score(stock, SEQUENCES)
+        model = upgrade(stock)
+        model.reward_distribution(**batch)
+        monkeypatch.setattr(inference, "prepare", lambda model: "it is to be padded")
+        score(model, SEQUENCES)
+    assert len(outputs) >= 3
+    assert not any(map(is_cached, outputs))
 
 
 def test_scoring_without_a_pad_token_is_an_error(tiny_llama_dir):

@@ -1,12 +1,14 @@
 """`disco-trl score` on many rows: kills, several processes, memory.
 
-Run under a launcher (`accelerate launch test_annotate_resuming.py LOG DATA ...`) this file scores, and logs which
-process scored what; one test does so.
+Run under a launcher (`accelerate launch test_annotate_resuming.py LOG score ...`) this file scores, and logs which
+process scored what; with `--halt` for LOG it waits after the first part. Some tests do so.
 """
 
 import contextlib
+import errno
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from test_annotate import read, write_jsonl
 from tiny_models import load
 from tiny_training import preferences
+from transformers.utils import logging as hf_logging
 
 from disco_trl import DiscoReward
 from disco_trl.cli.main import main
 from disco_trl.data.files import chunks
 from disco_trl.distributions.transforms import get_transform
+from disco_trl.rewards import annotate
 from disco_trl.rewards.annotate import Annotator, annotate_file
 
 
@@ -160,6 +164,127 @@ def test_killed_while_it_tidied_up(reward_dir, tmp_path, capsys):
     assert not parts.exists()
 
 
+# A full disk. A limit to the size of files gives the same error at the same calls.
+
+
+@pytest.fixture
+def largest_file():
+    """Sets the limit, in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    hf_logging.disable_progress_bar()  # what a test prints is in a file, too
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    hf_logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_full_disk_keeps_the_scores_and_no_half_a_file(suffix, reward_dir, tmp_path, largest_file):
+    # The scores of 4 rows take 2 KB, and the rows themselves 40.
+    rows = [{**row, "note": os.urandom(5000).hex()} for row in preferences(rows=20).to_list()]
+    dataset = Dataset.from_list(rows)
+    annotator = Annotator(DiscoReward(reward_dir(), device="cpu"))
+    out = tmp_path / f"scored{suffix}"
+    largest_file(50_000)
+    said = (
+        rf"{out.name} is not complete. The scores of 5 parts of 4 rows are kept in .*{out.name}\.parts: make space "
+        "and run the same command again to go on from there"
+    )
+    with pytest.raises(OSError, match=said) as raised:
+        annotate_file(dataset, out, annotator, rows_per_part=4)
+    assert raised.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == [f"{out.name}.parts"]
+    assert len([*tmp_path.glob("*.parts/*")]) == 5 + 1
+    largest_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert annotate_file(dataset, out, annotator, rows_per_part=4) == (20, 20)
+    assert [row["note"] for row in read(out)] == [row["note"] for row in rows]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_disk_that_was_full_from_the_start(reward_dir, tmp_path, largest_file):
+    annotator = Annotator(DiscoReward(reward_dir(), device="cpu"))
+    largest_file(100)
+    with pytest.raises(OSError, match="is not complete"):
+        annotate_file(preferences(rows=4), tmp_path / "scored.jsonl", annotator)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_parts_go_when_the_file_is_on_the_disk(reward_dir, tmp_path, monkeypatch):
+    synced, fsync, remove = [], os.fsync, annotate.remove_parts
+
+    def recorded(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def remove_what_is_synced(parts):
+        assert synced[-2:] == [out.stat().st_ino, tmp_path.stat().st_ino]
+        assert {path.stat().st_ino for path in (*parts.iterdir(), parts)} <= {*synced}
+        remove(parts)
+
+    out = tmp_path / "scored.jsonl"
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(annotate, "remove_parts", remove_what_is_synced)
+    annotate_file(preferences(rows=12), out, Annotator(DiscoReward(reward_dir(), device="cpu")), rows_per_part=4)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+# Two commands, one output
+
+
+@contextlib.contextmanager
+def halted(arguments):
+    """The command in a process of its own, which waits for the end of its input before it scores the second part."""
+    command = [sys.executable, __file__, "--halt", "score", *map(str, arguments)]
+    with subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "scoring\n", process.communicate()[1][-2000:]
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_second_command_on_one_output_is_refused(reward_dir, tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", preferences(rows=12))
+    out = tmp_path / "scored.jsonl"
+    arguments = [reward_dir(), data, out, "--rows_per_part", "4", "--device", "cpu"]
+    with halted(arguments) as first:
+        before = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        second = run(arguments)
+        assert second.returncode == 1
+        assert f"scored.jsonl: another process is writing it (process {first.pid} on " in second.stderr
+        assert "wait until it has ended, or choose another output" in second.stderr
+        assert {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        printed, errors = first.communicate("")
+    assert first.returncode == 0, errors[-2000:]
+    assert "12 rows, 0 of them scored before" in printed
+    assert len(read(out)) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "scored.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_killed_command_holds_no_lock(reward_dir, tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", preferences(rows=12))
+    out = tmp_path / "scored.jsonl"
+    arguments = [reward_dir(), data, out, "--rows_per_part", "4", "--device", "cpu"]
+    with halted(arguments) as first:
+        first.kill()
+        first.wait()
+    main(["score", *map(str, arguments)])
+    assert len(read(out)) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "scored.jsonl"]
+
+
+def test_an_output_that_has_appeared_meanwhile_is_not_written_over(reward_dir, tmp_path):
+    out = tmp_path / "scored.jsonl"
+    out.write_text("another's")
+    annotator = Annotator(DiscoReward(reward_dir(), device="cpu"))
+    with pytest.raises(ValueError, match="exists already"):
+        annotate_file(preferences(rows=4), out, annotator)
+    assert out.read_text() == "another's"
+
+
 # Several processes
 
 
@@ -247,6 +372,23 @@ def log_what_is_scored(log: Path) -> None:
     Annotator.__call__ = logged  # type: ignore[method-assign]
 
 
+def wait_after_the_first_part() -> None:
+    """Have this process say that it has scored a part, and wait for the end of its input."""
+    whole = Annotator.__call__
+
+    def waiting(self, rows, answers, first=0):
+        if first:
+            Annotator.__call__ = whole  # type: ignore[method-assign]
+            print("scoring", flush=True)
+            sys.stdin.read()
+        return whole(self, rows, answers, first)
+
+    Annotator.__call__ = waiting  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    log_what_is_scored(Path(sys.argv[1]))
+    if sys.argv[1] == "--halt":
+        wait_after_the_first_part()
+    else:
+        log_what_is_scored(Path(sys.argv[1]))
     main(sys.argv[2:])
