@@ -116,11 +116,13 @@ def _cleaned(message: dict[str, Any]) -> dict[str, Any]:
 
 def _kind(content: Any) -> str:
     """What about a content may decide whether it is rendered, its words aside."""
+    if content is None:
+        return "nothing"
     kind = "parts" if isinstance(content, list) else "text"
     return kind if text_of(content).strip() else f"empty {kind}"
 
 
-# Forms of a content. A turn for which none is needed, since it has no text and no parts, has None.
+# Forms of a content. A turn without content has none.
 
 Form = Callable[[Any], Any]
 
@@ -143,7 +145,7 @@ def _find_forms(
 ) -> tuple[list[Form | None], int | None]:
     """For each turn the first form that arrives, and the first turn of which none does."""
     kinds = [_kind(message.get("content")) for message in messages]
-    missing = [turn for turn, kind in enumerate(kinds) if kind != "empty text"]
+    missing = [turn for turn, kind in enumerate(kinds) if kind != "nothing"]
     forms: list[Form | None] = [None] * len(messages)
     is_rendered = False
     for form in (_as_it_is, text_of, _in_one_part):

@@ -163,6 +163,15 @@ def test_an_error_of_the_templates_own_is_kept(tiny_tokenizer):
         tokenize(tokenizer, [{"role": "system", "content": parts("Be brief.")}, user("Who?"), assistant("You.")])
 
 
+def test_a_prompt_of_ppo_that_continues_as_training_writes_it(tiny_tokenizer):
+    """What `docs/rlhf.md` advises for Qwen 3, whose template puts an empty block of reasoning before an answer."""
+    tokenizer = with_template(tiny_tokenizer, "qwen3")
+    trained_on = render(tokenizer, [user("Who?"), assistant("You.")])
+    prompt = {"conversation": [user("Who?")], "add_generation_prompt": True}
+    assert trained_on.startswith(render(tokenizer, **prompt, enable_thinking=False) + "You.<|im_end|>")
+    assert not trained_on.startswith(render(tokenizer, **prompt) + "You.")
+
+
 # In training
 
 
