@@ -28,7 +28,7 @@ from ..data.tokenization import Content, SpecialTokens, chat_template_arguments,
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
 from ..models.distributed import process_state
-from ..models.inference import TOKENS_PER_BATCH, load_trained, run_in_batches
+from ..models.inference import TOKENS_PER_BATCH, check_pad_token, load_trained, run_in_batches
 from ..models.modeling import DiscoRewardModel
 from ..models.scale_head import ScaleHead
 from .annotate import Annotator, map_dataset
@@ -88,7 +88,8 @@ class DiscoReward(RewardFunction):
 
     Raises:
         `ValueError`: If the transform or an option is unknown, out of its domain, or undefined for the model's family,
-        if the path contains a language model without a reward head, or if no tokenizer is passed or found.
+        if the path contains a language model without a reward head, if no tokenizer is passed or found, or if the
+        model does not know the padding token.
         `TypeError`: If the model is not a disco model.
 
     Example:
@@ -143,6 +144,7 @@ class DiscoReward(RewardFunction):
             # Batches are padded with it, and transformers' pooling searches for it from the right to find the last
             # token of each text.
             inner.config.get_text_config().pad_token_id = _pad_token_id(processing_class)
+        check_pad_token(inner, inner.config.get_text_config().pad_token_id)
 
     def tokenize(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[list[int]]:
         """Token ids of each prompt with its completion.

@@ -38,7 +38,7 @@ from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
 from ..models.adapters import keep_to_one_family
 from ..models.distributed import check_parallelism, keep_head_apart
-from ..models.inference import vocabulary_size
+from ..models.inference import check_pad_token, vocabulary_size
 from ..models.model_card import make_model_card
 from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
@@ -279,6 +279,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         # TRL calls this for each dataset of its constructor, with the model in place, and for those of `evaluate`.
+        check_pad_token(self._adoption.model, processing_class.pad_token_id)
         prepared = prepare_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
         # TRL tokenizes what is not tokenized yet, a stream say. Its own length filter is turned off, because it would
         # read the dataset row by row once more.
