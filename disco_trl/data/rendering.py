@@ -86,7 +86,10 @@ def fit_to_template(processing_class: PreTrainedTokenizerBase, messages: Message
         type(processing_class),
         tuple(template.items()) if isinstance(template, dict) else template,
         (bool(tools), rest),
-        tuple((message["role"], _kind(message.get("content")), *message) for message in messages),
+        tuple(
+            (message["role"], _kind(message.get("content")), *((name, bool(value)) for name, value in message.items()))
+            for message in messages
+        ),
     )
     found = _found.get(key)
     if found is None:

@@ -93,7 +93,7 @@ def test_nulls_of_arrow_are_no_pictures(name, tiny_tokenizer):
     assert tokenize(tokenizer, row) == tokenize(tokenizer, [user("Who?"), assistant("You.")])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma4_v5"])
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma4"])
 def test_nulls_of_arrow_in_tool_calls_are_removed(name, tiny_tokenizer):
     tokenizer = with_template(tiny_tokenizer, name)
 
@@ -130,6 +130,17 @@ def test_what_is_said_beside_a_tool_call_may_be_left_out(tiny_tokenizer):
         ids = tokenize(tokenizer, [*messages, {"role": "tool", "content": "You."}, assistant("You.")])
         text = tokenizer.decode(ids)
         assert '{"name": "f", "parameters": {"a": 1}}' in text and "I look" not in text
+
+
+def test_calls_of_tools_and_none_of_them_are_two_kinds_of_turns(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    said = "{{ m['tool_calls'] or '' if 'tool_calls' in m else m['content'] }}"
+    tokenizer.chat_template = "{% for m in messages %}" + said + "{% endfor %}"
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    messages = [user("Who?"), {**assistant("I look."), "tool_calls": calls}]
+    with pytest.raises(ValueError, match="leaves out the text of turn 1"):
+        tokenize(tokenizer, [messages[0], {**messages[1], "tool_calls": []}])
+    assert "I look." not in tokenizer.decode(tokenize(tokenizer, messages))
 
 
 THOUGHT = "<think>\nHm, who?\n</think>\n\n"
