@@ -49,8 +49,7 @@ class RenderedTexts:
         # Some templates begin the answer when they ask for it, with <think> for one. The template then renders the
         # answer with this beginning as the policy was to continue it.
         suffixes = (self.start[cut:] for cut in range(len(self.start), 0, -1))
-        asked = self.start + ANSWER
-        self.begun = next((text for text in suffixes if self._answered(text + ANSWER).startswith(asked)), "")
+        self.begun = next(filter(self._is_continued, suffixes), "")
         expected = tokenize(tokenizer, [*question, {"role": "assistant", "content": self.begun + ANSWER}])
         if not self.start or self(prompt + ANSWER + (tokenizer.eos_token or "")) != expected:
             logger.warning(
@@ -100,6 +99,13 @@ class RenderedTexts:
         """What the template writes after a question that is answered."""
         messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]
         return render(self.tokenizer, fit_to_template(self.tokenizer, messages)).partition(QUESTION)[2]
+
+    def _is_continued(self, begun: str) -> bool:
+        """Whether the template writes an answer that begins with this text as if it had followed the prompt."""
+        try:
+            return self._answered(begun + ANSWER).startswith(self.start + ANSWER)
+        except Exception:  # a template may refuse its own marks in an answer
+            return False
 
     def _without_ends(self, text: str) -> str:
         while end := next((token for token in self._ends if text.endswith(token)), None):
