@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import edited_copy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from disco_trl import DiscoReward, DiscoRewardModel
@@ -106,6 +107,12 @@ def test_a_pad_token_that_the_model_does_not_know_is_named(wrong, tiny_llama_dir
         score(model, SEQUENCES)
     with pytest.raises(ValueError, match=message):
         DiscoReward(model, AutoTokenizer.from_pretrained(tiny_llama_dir))
+
+
+def test_a_checkpoint_whose_pad_token_is_beyond_its_vocabulary(tiny_llama_dir, tmp_path):
+    path = edited_copy(tiny_llama_dir, tmp_path / "odd", config={"pad_token_id": 393})
+    with pytest.raises(ValueError, match=r"odd: its configuration .* set pad_token_id in config\.json"):
+        DiscoRewardModel.from_pretrained(path)
 
 
 def test_batches_keep_to_their_budget():
