@@ -320,7 +320,7 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
 
     @app.post("/get_reward")
     async def get_reward(request: RewardRequest) -> RewardResponse:
-        prompts = [None] * len(request.query) if request.prompts is None else request.prompts
+        prompts: list[Any] = [None] * len(request.query) if request.prompts is None else request.prompts
         texts = list(zip(request.query, prompts, strict=True))
         found = await scorer.distribution("query", texts, lambda text: encode_rendered(*text))
         keys = [None if request.prompts is None else prompt_key(prompt) for prompt in prompts]
