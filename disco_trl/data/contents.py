@@ -1,9 +1,12 @@
 """
-Checks of what stands in a row's answers, prompt and chat template arguments.
+What may stand in a row's answers, prompt and chat template arguments, and the checks of it.
 
 A chat template renders almost anything: a turn without text, an answer before its question, a message under other
 keys. Nothing fails then, and the model learns from texts that nobody meant. These checks find such rows by their
 contents alone, before anything is rendered.
+
+A message's content is a text or a list of text parts, as VLMs and OpenAI's API write it. A part that is anything else
+(a picture, audio, a file) is refused. How parts reach the chat template is `rendering`'s matter.
 """
 
 from __future__ import annotations
@@ -110,6 +113,84 @@ def _unicode_problem(column: str, text: str) -> Problem | None:
 # Conversations
 
 
+def text_of(content: Any) -> str:
+    """
+    The text of a message.
+
+    Args:
+        content (`str`, `list[dict]` or `None`):
+            Content of a message that has been checked.
+
+    Returns:
+        `str`: The text, or the texts of the parts one after the other, which is how chat templates that take parts
+        render them.
+    """
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def without_nulls(value: Any) -> Any:
+    """
+    A value without the keys of dicts that hold None, at any depth.
+
+    Arrow gives a dict in a row the keys of all other rows, and None for those that it lacks. A chat template would
+    render them. Nobody can tell them from a null that was meant, so that such a null is removed as well. The items of
+    a list are all its own, and stay.
+
+    Args:
+        value (`Any`):
+            Tools, messages, or arguments of a chat template.
+
+    Returns:
+        `Any`: The value. What holds no dict is returned as it is.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+def message_problem(column: str, turn: int, message: Any, needs_content: bool = True) -> Problem | None:
+    """
+    What is wrong with a message by itself.
+
+    Args:
+        column (`str`):
+            Column that it stands in.
+        turn (`int`):
+            Position in the conversation.
+        message (`Any`):
+            The message. Arrow gives all messages the same keys, so a key may hold None.
+        needs_content (`bool`, *optional*, defaults to `True`):
+            Whether a turn that calls no tools, and answers no call, has to have content.
+
+    Returns:
+        [`Problem`] or `None`: The problem.
+    """
+    shape = 'write each turn as {"role": ..., "content": ...}'
+    if not isinstance(message, dict):
+        wrong = f"turn {turn} is {format_of(message)}, not a message"
+        return Problem(column, wrong, shape)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role.strip():
+        keys = ", ".join(shown(key) for key, value in list(message.items())[:20] if value is not None)
+        return Problem(column, f"turn {turn} has no 'role' that is a string (its keys: {keys})", shape)
+    if content is None:
+        if not needs_content or role == "tool" or (role == "assistant" and message.get("tool_calls")):
+            return None
+        fix = "fill it in (only a tool's turn, and an assistant's with tool_calls, may go without), or drop the row"
+        return Problem(column, f"turn {turn} ({shown(role)}) has no content", fix)
+    if not isinstance(content, str | list):
+        wrong = f"turn {turn} ({shown(role)}) has content that is {format_of(content)}, not a text"
+        return Problem(column, wrong, "write it as a string")
+    for part in content if isinstance(content, list) else ():
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = shown(part["type"]) if isinstance(part, dict) and part.get("type") else format_of(part)
+            wrong = f"turn {turn} ({shown(role)}) holds a part that is not text ({kind}), and reward models read text"
+            return Problem(column, wrong, 'drop the row, or keep its parts {"type": "text", "text": ...} only')
+    return _unicode_problem(column, role) or _unicode_problem(column, text_of(content))
+
+
 def _conversation_problems(answers: Sequence[Part], prompt: Sequence[Part]) -> Iterator[Problem | None]:
     for column, messages in (*answers, *prompt):
         if messages is None:
@@ -121,7 +202,7 @@ def _conversation_problems(answers: Sequence[Part], prompt: Sequence[Part]) -> I
             if column == "prompt" and isinstance(messages, str):
                 fix += "; `disco-trl data convert DATA OUT.jsonl --rename prompt=instruction` does that"
                 # HuggingFaceH4/ultrafeedback_binarized is written like this. (The answers have been checked by now.)
-                if any(turn.get("content") == messages for turn in answers[0][1]):
+                if any(text_of(turn.get("content")) == messages for turn in answers[0][1]):
                     wrong = f"{wrong} that hold it already"
                     fix = f"leave the column out, as the sides are whole conversations: {leave_out(['prompt'])}"
             yield Problem(column, wrong, fix)
@@ -130,30 +211,10 @@ def _conversation_problems(answers: Sequence[Part], prompt: Sequence[Part]) -> I
             yield Problem(column, "no messages", fix)
         else:
             for turn, message in enumerate(messages):
-                yield _message_problem(column, turn, message)
+                yield message_problem(column, turn, message)
     asked = [(column, turn, message) for column, messages in prompt for turn, message in enumerate(messages)]
     for column, messages in answers:
         yield _order_problem(column, asked + [(column, turn, message) for turn, message in enumerate(messages)])
-
-
-def _message_problem(column: str, turn: int, message: Any) -> Problem | None:
-    """What is wrong with a message by itself. Arrow gives all messages the same keys, so a key may hold None."""
-    shape = 'write each turn as {"role": ..., "content": ...}'
-    if not isinstance(message, dict):
-        return Problem(column, f"turn {turn} is {format_of(message)}, not a message", shape)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role.strip():
-        keys = ", ".join(shown(key) for key, value in list(message.items())[:20] if value is not None)
-        return Problem(column, f"turn {turn} has no 'role' that is a string (its keys: {keys})", shape)
-    if isinstance(content, str):
-        return _unicode_problem(column, role) or _unicode_problem(column, content)
-    if content is not None:
-        wrong = f"turn {turn} ({shown(role)}) has content that is {format_of(content)}, not a string"
-        return Problem(column, wrong, "join the text of its parts into one string")
-    if role == "tool" or (role == "assistant" and message.get("tool_calls")):
-        return None
-    fix = "fill it in (only a tool's turn, and an assistant's with tool_calls, may go without), or drop the row"
-    return Problem(column, f"turn {turn} ({shown(role)}) has no content", fix)
 
 
 def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> Problem | None:
@@ -181,7 +242,7 @@ def _order_problem(side: str, turns: list[tuple[str, int, dict[str, Any]]]) -> P
     if answer["role"] != "assistant":
         fix = "cut the conversation after the assistant's answer"
         return Problem(column, f"the last turn is {shown(answer['role'])}, not 'assistant'", fix)
-    if not answer.get("tool_calls") and not answer["content"].strip():
+    if not answer.get("tool_calls") and not text_of(answer["content"]).strip():
         return Problem(column, f"turn {turn}, the assistant's answer, is empty", "drop the row or fill in the answer")
     return None
 

@@ -19,6 +19,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from .columns import RATINGS, Layout, holds_pair, leave_out
+from .contents import text_of
 from .records import Record, read_record
 from .values import BadRow, Row, is_missing
 
@@ -195,19 +196,20 @@ def repeats_prompt(record: Record) -> bool:
         )
     if not prompt or record.kind != "conversational":
         return False
-    asked = [(turn.get("role"), turn.get("content")) for turn in prompt]
-    return all(
-        [(turn.get("role"), turn.get("content")) for turn in answer[: len(asked)]] == asked
-        for answer in record.answers
-    )
+    asked = [_said(turn) for turn in prompt]
+    return all([_said(turn) for turn in answer[: len(asked)]] == asked for answer in record.answers)
 
 
 def _is_filled(value: Any) -> bool:
     return not is_missing(value) and not (isinstance(value, str | dict) and not value)
 
 
+def _said(turn: Any) -> tuple[Any, str]:
+    return turn.get("role"), text_of(turn.get("content"))
+
+
 def _text(content: Any) -> str:
-    return "\n".join(str(turn.get("content")) for turn in content) if isinstance(content, list) else str(content)
+    return "\n".join(text_of(turn.get("content")) for turn in content) if isinstance(content, list) else str(content)
 
 
 def _is_json_of_messages(content: Any) -> bool:

@@ -3,19 +3,17 @@ From rows of preferences to the token ids that are trained on: the check, TRL's 
 filters.
 
 `prepare_preferences` runs before TRL's own `_prepare_dataset` and `finish_preferences` after it. In between TRL
-tokenizes what is not tokenized yet: streams, and datasets with a format of the user's.
+tokenizes what is not tokenized yet: plain text in streams, and in datasets with a format of the user's.
 
 The tokens are those that TRL's `RewardTrainer` would make, in its columns, but made in one pass where TRL makes two,
 and with the tokenizer's own threads. The filters read Arrow's arrays where TRL's read rows.
 """
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from transformers import PreTrainedTokenizerBase
 
 from .._version import __version__
 from .columns import (
@@ -39,7 +37,7 @@ from .columns import (
     is_ranking,
 )
 from .records import join, read_answers
-from .tokenization import chat_template_arguments, tokenize, tokenize_record
+from .tokenization import chat_template_arguments, tokenize_all, tokenize_record
 from .validation import check_preferences
 from .values import Row, as_list, is_missing
 
@@ -51,10 +49,6 @@ logger = logging.getLogger(__name__)
 TEXTS_PER_CALL = 128
 """Texts that the tokenizer gets at once: enough for its threads. What it returns beside the ids takes many times their
 memory, so the texts of a whole batch of `map` would be too many."""
-
-# Of apply_chat_template's parameters, those that make the text. Any other acts on the tokens or on their container.
-TEXT_PARAMETERS = {"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "kwargs"}
-TOKEN_PARAMETERS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - TEXT_PARAMETERS
 
 
 def prepare_preferences(
@@ -101,12 +95,15 @@ def _tokenize_dataset(
         return dataset
     has_rankings = "ranks" in first_row
     as_lists = isinstance(dataset, IterableDataset)
-    tokenization = _Tokenization(processing_class, find_layout(first_row), has_rankings, as_lists, dataset_name)
+    layout = find_layout(first_row)
+    tokenization = _Tokenization(processing_class, layout, has_rankings, as_lists, dataset_name)
     removed = [RANKING[0]] if has_rankings else []
+    # What TRL cannot tokenize, or without a word renders wrongly: parts, and Arrow's nulls in tools
+    is_ours = has_rankings or layout.kind == "conversational"
     if isinstance(dataset, IterableDataset):
-        # One row at a time, so that no row is read before it is asked for. TRL cannot tokenize rankings.
-        return dataset.map(tokenization, batched=True, batch_size=1, remove_columns=removed) if removed else dataset
-    if dataset.format["type"] is not None and not has_rankings:
+        # One row at a time, so that no row is read before it is asked for
+        return dataset.map(tokenization, batched=True, batch_size=1, remove_columns=removed) if is_ours else dataset
+    if dataset.format["type"] is not None and not is_ours:
         return dataset
     # As TRL does: those that come second find the tokens in the cache, on every node.
     state = PartialState()
@@ -295,11 +292,15 @@ class _Tokenization:
         ids: list[Any] = []
         for start in range(0, len(texts), TEXTS_PER_CALL):
             stop = start + TEXTS_PER_CALL
-            tokenized = _tokenize(self.processing_class, texts[start:stop], arguments[start:stop])
+            tokenized = tokenize_all(
+                self.processing_class, texts[start:stop], arguments[start:stop], refuse_empty=True
+            )
             # An array takes a fifth of the memory of a list of numbers, but is not what a stream hands on.
             ids += tokenized if self.as_lists else [np.array(of_text, dtype=np.int64) for of_text in tokenized]
 
-        output: dict[str, list[Any]] = {name: [] for name in (*TEXT_PAIR, *TOKENIZED_PAIR)}
+        # In a stream of pairs TRL leaves the messages as they were.
+        names = TOKENIZED_PAIR if self.as_lists and not self.has_rankings else (*TEXT_PAIR, *TOKENIZED_PAIR)
+        output: dict[str, list[Any]] = {name: [] for name in names}
         if self.has_rankings:
             output[RANKED_IDS] = []
         start = 0
@@ -314,36 +315,10 @@ class _Tokenization:
                     order = sorted(range(len(of_row)), key=as_list(row["ranks"]).__getitem__)
                     sides = [order[0], order[-1]]
             for side, text, tokens in zip(sides, TEXT_PAIR, TOKENIZED_PAIR, strict=True):
-                output[text].append(of_row[side])
                 output[tokens].append(of_answers[side])
+                if text in output:
+                    output[text].append(of_row[side])
         return output
-
-
-def _tokenize(
-    processing_class: PreTrainedTokenizerBase,
-    contents: Sequence[str | list[dict[str, Any]]],
-    arguments: Sequence[dict[str, Any]],
-) -> list[list[int]]:
-    """Token ids of texts, or of conversations with each its own arguments to the chat template."""
-    # Of a tokenizers-backed tokenizer whose own methods these are, many at once get the tokens that each gets alone.
-    # CodeLlama's, for one, has its own: it looks for the place to fill in a text, and would look for it in the list.
-    kind: Any = type(processing_class)
-    takes_many = (
-        kind.__call__ is PreTrainedTokenizerBase.__call__
-        and kind.apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-        and kind._encode_plus is TokenizersBackend._encode_plus
-    )
-    if not takes_many or any(TOKEN_PARAMETERS & row.keys() for row in arguments):
-        return [tokenize(processing_class, content, **row) for content, row in zip(contents, arguments, strict=True)]
-    if isinstance(contents[0], str):
-        return processing_class(list(contents))["input_ids"]
-    texts: list[str] = []
-    # repr tells apart what == does not, and a template may: True and 1
-    for _, rows in groupby(zip(contents, arguments, strict=True), key=lambda row: repr(row[1])):
-        conversations, same_arguments = zip(*rows, strict=True)
-        rendered: Any = processing_class.apply_chat_template(list(conversations), tokenize=False, **same_arguments[0])
-        texts += rendered
-    return processing_class(texts, add_special_tokens=False)["input_ids"]
 
 
 # Filters

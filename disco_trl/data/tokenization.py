@@ -2,13 +2,21 @@
 
 import json
 import re
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from .columns import TEMPLATE_COLUMNS
+from .contents import text_of, without_nulls
 from .records import Record, read_answers
+from .rendering import TOKEN_PARAMETERS, LeftOutError, fit_to_template, is_left_out, render
 from .values import is_missing
+
+
+Content = str | list[dict[str, Any]]
+"""A text, or the messages of a conversation."""
 
 
 class SpecialTokens:
@@ -46,18 +54,11 @@ class SpecialTokens:
         if isinstance(content, str):
             texts = [content.removesuffix(self.eos_token)]
         else:
-            texts = [
-                text if isinstance(text, str) else str(text)
-                for message in content
-                for text in (message.get("role"), message.get("content"))
-                if text is not None
-            ]
+            texts = [text for message in content for text in (message["role"], text_of(message.get("content")))]
         return next((match.group() for match in map(self.pattern.search, texts) if match), None)
 
 
-def tokenize(
-    processing_class: PreTrainedTokenizerBase, content: str | list[dict[str, Any]], /, **chat_template_kwargs: Any
-) -> list[int]:
+def tokenize(processing_class: PreTrainedTokenizerBase, content: Content, /, **chat_template_kwargs: Any) -> list[int]:
     """
     Token ids of a text or of a conversation, as TRL's `RewardTrainer` makes them.
 
@@ -68,7 +69,7 @@ def tokenize(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, which also renders the conversation.
         content (`str` or `list[dict]`):
-            Text or conversation.
+            Text or conversation, see [`~disco_trl.data.rendering.fit_to_template`].
         **chat_template_kwargs:
             Arguments of the chat template, see `chat_template_arguments`.
 
@@ -76,29 +77,107 @@ def tokenize(
         `list[int]`: The ids.
 
     Raises:
-        `ValueError`: If the tokenizer or the chat template does not take it.
+        `ValueError`: If the tokenizer or the chat template does not take it, or the template leaves out a turn's text.
     """
+    return tokenize_all(processing_class, [content], [chat_template_kwargs])[0]
+
+
+def tokenize_all(
+    processing_class: PreTrainedTokenizerBase,
+    contents: Sequence[Content],
+    arguments: Sequence[dict[str, Any]],
+    refuse_empty: bool = False,
+) -> list[list[int]]:
+    """
+    Token ids of texts, or of conversations, many at a time; see [`tokenize`].
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, which also renders the conversations.
+        contents (`Sequence`):
+            `N` texts, or `N` conversations.
+        arguments (`Sequence[dict]`):
+            What each conversation passes to the chat template.
+        refuse_empty (`bool`, *optional*, defaults to `False`):
+            Whether to refuse an answer of which the template leaves nothing. (A policy may well answer nothing.)
+
+    Returns:
+        `list[list[int]]`: The ids of each.
+
+    Raises:
+        `ValueError`: As in [`tokenize`], for any of them.
+    """
+    is_text = isinstance(contents[0], str)
     try:
-        return _tokenize(processing_class, content, **chat_template_kwargs)
+        if is_text:
+            return _tokenize_texts(processing_class, contents)
+        return _tokenize_conversations(processing_class, contents, arguments, refuse_empty)
+    except LeftOutError:
+        raise
     except Exception as error:  # templates raise what they like
-        what = "the tokenizer" if isinstance(content, str) else "the chat template, or the tokenizer,"
+        what = "the tokenizer" if is_text else "the chat template, or the tokenizer,"
         raise ValueError(f"{what} does not take it ({type(error).__name__}: {error})") from error
 
 
-def _tokenize(
-    processing_class: PreTrainedTokenizerBase, content: str | list[dict[str, Any]], /, **chat_template_kwargs: Any
-) -> list[int]:
-    encoded: Any
-    if isinstance(content, str):
-        eos_token = processing_class.eos_token
-        if eos_token is None:
-            raise ValueError("it has no end-of-text token, which every text gets; set tokenizer.eos_token")
-        encoded = processing_class(text=content if content.endswith(eos_token) else content + eos_token)
-    else:
-        encoded = processing_class.apply_chat_template(
-            content, tokenize=True, return_dict=True, **chat_template_kwargs
-        )
-    return encoded["input_ids"]
+def _tokenize_texts(processing_class: PreTrainedTokenizerBase, texts: Sequence[Any]) -> list[list[int]]:
+    end = processing_class.eos_token
+    if end is None:
+        raise ValueError("it has no end-of-text token, which every text gets; set tokenizer.eos_token")
+    texts = [text if text.endswith(end) else text + end for text in texts]
+    if not _takes_many(processing_class):
+        return [processing_class(text=text)["input_ids"] for text in texts]
+    return processing_class(texts)["input_ids"]
+
+
+def _tokenize_conversations(
+    processing_class: PreTrainedTokenizerBase,
+    conversations: Sequence[Any],
+    arguments: Sequence[dict[str, Any]],
+    refuse_empty: bool,
+) -> list[list[int]]:
+    conversations = [
+        fit_to_template(processing_class, conversation, **of_row)
+        for conversation, of_row in zip(conversations, arguments, strict=True)
+    ]
+    many = _takes_many(processing_class) and not any(TOKEN_PARAMETERS & of_row.keys() for of_row in arguments)
+    texts: list[str] = []
+    if not many and refuse_empty:
+        texts = [
+            render(processing_class, conversation, **of_row)
+            for conversation, of_row in zip(conversations, arguments, strict=True)
+        ]
+    elif many:
+        # repr tells apart what == does not, and a template may: True and 1
+        for _, rows in groupby(zip(conversations, arguments, strict=True), key=lambda row: repr(row[1])):
+            alike, same_arguments = zip(*rows, strict=True)
+            texts += render(processing_class, list(alike), **same_arguments[0])
+    if refuse_empty:
+        for conversation, text, of_row in zip(conversations, texts, arguments, strict=True):
+            if is_left_out(processing_class, conversation, text, of_row):
+                raise LeftOutError(
+                    "the chat template leaves nothing of the answer, which is reasoning alone; use a template that "
+                    "keeps the reasoning"
+                )
+    if many:
+        return processing_class(texts, add_special_tokens=False)["input_ids"]
+    encoded: list[Any] = [
+        processing_class.apply_chat_template(conversation, tokenize=True, return_dict=True, **of_row)
+        for conversation, of_row in zip(conversations, arguments, strict=True)
+    ]
+    return [of_one["input_ids"] for of_one in encoded]
+
+
+def _takes_many(processing_class: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer gives many texts at once the tokens that each gets alone: tokenizers-backed ones whose own
+    methods these are do. CodeLlama's, for one, has its own: it looks for the place to fill in a text, and would look
+    for it in the list.
+    """
+    kind: Any = type(processing_class)
+    return (
+        kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind.apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        and kind._encode_plus is TokenizersBackend._encode_plus
+    )
 
 
 def chat_template_arguments(row: dict[str, Any]) -> dict[str, Any]:
@@ -110,10 +189,12 @@ def chat_template_arguments(row: dict[str, Any]) -> dict[str, Any]:
             Row that may have `tools` (a list, or JSON of one) and `chat_template_kwargs` (a dict).
 
     Returns:
-        `dict`: Arguments of [`~transformers.PreTrainedTokenizerBase.apply_chat_template`].
+        `dict`: Arguments of [`~transformers.PreTrainedTokenizerBase.apply_chat_template`], without the nulls that
+        Arrow puts there.
     """
     tools, kwargs = (None if is_missing(value) else value for value in map(row.get, TEMPLATE_COLUMNS))
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": without_nulls(tools), **without_nulls(kwargs or {})}
 
 
 def tokenize_record(record: Record, processing_class: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -134,8 +215,9 @@ def tokenize_record(record: Record, processing_class: PreTrainedTokenizerBase) -
     """
     if record.kind == "tokenized":
         return list(record.answers)
-    arguments = chat_template_arguments(record.template)
-    return [tokenize(processing_class, content, **arguments) for content in record.contents]
+    contents = record.contents
+    arguments = [chat_template_arguments(record.template)] * len(contents)
+    return tokenize_all(processing_class, contents, arguments, refuse_empty=True)
 
 
 def tokenize_answers(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> tuple[list[int], ...]:

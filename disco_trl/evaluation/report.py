@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
+from ..data.contents import text_of
 from ..distributions.reward_distribution import RewardDistribution
 from . import charts
 from .held_out import HeldOut
@@ -258,9 +259,9 @@ def _split(contents: list[Any]) -> tuple[str, list[str]]:
     """The text that two answers follow, and each answer, both as text of bounded length."""
     prompt = ""
     if all(isinstance(content, list) for content in contents):
-        turns = [[f"{turn.get('role')}: {turn.get('content')}" for turn in content] for content in contents]
+        turns = [[f"{turn.get('role')}: {text_of(turn.get('content'))}" for turn in content] for content in contents]
         prompt = "\n".join(turns[0][:-1])
-        contents = [str(content[-1].get("content")) for content in contents]
+        contents = [text_of(content[-1].get("content")) for content in contents]
     return _shortened(prompt), [_shortened(content) for content in contents]
 
 

@@ -107,6 +107,31 @@ def check_sequences(model: Any, sequences: Sequence[list[int]]) -> None:
             )
 
 
+def check_pad_token(model: Any, pad_token_id: int | None) -> None:
+    """
+    Check that batches can be padded with a token.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        pad_token_id (`int` or `None`):
+            Id of the token. Transformers' pooling finds the last token of a text by it.
+
+    Raises:
+        `ValueError`: If there is none, or the model has no embedding of it.
+    """
+    if pad_token_id is None:
+        raise ValueError("model.config.pad_token_id is None; set it to the tokenizer's pad_token_id")
+    known = vocabulary_size(model)
+    if not 0 <= pad_token_id < (known or math.inf):
+        ids = f"the ids 0 to {known - 1}" if known else "ids from 0"
+        raise ValueError(
+            f"the padding token has the id {pad_token_id}, and the model has {ids}: set the tokenizer's pad_token and "
+            "the config's pad_token_id to a token of the model, such as the end of text; or, before training, call "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
 def vocabulary_size(model: Any) -> int:
     """Number of token ids that a model knows, or 0 if it cannot be found out."""
     embeddings = model.get_input_embeddings()
@@ -146,12 +171,12 @@ def run_in_batches(
         output of the model for them in that order.
 
     Raises:
-        `ValueError`: If `model.config.pad_token_id` is not set, without which no classifier finds the last token; or
-            if a sequence is empty, longer than the model has positions for, or holds an unknown token id.
+        `ValueError`: If `model.config.pad_token_id` is not set or unknown to the model, without which no classifier
+            finds the last token; or if a sequence is empty, longer than the model has positions for, or holds an
+            unknown token id.
     """
     pad_token_id = model.config.get_text_config().pad_token_id
-    if pad_token_id is None:
-        raise ValueError("model.config.pad_token_id is None; set it to the tokenizer's pad_token_id")
+    check_pad_token(model, pad_token_id)
     if [] in sequences:
         raise ValueError(f"sequence {sequences.index([])} is empty: there is no last token to read a reward at")
     check_sequences(model, sequences)

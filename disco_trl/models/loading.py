@@ -266,6 +266,11 @@ def _naming_bad_files(path: str, *of_configuration: type[Exception]) -> Iterator
             f"{path}: its pickled weights hold more than tensors, so reading them might run code, and they were not "
             "read; save the model as safetensors where you trust it"
         ) from error
+    except AssertionError as error:  # torch's, when an embedding is built whose padding index is not one of its rows
+        raise ValueError(
+            f"{path}: its configuration is not what it should be ({error}); set pad_token_id in config.json to the id "
+            "of a token that the model has"
+        ) from error
     except configuration as error:
         raise ValueError(f"{path}: its configuration is not what it should be ({error}); {fix}") from error
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tokenization import Content
 from ..distributions.reward_distribution import RewardDistribution
 from .disco_reward import DiscoReward
-from .reward_function import Content
 
 
 @dataclass(frozen=True)

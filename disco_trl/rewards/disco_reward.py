@@ -23,17 +23,17 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data.tokenization import SpecialTokens, chat_template_arguments, tokenize
-from ..data.values import shown
+from ..data.contents import message_problem
+from ..data.tokenization import Content, SpecialTokens, chat_template_arguments, tokenize
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
 from ..models.distributed import process_state
-from ..models.inference import TOKENS_PER_BATCH, load_trained, run_in_batches
+from ..models.inference import TOKENS_PER_BATCH, check_pad_token, load_trained, run_in_batches
 from ..models.modeling import DiscoRewardModel
 from ..models.outputs import RewardModelOutput
 from ..models.scale_head import ScaleHead
 from .annotate import Annotator, map_dataset
-from .reward_function import Content, RewardFunction
+from .reward_function import RewardFunction
 
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,10 @@ class DiscoReward(RewardFunction):
     """Disco reward model as a TRL reward function: `reward(prompts, completions, **columns) -> list[float]`.
 
     Texts are tokenized exactly as in training. A plain text gets the end-of-text token. A conversation goes through
-    the chat template, with the row's `tools` and `chat_template_kwargs` if the dataset has these columns. Other
-    columns are ignored. TRL's own path for a model in `reward_funcs` adds neither the end-of-text token nor, where the
-    tokenizer has one, the beginning-of-text token to a plain text, which changes its reward; for conversations both
+    the chat template, with the `chat_template_kwargs` of the trainer's config, and the row's `tools` and
+    `chat_template_kwargs` if the dataset has these columns. Other columns are ignored. TRL's own path for a model in
+    `reward_funcs` adds neither the end-of-text token nor, where the tokenizer has one, the beginning-of-text token to
+    a plain text, which changes its reward, and it does not read the two columns. For conversations without them both
     agree.
 
     Nothing is truncated: a text that is longer than the number of the model's positions is an error. The model runs in
@@ -88,7 +89,8 @@ class DiscoReward(RewardFunction):
 
     Raises:
         `ValueError`: If the transform or an option is unknown, out of its domain, or undefined for the model's family,
-        if the path contains a language model without a reward head, or if no tokenizer is passed or found.
+        if the path contains a language model without a reward head, if no tokenizer is passed or found, or if the
+        model does not know the padding token.
         `TypeError`: If the model is not a disco model.
 
     Example:
@@ -143,6 +145,7 @@ class DiscoReward(RewardFunction):
             # Batches are padded with it, and transformers' pooling searches for it from the right to find the last
             # token of each text.
             inner.config.get_text_config().pad_token_id = _pad_token_id(processing_class)
+        check_pad_token(inner, inner.config.get_text_config().pad_token_id)
 
     def tokenize(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[list[int]]:
         """Token ids of each prompt with its completion.
@@ -310,22 +313,12 @@ def _saved_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def _check_messages(messages: list[Any], row: int) -> None:
     """Raises a `ValueError` for messages that most chat templates would render as Python prints them."""
+    if not messages:
+        raise ValueError(f"row {row}: no messages; leave the row out")
     for turn, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"row {row}: turn {turn} is {shown(message)}, not a message; write it as "
-                '{"role": ..., "content": ...}'
-            )
-        content = message.get("content")
-        if isinstance(content, list) and not all(
-            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            for part in content
-        ):
-            raise ValueError(f"row {row}: a message holds more than text, and a reward model reads text only")
-        if not isinstance(content, str | list | None):
-            raise ValueError(
-                f"row {row}: turn {turn} has {shown(content)} for its content, where a text should be; write it as one"
-            )
+        problem = message_problem("", turn, message, needs_content=False)
+        if problem is not None:
+            raise ValueError(f"row {row}: {problem.wrong}; {problem.fix}")
 
 
 def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:

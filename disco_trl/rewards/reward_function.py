@@ -18,15 +18,14 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor
 
+from ..data.contents import without_nulls
+from ..data.tokenization import Content
 from ..distributions.reward_distribution import RewardDistribution, get_family
 from ..distributions.transforms import Transform, group_members
 from ..models.distributed import process_state
 
 
 logger = logging.getLogger(__name__)
-
-Content = str | list[dict[str, Any]]
-"""Prompt or completion: a text, or a list of messages."""
 
 
 class RewardFunction(ABC):
@@ -98,7 +97,9 @@ class RewardFunction(ABC):
             completions (`Sequence`):
                 `B` texts or `B` lists of messages, of the same kind as `prompts`.
             **columns:
-                Columns of the dataset, lists of `B` values, and the callbacks `log_metric` and `log_extra` of TRL.
+                Columns of the dataset, lists of `B` values, and the callbacks `log_metric` and `log_extra` of TRL. The
+                `chat_template_kwargs` in the config of the trainer that calls hold for every row, as on TRL's own
+                path, unless the row's own say otherwise.
 
         Returns:
             `list[float]`: `B` rewards.
@@ -106,6 +107,7 @@ class RewardFunction(ABC):
         Raises:
             `ValueError` or `FloatingPointError`: As in [`~RewardFunction.distribution`].
         """
+        columns = _with_template_arguments_of_trainer(columns, len(prompts))
         own, own_traits = self._rewards_and_traits(prompts, completions, columns)
         state = process_state()
         counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
@@ -164,6 +166,18 @@ class RewardFunction(ABC):
         if what not in self._warned and process_state().is_main_process:
             logger.warning(f"{self.__name__}: {message}.")
         self._warned.add(what)
+
+
+def _with_template_arguments_of_trainer(columns: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The columns, in which each row has the `chat_template_kwargs` of the trainer's config beside its own."""
+    # TRL hands a reward function no arguments of its own, but `log_metric` is a method of the trainer.
+    trainer = getattr(columns.get("log_metric"), "__self__", None)
+    given = getattr(trainer, "chat_template_kwargs", None)
+    if not given:
+        return columns
+    own = columns.get("chat_template_kwargs")
+    own = [None] * rows if own is None else own
+    return {**columns, "chat_template_kwargs": [{**given, **without_nulls(of_row or {})} for of_row in own]}
 
 
 def prompt_key(prompt: Content) -> int:

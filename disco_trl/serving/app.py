@@ -18,16 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from .._version import __version__
-from ..data.tokenization import tokenize
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import Transform, get_transform
 from ..models.inference import TOKENS_PER_BATCH, most_positions
 from ..rewards.disco_reward import DiscoReward
 from ..rewards.reward_function import prompt_key
 from .batching import Batcher, QueueFullError, TooLargeError
+from .rendered import RenderedTexts
 
 
 try:
@@ -50,60 +49,6 @@ try:
     )
 except ImportError as error:
     raise ImportError(f"disco-trl serve needs {error.name}: pip install 'disco-trl[serve]'") from error
-
-
-class RenderedTexts:
-    """Token ids of texts that a chat template has already rendered, as RLHF engines send them.
-
-    A text is taken for a rendered conversation if it contains the string with which the tokenizer's chat template
-    opens an answer. Such a text gets no special tokens beyond those that it already contains, because the template has
-    written the beginning-of-text token where there is one. Its end is replaced by the template's own ending: a policy
-    stops at its end-of-turn token, whereas training continued to whatever the template writes after it, often a line
-    break. Any other text is tokenized as plain text, as in training.
-
-    The ids equal those of training if the template writes messages unchanged. If the template trims messages or drops
-    their reasoning, the text that the policy wrote counts.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the reward model. Without a chat template every text is plain text.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.start = self.ending = ""
-        if tokenizer.chat_template is not None:
-            question, answer = {"role": "user", "content": "<Q>"}, {"role": "assistant", "content": "<A>"}
-            prompt: Any = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-            whole: Any = tokenizer.apply_chat_template([question, answer], tokenize=False)
-            self.start = prompt.rpartition("<Q>")[2]
-            self.ending = whole.rpartition("<A>")[2]
-        bos = tokenizer.bos_token_id
-        self._adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-    def __call__(self, text: str) -> list[int]:
-        """Tokenizes one text.
-
-        Args:
-            text (`str`):
-                Rendered conversation or plain text. Padding tokens at its end are removed.
-
-        Returns:
-            `list[int]`: Token ids.
-        """
-        eos, pad = self.tokenizer.eos_token, self.tokenizer.pad_token
-        # Where padding and end of text are one token, trailing ones cannot be told apart from the text's own end.
-        while pad and pad != eos and text.endswith(pad):
-            text = text.removesuffix(pad)
-        if not self.start or self.start not in text:
-            # The tokenizer adds the beginning-of-text token itself; one in the text would be a second.
-            return tokenize(self.tokenizer, text.removeprefix(self.tokenizer.bos_token) if self._adds_bos else text)
-        # The longest ending first, so that what is removed is all of the ending that the text has.
-        for mark in (self.ending, self.ending.rstrip(), eos):
-            if mark and text.endswith(mark):
-                text = text.removesuffix(mark)
-                break
-        return self.tokenizer(text + self.ending, add_special_tokens=False)["input_ids"]
 
 
 class Scorer:
@@ -375,8 +320,10 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
 
     @app.post("/get_reward")
     async def get_reward(request: RewardRequest) -> RewardResponse:
-        found = await scorer.distribution("query", request.query, encode_rendered)
-        keys = [None] * len(found) if request.prompts is None else [prompt_key(prompt) for prompt in request.prompts]
+        prompts: list[Any] = [None] * len(request.query) if request.prompts is None else request.prompts
+        texts = list(zip(request.query, prompts, strict=True))
+        found = await scorer.distribution("query", texts, lambda text: encode_rendered(*text))
+        keys = [None if request.prompts is None else prompt_key(prompt) for prompt in prompts]
         rewards = scorer.rewards("query", reward.transform, found, keys)
         logs = {"location": found.location.tolist(), "scale": found.scale.tolist()}
         return RewardResponse(rewards=rewards, scores=rewards, extra_logs=logs)

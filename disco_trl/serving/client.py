@@ -16,9 +16,10 @@ import torch
 from requests.adapters import HTTPAdapter, Retry
 from torch import Tensor
 
+from ..data.tokenization import Content
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
-from ..rewards.reward_function import Content, RewardFunction
+from ..rewards.reward_function import RewardFunction
 
 
 class ServerError(RuntimeError):

@@ -38,7 +38,7 @@ from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
 from ..models.adapters import keep_to_one_family
 from ..models.distributed import check_parallelism, keep_head_apart
-from ..models.inference import vocabulary_size
+from ..models.inference import check_pad_token, vocabulary_size
 from ..models.model_card import make_model_card
 from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
@@ -279,6 +279,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         # TRL calls this for each dataset of its constructor, with the model in place, and for those of `evaluate`.
+        check_pad_token(self._adoption.model, processing_class.pad_token_id)
         found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
         if dataset_name == "train":  # before a row is refused for what a column of another meaning holds
             log_readings(dataset_name, found, found.ratings if "rating_values" in self._likelihood else {})

@@ -20,8 +20,9 @@ from preference_rows import (
     streamed,
     user,
 )
+from tiny_training import disco_trainer
 from tokenizers import processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, ByT5Tokenizer, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
 from disco_trl import DiscoRewardTrainer
@@ -36,6 +37,7 @@ def prepare(tiny_tokenizer, tmp_path):
 
     def prepare(dataset, dataset_name="train", *, trainer=DiscoRewardTrainer, tokenizer=tiny_tokenizer, **options):
         args = RewardConfig(str(tmp_path), **{"max_length": None, "bf16": False, "report_to": "none", **options})
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as TRL's constructor does
         made = trainer.__new__(trainer)
         made._adoption, made._surveyed_dataset = SimpleNamespace(model=model), None
         return made._prepare_dataset(dataset, tokenizer, args, dataset_name)
@@ -273,6 +275,19 @@ def test_errors_come_before_any_token(prepare, tiny_tokenizer):
     tiny_tokenizer.chat_template = "{{ raise_exception('rendered') }}"
     with pytest.raises(ValueError, match="train dataset, row 1, column 'rejected': no messages"):
         prepare(Dataset.from_list([EXPLICIT, {**EXPLICIT, "rejected": []}]))
+
+
+def test_a_pad_token_without_an_embedding_is_named_before_training(tiny_llama_dir, tiny_tokenizer, tmp_path):
+    """As users add one, without resizing the embeddings."""
+    tiny_tokenizer.add_special_tokens({"pad_token": "<new>"})
+    options = {"train_dataset": Dataset.from_list([EXPLICIT]), "processing_class": tiny_tokenizer}
+    with pytest.raises(
+        ValueError, match=r"padding token has the id 393, and the model has the ids 0 to 392: .*resize"
+    ):
+        disco_trainer(tmp_path / "refused", model=tiny_llama_dir, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    disco_trainer(tmp_path / "trained", model=model, max_steps=1, **options).train()
 
 
 @pytest.mark.parametrize("make", [map_style, streamed])

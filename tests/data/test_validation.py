@@ -69,13 +69,25 @@ BAD_ROWS = {
         *("turn 0 has no 'role' that is a string (its keys: 'from', 'value')", 'write each turn as {"role"'),
     ),
     "empty role": (IMPLICIT, {"chosen": [user(), {"role": "", "content": "x"}]}, "chosen", "turn 1 has no 'role'", ""),
-    "parts for content": (
-        *(EXPLICIT, {"prompt": [user([{"type": "text", "text": "Two and two?"}])]}, "prompt"),
-        *("turn 0 ('user') has content that is a list of messages, not a string", "join the text of its parts"),
+    "a picture": (
+        *(EXPLICIT, {"prompt": [user([{"type": "image", "image": "a.png"}])]}, "prompt"),
+        *("turn 0 ('user') holds a part that is not text ('image')", 'keep its parts {"type": "text", "text": ...}'),
+    ),
+    "a part without a text": (
+        *(EXPLICIT, {"prompt": [user([{"type": "text", "text": None}])]}, "prompt"),
+        *("turn 0 ('user') holds a part that is not text ('text')", "drop the row"),
+    ),
+    "strings for parts": (
+        *(EXPLICIT, {"prompt": [user(["Two and two?"])]}, "prompt"),
+        *("turn 0 ('user') holds a part that is not text (a string)", "drop the row"),
+    ),
+    "an answer of empty parts": (
+        *(EXPLICIT, {"chosen": [assistant([{"type": "text", "text": " "}])]}, "chosen"),
+        *("turn 0, the assistant's answer, is empty", "drop the row"),
     ),
     "number for content": (
         *(EXPLICIT, {"chosen": [assistant(4)]}, "chosen"),
-        *("turn 0 ('assistant') has content that is a value of type int, not a string", ""),
+        *("turn 0 ('assistant') has content that is a value of type int, not a text", ""),
     ),
     "user without content": (
         *(EXPLICIT, {"prompt": [user(None)]}, "prompt"),

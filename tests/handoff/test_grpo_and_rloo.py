@@ -190,6 +190,39 @@ def test_columns_of_the_dataset_reach_the_chat_template(reward_dirs, tiny_llama_
 
 
 @both_trainers
+@pytest.mark.parametrize("of_rows", [False, True], ids=["of the config", "of the rows too"])
+def test_template_arguments_of_the_config_are_those_of_trls_own_path(
+    trainer, of_rows, reward_dirs, tiny_llama_dir, tmp_path
+):
+    path = reward_dirs["full"]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = "{{ style }}, {{ mood }}: " + tokenizer.chat_template
+    given = {"style": "short and careful", "mood": "good"}
+    columns = {"chat_template_kwargs": [{"mood": "bad"}, {"mood": None}] * 2} if of_rows else {}
+    result = run(
+        *TRAINERS[trainer],
+        tiny_llama_dir,
+        [path, DiscoReward(path, tokenizer)],
+        tmp_path,
+        train_dataset=prompts("messages", **columns),
+        reward_processing_classes=[tokenizer, None],
+        chat_template_kwargs=given,
+    )
+    conversations = result.conversations
+    theirs, _ = by_hand(path, [token_ids(tokenizer, row, **given) for row in conversations])
+    assert result.rewards["full"] == close(theirs)
+    # TRL does not read the rows' own arguments here. Arrow puts a null where a row has none.
+    moods = ["bad" if of_rows and QUESTIONS.index(row[0]["content"]) % 2 == 0 else "good" for row in conversations]
+    own = [{**given, "mood": mood} for mood in moods]
+    ours, _ = by_hand(
+        path, [token_ids(tokenizer, row, **kwargs) for row, kwargs in zip(conversations, own, strict=True)]
+    )
+    assert result.rewards["disco_mean"] == close(ours)
+    without, _ = by_hand(path, [token_ids(tokenizer, row) for row in conversations])
+    assert (ours - without).abs().max() > 0.01
+
+
+@both_trainers
 def test_metrics_and_columns_arrive(trainer, reward_dirs, tiny_llama_dir, tmp_path):
     path = reward_dirs["adapter"]
     result = run(*TRAINERS[trainer], tiny_llama_dir, DiscoReward(path, name="film"), tmp_path)

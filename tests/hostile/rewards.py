@@ -190,24 +190,26 @@ REWARDS = (
         (
             "texts for messages",
             Answers([["a"]], [["b"]]),
-            'row 0: turn 0 is \'a\', not a message; write it as {"role": ..., "content": ...}',
+            'row 0: turn 0 is a string, not a message; write each turn as {"role": ..., "content": ...}',
         ),
         (
             "a message without a role",
             Answers([[{"content": "a"}]], [said("b")]),
-            "row 0: turn 0 is {'content': 'a'}, not a message; write it as {\"role\": ..., \"content\": ...}",
+            "row 0: turn 0 has no 'role' that is a string (its keys: 'content'); write each turn as "
+            '{"role": ..., "content": ...}',
         ),
         (
             "a number for a message's text",
             Answers([QUESTION], [said(4)]),
-            "row 0: turn 1 has 4 for its content, where a text should be; write it as one",
+            "row 0: turn 1 ('assistant') has content that is a value of type int, not a text; write it as a string",
         ),
         (
             "an image",
             Answers([[{"role": "user", "content": [{"type": "image", "url": "file:///etc/passwd"}]}]], [said("b")]),
-            "row 0: a message holds more than text, and a reward model reads text only",
+            "row 0: turn 0 ('user') holds a part that is not text ('image'), and reward models read text; drop the "
+            'row, or keep its parts {"type": "text", "text": ...} only',
         ),
-        ("no messages at all", Answers([[]], [[]]), "row 0: the chat template, or the tokenizer, does not take it (V"),
+        ("no messages at all", Answers([[]], [[]]), "row 0: no messages; leave the row out"),
         ("half a character", Answers(["a"], ["\ud800"]), "row 0: the tokenizer does not take it"),
         (
             "a number for tools",

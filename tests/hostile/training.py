@@ -59,13 +59,19 @@ TRAINING = (
             "a number for a message's text",
             [CHAT | {"chosen": said(4)}],
             "train dataset, row 0, column 'chosen': turn 0 ('assistant') has content that is a value "
-            "of type int, not a string; join the text of its parts into one string",
+            "of type int, not a text; write it as a string",
         ),
         (
             "terminal control in a role",
             [CHAT | {"chosen": [{"role": "\x1b]0;x\x07", "content": 4}]}],
             "train dataset, row 0, column 'chosen': turn 0 ('\\x1b]0;x\\x07') has content that is a "
-            "value of type int, not a string; join the text of its parts into one string",
+            "value of type int, not a text; write it as a string",
+        ),
+        (
+            "a picture in a message",
+            [CHAT | {"chosen": said([{"type": "image", "image": "file:///etc/passwd"}])}],
+            "train dataset, row 0, column 'chosen': turn 0 ('assistant') holds a part that is not text ('image'), "
+            'and reward models read text; drop the row, or keep its parts {"type": "text", "text": ...} only',
         ),
         (
             "negative votes",

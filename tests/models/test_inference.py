@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import DECODERS, tiny_config
-from transformers import AutoModelForSequenceClassification
+from tiny_models import DECODERS, edited_copy, tiny_config
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from disco_trl import DiscoRewardModel
+from disco_trl import DiscoReward, DiscoRewardModel
 from disco_trl.models import inference
 from disco_trl.models.inference import batches_by_tokens, score
 from disco_trl.models.upgrade import upgrade
@@ -120,6 +120,24 @@ def test_scoring_without_a_pad_token_is_an_error(tiny_llama_dir):
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="pad_token_id is None"):
         score(model, SEQUENCES)
+
+
+@pytest.mark.parametrize("wrong", [-1, 393, 100_000])
+def test_a_pad_token_that_the_model_does_not_know_is_named(wrong, tiny_llama_dir):
+    """It would be an index out of range, or a row of zeros from the end of the embeddings."""
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir)
+    model.config.pad_token_id = wrong
+    message = f"the padding token has the id {wrong}, and the model has the ids 0 to 392"
+    with pytest.raises(ValueError, match=message):
+        score(model, SEQUENCES)
+    with pytest.raises(ValueError, match=message):
+        DiscoReward(model, AutoTokenizer.from_pretrained(tiny_llama_dir))
+
+
+def test_a_checkpoint_whose_pad_token_is_beyond_its_vocabulary(tiny_llama_dir, tmp_path):
+    path = edited_copy(tiny_llama_dir, tmp_path / "odd", config={"pad_token_id": 393})
+    with pytest.raises(ValueError, match=r"odd: its configuration .* set pad_token_id in config\.json"):
+        DiscoRewardModel.from_pretrained(path)
 
 
 def test_batches_keep_to_their_budget():

@@ -84,7 +84,12 @@ def test_what_trl_passes_beside_is_let_be(reward_dir):
         (["a", user("b")], ["c", "d"], "row 1: the prompt is a list and the completion a str"),
         (["a", "b"], ["c", assistant("d")], "row 1: the prompt is a str and the completion a list"),
         ([None], [None], "row 0: the prompt is a NoneType"),
-        ([user("a"), user([{"type": "image"}])], [assistant("b")] * 2, "row 1: a message holds more than text"),
+        ([user("a"), user([{"type": "image"}])], [assistant("b")] * 2, r"row 1: turn 0 \('user'\) holds a part that"),
+        (
+            [user("a")],
+            [assistant([{"type": "audio"}])],
+            r"row 0: turn 1 \('assistant'\) holds a part that is not text",
+        ),
     ],
 )
 def test_rows_that_make_no_sense(prompts, completions, message, reward_dir):

@@ -35,7 +35,7 @@ def test_items_of_every_kind_are_scored_as_training_tokenizes_them(reward, url):
     ]
     expected = reward.distribution(
         ["", QUESTION, "How? ", QUESTION, QUESTION, [], []],
-        ["Good.", MESSAGES[0], "Good.", MESSAGES[0], MESSAGES[0], MESSAGES[0], items[-1]["completion"]],
+        ["Good.", MESSAGES[0], "Good.", MESSAGES[0], MESSAGES[0], MESSAGES[0], MESSAGES[0]],
         tools=[None, None, None, None, [TOOL], None, None],
         chat_template_kwargs=[None, None, None, None, None, {"add_generation_prompt": True}, None],
     )

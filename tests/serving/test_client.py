@@ -152,6 +152,8 @@ def test_a_lone_answer_wins_half_and_is_warned_of_once(url, caplog):
 
 def test_grpo_logs_the_locations(reward, url, tiny_llama_dir, tiny_tokenizer, tmp_path):
     seen = []
+    tiny_tokenizer.chat_template = "{{ style }}: " + tiny_tokenizer.chat_template  # the server's as well
+    given = {"style": "short and careful"}
 
     def remember(prompts, completions, **columns):
         seen.append((prompts, completions))
@@ -173,6 +175,7 @@ def test_grpo_logs_the_locations(reward, url, tiny_llama_dir, tiny_tokenizer, tm
             use_cpu=True,
             disable_tqdm=True,
             gradient_checkpointing=False,
+            chat_template_kwargs=given,
         ),
         processing_class=tiny_tokenizer,
         train_dataset=Dataset.from_dict({"prompt": [QUESTION, MESSAGES[0]] * 4}),
@@ -180,7 +183,8 @@ def test_grpo_logs_the_locations(reward, url, tiny_llama_dir, tiny_tokenizer, tm
     trainer.train()
     logged = [entry["rewards/disco_mean/mean"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == len(seen) == 2
-    close(logged, [reward.distribution(*batch).location.mean().item() for batch in seen])
+    rewards = [reward.distribution(*batch, chat_template_kwargs=[given] * len(batch[0])) for batch in seen]
+    close(logged, [of_batch.location.mean().item() for of_batch in rewards])
 
 
 # verl

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..contents import text_of
 from ..findings import ROWS_NAMED
 from ..judgements import why_not_a_scale
 from ..records import Record
@@ -68,7 +69,7 @@ def texts_of(record: Record) -> tuple[str, list[str]]:
 def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "\n".join(str(turn.get("content") or turn.get("tool_calls") or "") for turn in content)
+    return "\n".join(text_of(turn.get("content")) or str(turn.get("tool_calls") or "") for turn in content)
 
 
 class Fingerprints:
