@@ -139,7 +139,7 @@ def test_the_overrides_of_the_trainer_are_checked_at_run_time():
     """A constructor of another signature, tags and model cards end in errors of their own, or in none that matters."""
     listed = {name.rpartition(".")[2] for name in NAMES if re.search(r"\b(RewardTrainer|Trainer)\.\w+$", name)}
     others = {"__init__", "_tag_names", "_name", "train", "create_optimizer", "hyperparameter_search", *OF_INSTANCES}
-    assert listed - others - {"_get_output_dir"} == {*HOOKS}
+    assert listed - others - {"_get_output_dir", "_prepare_inputs"} == {*HOOKS}
 
 
 def test_what_constructors_set_is_there(tmp_path, tiny_llama_dir):

@@ -11,7 +11,7 @@ in the one error of [`upstream_error`].
 | --- | --- |
 | before construction | the methods that are overridden are there, and take the arguments that ours take |
 | after construction | our preparation of the datasets ran, and the model that is trained is the one that was adopted |
-| when a dataloader is made | its samplers are ours, and our columns are kept for the collator |
+| when a dataloader is made | its samplers are ours, our columns are kept for the collator, and TRL reads no others |
 | first batch | what the rows say has reached the loss, and TRL reads the two sides of a pair as we do |
 | first optimizer step | batches go through our `_prepare_input`, which keeps margins and votes in float32 |
 """
@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 from trl import RewardTrainer
 
 from ..data.collator import ANSWERS
-from ..data.columns import ROW_COLUMN
+from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN, TOKENIZED_PAIR
 from ..data.judgements import has_judgements
 
 
@@ -119,7 +119,7 @@ class UpstreamChecks(TrainerCallback):
         [`UpstreamError`]: If a method is not there, or takes other arguments.
     """
 
-    def __init__(self, trainer_class: type):
+    def __init__(self, trainer_class: Any):
         self.trainer_class = trainer_class
         self.called: set[str] = set()
         # Columns of the dataset whose first batch has not come yet, by mode
@@ -178,7 +178,13 @@ class UpstreamChecks(TrainerCallback):
             self._expect_calls(["_set_signature_columns_if_needed"], "so votes, ratings and margins would be dropped")
         if hasattr(dataset, "__len__"):
             self._expect_calls([f"_get_{mode}_sampler"], "so its batches would not be those asked for")
-        self._awaited[mode] = {*(getattr(dataset, "column_names", None) or ())}
+        columns = self._awaited[mode] = {*(getattr(dataset, "column_names", None) or ())}
+        kept = {*(trainer._signature_columns or ())} if trainer.args.remove_unused_columns else set()
+        if unread := sorted(columns & kept - {*TOKENIZED_PAIR, ROW_COLUMN, RANKED_IDS, "ranks", *JUDGEMENT_COLUMNS}):
+            raise upstream_error(
+                f"trl's RewardTrainer reads the column {', '.join(unread)} of the dataset, which DiscoRewardTrainer "
+                "does not know and would ignore; leave the column out to train without it"
+            )
 
     def check_batch(self, mode: str, batch: dict[str, Any]) -> None:
         """
@@ -235,6 +241,8 @@ class UpstreamChecks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check how transformers has handled the batches of the first optimizer step."""
+        if self.trainer_class._prepare_inputs is not RewardTrainer._prepare_inputs:
+            return  # a subclass of the user's
         self._expect_calls(["_prepare_input"], "so margins and votes could be rounded to bfloat16")
 
     def _expect_calls(self, names: Iterable[str], meaning: str) -> None:

@@ -60,7 +60,8 @@ def refused(tmp_path, tiny_llama_dir):
 
     def run(problem: str, evaluates: bool = False) -> None:
         rows = preferences(rows=8)
-        rows = rows.add_column("chosen_votes", [0] * 8).add_column("rejected_votes", [5] * 8)
+        for name, value in (("chosen_votes", 0), ("rejected_votes", 5), ("importance", 1)):
+            rows = rows.add_column(name, [value] * 8)
         with pytest.raises(UpstreamError, match=problem) as error:
             trainer = disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=rows, eval_dataset=rows, max_steps=1)
             with torch.no_grad():
@@ -141,6 +142,12 @@ def test_columns_are_removed_all_the_same(refused, change, evaluates):
     refused("lacks row_index, judgements, which the columns of the dataset give", evaluates)
 
 
+def test_trl_reads_a_column_that_is_not_known(refused, change):
+    # As TRL once began to read `margin`
+    change(RewardTrainer, HOOK, '"margin"]', '"margin", "importance"]')
+    refused("reads the column importance of the dataset, .* would ignore")
+
+
 def test_metrics_are_kept_elsewhere(refused, change):
     change(RewardTrainer, "__init__", "self._metrics = {", "self._logged = {")
     refused("does not keep its metrics in `_metrics`")
@@ -177,6 +184,9 @@ class WithItsOwnSampler(DiscoRewardTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
+
+    def _prepare_inputs(self, inputs):
+        return inputs
 
 
 def test_a_subclass_may_have_its_own_methods(tmp_path, tiny_llama_dir, monkeypatch):
