@@ -220,9 +220,9 @@ class DiscoRewardConfig(RewardConfig):
         if lacks_bfloat16 and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
             # Only now accelerate knows which process speaks for all.
             logger.warning(
-                f"Training is in float32: bf16 is not set, and this machine's {self.device.type} has no bfloat16 that "
-                "transformers accepts. Set bf16=False to say so yourself, fp16=True for an older GPU, or use_cpu=True "
-                "and bf16=True for a CPU with fast bfloat16."
+                f"Training is in float32: bf16 is not set, and this machine has no accelerator with bfloat16 (device: "
+                f"{self.device.type}). Set bf16=False to silence this line, fp16=True on an older GPU, or "
+                "use_cpu=True and bf16=True on a CPU with fast bfloat16."
             )
         if self.reward_family is not None:
             get_family(self.reward_family)
