@@ -64,7 +64,7 @@ def settings_of(setting: Setting, is_shared: bool, dtype: str = "float32") -> Se
         prompt_share=PROMPT_SHARE,
         prefix_sharing=is_shared,
         dtype=dtype,
-        gradient_checkpointing=setting.gradient_checkpointing,
+        activation_checkpointing=setting.gradient_checkpointing,
         device="cpu",
     )
 

@@ -8,7 +8,6 @@ one. DATASET is a preference dataset of any type that TRL accepts: a Hub id, a f
 
 import sys
 
-import torch
 from peft import LoraConfig
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
@@ -18,10 +17,7 @@ from disco_trl.data.files import load_preferences
 model, dataset = sys.argv[1:]
 trainer = DiscoRewardTrainer(  # was: RewardTrainer
     model=model,
-    args=DiscoRewardConfig(  # was: RewardConfig
-        output_dir="runs/reward",
-        use_cpu=not torch.accelerator.is_available(),  # TRL's default, bf16, requires this on a CPU.
-    ),
+    args=DiscoRewardConfig(output_dir="runs/reward"),  # was: RewardConfig
     train_dataset=load_preferences(dataset)["train"],
     peft_config=LoraConfig(target_modules="all-linear"),  # The reward head is trained and saved automatically.
 )

@@ -17,12 +17,12 @@ QLoRA: the base model in 4 bits, the adapter and the reward head in full precisi
 
     --use_peft --load_in_4bit --lora_r 32 --lora_target_modules all-linear --learning_rate 1e-4
 
-CPU, on your own pairs: `data/` holds train.jsonl and test.jsonl, each line {"chosen": ..., "rejected": ...}. bfloat16
-is quick on CPUs that have it and slow on others (`--bf16 False`).
+CPU, on your own pairs: `data/` holds train.jsonl and test.jsonl, each line {"chosen": ..., "rejected": ...}. Training
+is in float32 there. On a CPU with fast bfloat16 add `--use_cpu --bf16 True`.
 
     python scripts/disco_reward.py \\
         --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name data/ \\
-        --use_peft --gradient_checkpointing False --use_cpu --output_dir outputs/disco
+        --use_peft --activation_checkpointing False --output_dir outputs/disco
 
 All of it may stand in a YAML file: `--config reward.yaml`. The installed command `disco-trl train ...` does the same
 and starts `accelerate launch` by itself.

@@ -181,7 +181,9 @@ def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dic
         "warmup_steps": 0.1,
         "bf16": bfloat16_is_fast(),
         "use_cpu": not torch.accelerator.is_available(),  # transformers requires this for bf16 on a CPU.
-        "gradient_checkpointing": False,  # The activations are small, and it costs a second forward pass.
+        # The activations are small, and it costs a second forward pass. transformers 6 has `activation_checkpointing`
+        # in its place, which TRL's config does not take before transformers 5.24.
+        "gradient_checkpointing": False,
         "seed": seed,
         "logging_steps": 10,
         "save_strategy": "no",

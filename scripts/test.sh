@@ -4,10 +4,12 @@
 #   .venvs/trl-newest   newest TRL: ruff, mypy, all tests, and a wheel that is built and tested outside the checkout
 #   .venvs/trl-1.12     oldest supported TRL (and the last with PPOTrainer): the contract tests
 #
-#   bash scripts/test.sh [--fresh] [--fast] [arguments for pytest]
+#   bash scripts/test.sh [--fresh] [--fast] [--next] [arguments for pytest]
 #
 #   --fresh   recreate the environments (by default only if setup.cfg, pyproject.toml, PYTHON or TORCH_SPEC change)
 #   --fast    skip the tests marked `slow`
+#   --next    only the contract tests, in .venvs/trl-next, with the newest TRL and transformers that there are, whatever
+#             setup.cfg allows: docs/upstream.md says when and how to raise its bounds
 #
 # PYTHON is the interpreter (default: python3). TORCH_SPEC is what pip installs as torch, e.g. another version or
 # "torch --index-url <your mirror of CPU builds>".
@@ -17,11 +19,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fresh=false
 fast=false
+next=false
 pytest_args=()
 for argument in "$@"; do
     case $argument in
         --fresh) fresh=true ;;
         --fast) fast=true ;;
+        --next) next=true ;;
         -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) pytest_args+=("$argument") ;;
     esac
@@ -100,12 +104,29 @@ assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
 }
 
 contract_tests=(tests/contracts tests/handoff tests/test_upstream.py
-    tests/trainer/test_{reward_trainer,calibration,epistemic,metrics,crashes}.py
+    tests/trainer/test_{reward_trainer,reward_config,calibration,epistemic,metrics,crashes,adoption,upstream_checks}.py
     tests/models/test_{prefix_sharing_training,distributed}.py
     tests/data/test_{preparation,samplers,judgements,hostile_inputs}.py
     tests/rewards/test_{disco_reward,reward_metrics,scalar_reward,best_of_n_function}.py)
 mark=()
 $fast && mark=(-m "not slow")
+
+# summarize: list what passed and what failed, and exit.
+summarize() {
+    printf '\n=== summary, %d:%02d minutes\n' $((SECONDS / 60)) $((SECONDS % 60))
+    ((${#passed[@]})) && printf 'passed  %s\n' "${passed[@]}"
+    ((${#failed[@]})) && printf 'FAILED  %s\n' "${failed[@]}"
+    exit $((${#failed[@]} > 0))
+}
+
+if $next; then
+    upcoming=.venvs/trl-next
+    step "environment: next TRL" environment $upcoming -e '.[test]' &&
+        step "newest releases" $upcoming/bin/pip install --quiet --upgrade --no-deps trl transformers &&
+        step "contract tests: next TRL" \
+            $upcoming/bin/python -m pytest -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
+    summarize
+fi
 
 newest=.venvs/trl-newest
 if step "environment: newest TRL" environment $newest -e '.[dev]'; then
@@ -123,7 +144,4 @@ if step "environment: TRL 1.12" environment $oldest -e '.[test,ppo]'; then
     $fast || step "PPO example: TRL 1.12" $oldest/bin/python -m pytest "${pytest_args[@]}" tests/test_examples.py -k ppo
 fi
 
-printf '\n=== summary, %d:%02d minutes\n' $((SECONDS / 60)) $((SECONDS % 60))
-((${#passed[@]})) && printf 'passed  %s\n' "${passed[@]}"
-((${#failed[@]})) && printf 'FAILED  %s\n' "${failed[@]}"
-exit $((${#failed[@]} > 0))
+summarize

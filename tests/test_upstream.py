@@ -15,6 +15,7 @@ from tiny_training import disco_trainer, preferences
 import disco_trl
 from disco_trl.data.collator import DataCollatorForDiscoPreference
 from disco_trl.trainer.reward_trainer import DiscoRewardTrainer
+from disco_trl.trainer.upstream_checks import HOOKS
 
 
 PACKAGE = Path(disco_trl.__file__).parent
@@ -132,6 +133,13 @@ def test_overridden_methods_are_listed(kind, upstream):
             if theirs and not is_generated and name != "from_pretrained" and f".{name}`" not in PAGE:
                 unlisted.add(f"{ours.__name__}.{name}")
     assert not unlisted
+
+
+def test_the_overrides_of_the_trainer_are_checked_at_run_time():
+    """A constructor of another signature, tags and model cards end in errors of their own, or in none that matters."""
+    listed = {name.rpartition(".")[2] for name in NAMES if re.search(r"\b(RewardTrainer|Trainer)\.\w+$", name)}
+    others = {"__init__", "_tag_names", "_name", "train", "create_optimizer", "hyperparameter_search", *OF_INSTANCES}
+    assert listed - others - {"_get_output_dir", "_prepare_inputs"} == {*HOOKS}
 
 
 def test_what_constructors_set_is_there(tmp_path, tiny_llama_dir):

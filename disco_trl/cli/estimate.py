@@ -54,7 +54,7 @@ class Arguments:
             "paged_adamw_8bit, sgd or adafactor."
         },
     )
-    gradient_checkpointing: bool = field(
+    activation_checkpointing: bool = field(
         default=True, metadata={"help": "Whether activations are dropped and computed again, as by TRL's default."}
     )
     processes: int = field(default=1, metadata={"help": "Number of devices (default: %(default)s)."})
@@ -118,7 +118,7 @@ def run(args: Arguments) -> None:
         prefix_sharing=args.prefix_sharing,
         dtype=args.dtype,
         optim=args.optim,
-        gradient_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.activation_checkpointing,
         lora_r=args.lora_r,
         lora_targets="all-linear" if targets == ["all-linear"] else tuple(targets),
         device=args.device,

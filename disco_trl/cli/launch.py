@@ -13,8 +13,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +46,13 @@ def launch(command: Command, words: Sequence[str]) -> int:
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
         launcher = _launcher_parser()
-        parsed = command.parser().parse(words, launcher._option_string_actions)
+        # The processes parse the arguments once more, and it is for them to warn.
+        with warnings.catch_warnings(action="ignore"):
+            logging.disable(logging.WARNING)
+            try:
+                parsed = command.parser().parse(words, launcher._option_string_actions)
+            finally:
+                logging.disable(logging.NOTSET)
         # Started as a module: by its path, the package's folder would come first on sys.path and hide other modules
         # named `data` or `models`. `--quiet`: the training process has told its error, and the launcher's own adds
         # nothing.

@@ -86,10 +86,18 @@ class Parser(TrlParser):
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file with any of these arguments.")
         self.positionals = {name: POSITIONALS[name] for name in positionals}
         self.options: Mapping[str, argparse.Action] = self._option_string_actions
+        # What may be a text or a bool, TRL's parser takes for a bool alone.
+        for name, hint in self._hints().items():
+            if {str, bool} <= {*get_args(hint)}:
+                self.options[f"--{name}"].type = _text_or_bool
         required = {action.dest for action in self.options.values() if action.required}
         shown = [name if dest in required else f"[{name}]" for name, dest in self.positionals.items()]
         self.short_form = " ".join([prog, *shown])
         self.usage = f"{self.short_form} [--OPTION VALUE ...]"
+
+    def _hints(self) -> dict[str, Any]:
+        """The type of each argument, as its dataclass declares it."""
+        return {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong, and exit with status 2, as argparse does."""
@@ -257,7 +265,7 @@ class Parser(TrlParser):
         A default is not converted by argparse as a word of the command line is, nor held to the choices, unless it is
         a text. TRL's own dataclasses, which take more types than they declare, do this for themselves.
         """
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        hints = self._hints()
         for name, value in config.items():
             if name not in hints:
                 continue
@@ -298,6 +306,10 @@ def _most_values(action: argparse.Action, rest: list[str]) -> int:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         return 0
     return min(following, 1)
+
+
+def _text_or_bool(word: str) -> str | bool:
+    return {"true": True, "false": False}.get(word.lower(), word)
 
 
 def _fits(value: Any, hint: Any) -> bool:

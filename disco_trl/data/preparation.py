@@ -10,11 +10,13 @@ and with the tokenizer's own threads. The filters read Arrow's arrays where TRL'
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +51,12 @@ logger = logging.getLogger(__name__)
 TEXTS_PER_CALL = 128
 """Texts that the tokenizer gets at once: enough for its threads. What it returns beside the ids takes many times their
 memory, so the texts of a whole batch of `map` would be too many."""
+
+LOOKED_AT_OF_STREAM = 100
+"""Pairs of a stream that are looked at before it is trained on, to see how many of them are dropped."""
+
+MOST_DROPPED_OF_STREAM = 10_000
+"""Pairs that a stream may begin with and that are all dropped. Nobody would wait for what comes after them."""
 
 
 def prepare_preferences(
@@ -137,14 +145,17 @@ def finish_preferences(
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset without those rows. One warning gives the
-        number of identical pairs and the first ten row numbers (for a stream: the first row, when it is met).
+        number of identical pairs and the first ten row numbers (for a stream: the first row, when it is met), and
+        another one the number of pairs that are too long (for a stream: if most of its first 100 are dropped).
 
     Raises:
-        `ValueError`: If nothing is left of a `Dataset`.
+        `ValueError`: If nothing is left, of a `Dataset` or of what a stream begins with.
     """
     on_main_process = PartialState().is_main_process
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(_UsablePairs(dataset_name, max_length, warn=on_main_process))
+        usable = _UsablePairs(dataset_name, max_length, warn=on_main_process)
+        _look_ahead(dataset, usable)
+        return dataset.filter(usable)
 
     too_long = np.zeros(len(dataset), dtype=bool)
     identical = np.zeros(len(dataset), dtype=bool)
@@ -170,7 +181,11 @@ def finish_preferences(
     if len(kept) == len(dataset):
         return dataset
     if len(kept) == 0:
-        raise ValueError(_nothing_left(dataset_name, max_length, int(too_long.sum()), int(identical.sum())))
+        why = _why_dropped(max_length, int(too_long.sum()), int(identical.sum()))
+        raise ValueError(f"{dataset_name} dataset: no pair is left of {len(dataset)}: {why}")
+    if too_long.any() and on_main_process:
+        why = _why_dropped(max_length, int(too_long.sum()), 0)
+        logger.warning(f"{dataset_name} dataset: dropped {too_long.sum()} of {len(dataset)} pairs: {why}")
     if identical.any() and on_main_process:
         dropped = np.flatnonzero(identical)
         positions = dropped[:10].tolist()
@@ -332,24 +347,45 @@ class _UsablePairs:
         self.max_length = max_length
         self.warn = warn
 
-    def __call__(self, example: dict[str, Any]) -> bool:
+    def fault(self, example: dict[str, Any]) -> Literal["too long", "identical"] | None:
+        """What is wrong with a row that is dropped."""
         answers = read_answers(example, PREPARED).answers
         if self.max_length is not None and max(map(len, answers)) > self.max_length:
-            return False
+            return "too long"
         chosen, rejected = (as_list(example[name]) for name in TOKENIZED_PAIR)
-        if chosen != rejected:
-            return True
-        if self.warn:
+        return "identical" if chosen == rejected else None
+
+    def __call__(self, example: dict[str, Any]) -> bool:
+        fault = self.fault(example)
+        if fault == "identical" and self.warn:
             self.warn = False
             row = f"row {int(example[ROW_COLUMN])}: " if ROW_COLUMN in example else ""
             logger.warning(
                 f"{self.dataset_name} dataset, {row}'chosen' and 'rejected' are identical after tokenization and "
                 "teach nothing; dropped, as all further ones will be without a word"
             )
-        return False
+        return fault is None
 
 
-def _nothing_left(dataset_name: str, max_length: int | None, too_long: int, identical: int) -> str:
+def _look_ahead(dataset: IterableDataset, usable: _UsablePairs) -> None:
+    """See what is left of the beginning of a stream: a run on a stream of which nothing is left ends by itself."""
+    faults = Counter[str | None]()
+    of = "of"
+    for row in dataset:
+        faults[usable.fault(row)] += 1
+        if faults.total() >= (LOOKED_AT_OF_STREAM if faults[None] else MOST_DROPPED_OF_STREAM):
+            of = "of the first"  # and perhaps only ones
+            break
+    seen, dropped = faults.total(), faults.total() - faults[None]
+    why = _why_dropped(usable.max_length, faults["too long"], faults["identical"])
+    if dropped == seen:
+        raise ValueError(f"{usable.dataset_name} dataset: no pair is left {of} {seen}: {why}")
+    if 2 * dropped > seen and usable.warn:
+        logger.warning(f"{usable.dataset_name} dataset: dropped {dropped} {of} {seen} pairs of the stream: {why}")
+
+
+def _why_dropped(max_length: int | None, too_long: int, identical: int) -> str:
+    """Why pairs are dropped, and how to keep them."""
     reasons, fixes = [], []
     if too_long:
         reasons.append(f"{too_long} have a side of more than max_length={max_length} tokens")
@@ -357,7 +393,4 @@ def _nothing_left(dataset_name: str, max_length: int | None, too_long: int, iden
     if identical:
         reasons.append(f"{identical} have identical sides after tokenization")
         fixes.append("check that the chat template renders the last turn and that the sides differ")
-    return (
-        f"{dataset_name} dataset: no pair is left of {too_long + identical}: {' and '.join(reasons)}; "
-        f"{', and '.join(fixes)}"
-    )
+    return f"{' and '.join(reasons)}; {', and '.join(fixes)}"

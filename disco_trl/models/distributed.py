@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed.fsdp
 from accelerate import PartialState
@@ -20,6 +22,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from .heads import DiscoHead
+from .lending import lend
 
 
 def check_parallelism(
@@ -74,7 +77,7 @@ def check_parallelism(
 
 def keep_head_apart(accelerator: Any) -> None:
     """
-    Make each reward head a unit of its own when `accelerator.prepare` applies FSDP2.
+    Make each reward head a unit of its own when `accelerator.prepare` applies FSDP2, and check that it is one.
 
     Args:
         accelerator (`accelerate.Accelerator`):
@@ -86,14 +89,37 @@ def keep_head_apart(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def prepare_with_head(*args: Any, **kwargs: Any) -> Any:
-        with head_as_its_own_unit():
-            return prepare(*args, **kwargs)
+        with heads_as_their_own_units():
+            prepared = prepare(*args, **kwargs)
+        for module in prepared if isinstance(prepared, tuple) else (prepared,):
+            if isinstance(module, nn.Module):
+                _check_heads(module)
+        return prepared
 
     accelerator.prepare = prepare_with_head
 
 
+# Heads that were sharded apart from the language model: accelerate leaves a model as it is that it gets once more.
+_sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _check_heads(model: nn.Module) -> None:
+    """Check that each reward head of a model that accelerate has sharded was treated separately, in float32."""
+    for name, head in model.named_modules():
+        if not isinstance(head, DiscoHead):
+            continue
+        rounded = {str(weight.dtype) for weight in head.parameters() if weight.dtype != torch.float32}
+        if rounded or head not in _sharded:
+            how = f"is in {', '.join(rounded)}" if rounded else "was sharded with the weights of the language model"
+            raise RuntimeError(
+                f"after accelerator.prepare the reward head {name} {how}, so that its rewards would be rounded. "
+                f"accelerate {accelerate.__version__} does not call torch.distributed.fsdp.fully_shard for each unit, "
+                "as 1.10 to 1.15 do; install one of these"
+            )
+
+
 @contextlib.contextmanager
-def head_as_its_own_unit() -> Iterator[None]:
+def heads_as_their_own_units() -> Iterator[None]:
     """
     Make FSDP2 shard each reward head as a unit of its own within the context, in float32 from weights to rewards.
 
@@ -101,19 +127,15 @@ def head_as_its_own_unit() -> Iterator[None]:
     and the outputs of each unit to bfloat16, those of the head included. In a unit with weights of the language model
     the head would also have to have their dtype. There is no setting for a single module, so the function that
     accelerate calls for each unit, `torch.distributed.fsdp.fully_shard`, is replaced by one that treats heads
-    separately.
-
-    The replacement holds for the whole process: any other code that looks the function up in that module within the
-    context gets it too. It treats modules without a reward head exactly as the original does, and the original is put
-    back at the end, also after an error.
+    separately, and modules without a reward head exactly as the original does. Other threads keep the original.
     """
     fully_shard = torch.distributed.fsdp.fully_shard
 
-    @functools.wraps(fully_shard)
     def shard(module: Any, **options: Any) -> Any:
         policy = options.get("mp_policy")
         modules = [module] if isinstance(module, nn.Module) else module
         heads = [inner for part in modules for inner in part.modules() if isinstance(inner, DiscoHead)]
+        _sharded.update(heads)
         if heads and policy is not None:
             whole = dataclasses.replace(policy, param_dtype=None, reduce_dtype=None, output_dtype=None)
             for head in heads:
@@ -123,11 +145,8 @@ def head_as_its_own_unit() -> Iterator[None]:
             options["mp_policy"] = whole if module in heads else dataclasses.replace(policy, output_dtype=None)
         return fully_shard(module, **options)
 
-    torch.distributed.fsdp.fully_shard = shard
-    try:
+    with lend(vars(torch.distributed.fsdp), "fully_shard", shard):
         yield
-    finally:
-        torch.distributed.fsdp.fully_shard = fully_shard
 
 
 def process_state(use_cpu: bool = False, **kwargs: Any) -> PartialState:

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from trl.trainer import reward_trainer as trl_reward_trainer
+from trl import RewardTrainer
 
 from ..data.judgements import MOST_RATING_VALUES, Survey, why_not_a_scale
 from ..models.adapters import save_reward_head
+from ..models.lending import lend
 from ..models.modeling import DiscoRewardModel
 from ..models.upgrade import upgrade
 from .epistemic import MOST_DIRECTIONS
 from .reward_config import DiscoRewardConfig
+from .upstream_checks import upstream_error
+
+
+MODEL_CLASS = "AutoModelForSequenceClassification"
+"""Global by which TRL's constructor builds a string model."""
 
 
 def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]:
@@ -89,10 +95,9 @@ class Adoption:
         peft_config ([`~peft.PeftConfig`], *optional*):
             The copy, which trains and saves the head once the model has been adopted.
         model ([`~disco_trl.DiscoRewardModel`]):
-            The adopted model, without any adapter around it.
+            The adopted model, without any adapter around it. An [`UpstreamError`] is raised if TRL has built a string
+            model in a way that could not be adopted.
     """
-
-    model: DiscoRewardModel
 
     def __init__(
         self,
@@ -105,7 +110,17 @@ class Adoption:
         self.likelihood = likelihood
         self.ratings = ratings
         self.peft_config = copy.deepcopy(peft_config)
+        self._model: DiscoRewardModel | None = None
         self._head_weights: dict[str, dict[str, torch.Tensor]] = {}
+
+    @property
+    def model(self) -> DiscoRewardModel:
+        if self._model is None:
+            raise upstream_error(
+                f"trl's RewardTrainer built the model, and not by {MODEL_CLASS}.from_pretrained in the module of its "
+                "constructor, so the model has no scale"
+            )
+        return self._model
 
     def adopt(self, model: Any) -> None:
         """
@@ -118,7 +133,7 @@ class Adoption:
         Raises:
             `ValueError`: If the model cannot carry a reward distribution, or its checkpoint contradicts `args`.
         """
-        self.model = upgrade(model, self.args.reward_family, self.args.fixed_scale, self.likelihood)
+        self._model = upgrade(model, self.args.reward_family, self.args.fixed_scale, self.likelihood)
         if self.args.epistemic:
             self.model.add_epistemic(MOST_DIRECTIONS)
         if "rating_values" in self.likelihood:
@@ -149,9 +164,21 @@ class Adoption:
         self.adopt(model)
         return model
 
-    def lend_model_class(self) -> contextlib.AbstractContextManager[None]:
-        """Have TRL's constructor build a string model by [`load`] while this context lasts, in this thread alone."""
-        return _loading_with(self.load)
+    @contextlib.contextmanager
+    def in_constructor(self, model: Any) -> Iterator[None]:
+        """
+        Adopt a model as soon as it is there: an instance now, and a string model where TRL's constructor builds it.
+
+        Args:
+            model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                What the constructor gets, which runs in this context.
+        """
+        if not isinstance(model, str):
+            self.adopt(model)
+            yield
+        else:
+            with _lend_model_class(self.load):
+                yield
 
     def restore_heads(self) -> None:
         """
@@ -169,47 +196,19 @@ class Adoption:
         self._head_weights.clear()  # the trainer lives on, and needs no second copy of its heads
 
 
-_LOAD: ContextVar[Callable[..., Any] | None] = ContextVar("disco_trl_load", default=None)
-
-
-class _LentModelClass:
-    """
-    What TRL's reward trainer takes for `AutoModelForSequenceClassification` while a trainer of ours is constructed.
-
-    TRL (1.12 to 1.16) hands this global of its module to a function that only calls `from_pretrained` on it, and has
-    no argument to name another class. The global is one for the whole process, so whom it serves is a context
-    variable: a plain `RewardTrainer` that another thread constructs meanwhile gets TRL's own class.
-    """
-
-    def __init__(self, original: Any):
-        self.original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.original, name)
-
-    def from_pretrained(self, path: str, **kwargs: Any) -> Any:
-        load = _LOAD.get() or self.original.from_pretrained
-        return load(path, **kwargs)
-
-
-_lock = threading.Lock()
-_lent = 0  # how many trainers are being constructed, in all threads
-
-
 @contextlib.contextmanager
-def _loading_with(load: Callable[..., Any]) -> Iterator[None]:
-    global _lent
-    name = "AutoModelForSequenceClassification"
-    with _lock:
-        if _lent == 0:
-            setattr(trl_reward_trainer, name, _LentModelClass(getattr(trl_reward_trainer, name)))
-        _lent += 1
-    token = _LOAD.set(load)
-    try:
+def _lend_model_class(load: Callable[..., Any]) -> Iterator[None]:
+    """
+    Have TRL's constructor build a string model by `load`, in this thread alone.
+
+    TRL (1.12 to 1.16) hands a global of its module to a function that only calls `from_pretrained` on it, and has no
+    argument to name another class. The global is looked for where the constructor is defined, as another library may
+    have put a trainer of its own in the place of TRL's, with a module of its own.
+    """
+    constructors = [inspect.unwrap(kind.__init__) for kind in RewardTrainer.__mro__]  # type: ignore[misc]
+    namespaces = [getattr(constructor, "__globals__", {}) for constructor in constructors]
+    modules = {id(namespace): namespace for namespace in namespaces if MODEL_CLASS in namespace}
+    with contextlib.ExitStack() as lent:
+        for namespace in modules.values():
+            lent.enter_context(lend(namespace, MODEL_CLASS, SimpleNamespace(from_pretrained=load)))
         yield
-    finally:
-        _LOAD.reset(token)
-        with _lock:
-            _lent -= 1
-            if _lent == 0:
-                setattr(trl_reward_trainer, name, getattr(trl_reward_trainer, name).original)

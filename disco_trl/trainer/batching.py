@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from ..data.samplers import LengthGroupedSampler, TokenBudgetBatchSampler, pair_lengths, with_batches
 from .reward_config import DiscoRewardConfig
+from .upstream_checks import UpstreamChecks, hook
 
 
 class PairBatching(Trainer):
@@ -27,6 +28,7 @@ class PairBatching(Trainer):
 
     args: DiscoRewardConfig
     model: Any
+    _upstream: UpstreamChecks
     # Mean number of pairs in a batch where batches of max_tokens_per_batch differ in it
     _pairs_per_batch: float | None = None
 
@@ -38,12 +40,14 @@ class PairBatching(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    @hook
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.groups_by_length and isinstance(dataset, Dataset):
             return LengthGroupedSampler(pair_lengths(dataset), self._pairs_per_step, self._data_seed)
         return super()._get_train_sampler(train_dataset)
 
+    @hook
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # transformers' own groups evaluation by length too: it needs `input_ids`, and takes predictions out of order.
         if self.args.groups_by_length and isinstance(eval_dataset, Dataset):
@@ -52,6 +56,7 @@ class PairBatching(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
+        self._upstream.after_dataloader(self, "train", self.train_dataset)
         if self.args.max_tokens_per_batch is None:
             return loader
         sampler = TokenBudgetBatchSampler(
@@ -64,6 +69,13 @@ class PairBatching(Trainer):
         )
         self._pairs_per_batch = sampler.pairs_per_batch
         return with_batches(loader, sampler, self.accelerator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        loader = super().get_eval_dataloader(eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        named: Any = self.eval_dataset
+        self._upstream.after_dataloader(self, "eval", named[dataset] if isinstance(dataset, str) else dataset)
+        return loader
 
     def _real_pairs(self, pairs: int, process: bool = False) -> int:
         """

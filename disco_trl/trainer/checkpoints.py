@@ -124,7 +124,8 @@ class WholeCheckpoints(Trainer):
             [`~transformers.trainer_utils.TrainOutput`]: As in transformers.
 
         Raises:
-            `ValueError`: If the checkpoint to resume from is torn, or if all of them are.
+            `ValueError`: If the checkpoint to resume from is torn, or if all of them are; or if the training data gave
+                no batch.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_whole_checkpoint(self._output_dir) or "") or True
@@ -135,7 +136,14 @@ class WholeCheckpoints(Trainer):
                     f"{resume_from_checkpoint} is no checkpoint to resume from: {problem}. Name another, or pass "
                     "resume_from_checkpoint=True for the newest whole one"
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            # transformers says so among its infos, and the caller would save a model with a random head.
+            raise ValueError(
+                f"no optimizer step was made of {self.state.max_steps}: the train dataset gave no batch; check that "
+                "it has rows for each process, and enough for a batch with dataloader_drop_last=True"
+            )
+        return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before transformers writes the state, which marks a checkpoint as whole, and removes older checkpoints

@@ -77,7 +77,7 @@ class Settings:
             throughout.
         optim (`str`, *optional*, defaults to `"adamw_torch_fused"`):
             Optimizer, one of `OPTIMIZERS`, named as in [`~transformers.TrainingArguments`].
-        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+        activation_checkpointing (`bool`, *optional*, defaults to `True`):
             Whether activations are discarded in the forward pass and recomputed in the backward pass. TRL's default.
         lora_r (`int`, *optional*, defaults to `16`):
             Rank of the adapters.
@@ -93,7 +93,7 @@ class Settings:
     prefix_sharing: bool = True
     dtype: str = "mixed"
     optim: str = OPTIMIZERS[0]
-    gradient_checkpointing: bool = True
+    activation_checkpointing: bool = True
     lora_r: int = 16
     lora_targets: str | tuple[str, ...] = "all-linear"
     device: str = "cuda"

@@ -178,11 +178,13 @@ class DatalessTrainer:
         with self._mode:
             take_off_meta(self.model)
         self.model.train()
-        if settings.gradient_checkpointing:
+        if settings.activation_checkpointing:
             # Without dropout there is no random state to restore, and without data none could be read.
             how = {"use_reentrant": False, "preserve_rng_state": False}
             inner = self.model.get_base_model() if is_peft_model(self.model) else self.model
-            enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+            # transformers 5.24 has both names, and version 6 only the first.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(inner, name) for name in names if hasattr(inner, name))
             enable(how)
             # TRL does the same. The output of the frozen embeddings then gets a gradient, which takes memory.
             if is_peft_model(self.model):

@@ -2,10 +2,16 @@
 What the trainer logs of a batch beside TRL's metrics.
 
 It is computed in two steps: figures of each pair, which processes can gather, and what they come to over all pairs.
+[`EvaluationMetrics`] logs the latter for an evaluation.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from ..distributions.judgements import Judgements
 from ..distributions.reward_distribution import RewardDistribution
@@ -71,3 +77,37 @@ def summarize_rewards(figures: Tensor) -> dict[str, float]:
     """
     chosen, rejected = figures[:, 6:].T
     return {"mean_reward": ((chosen + rejected) / 2).mean().item(), "margin": (chosen - rejected).mean().item()}
+
+
+class EvaluationMetrics(Trainer):
+    """
+    A trainer of pairs that logs the metrics of an evaluation under its prefix, over all of its pairs at once.
+
+    It is inherited beside one of TRL's trainers and before it, so that `super()` here reaches that one's methods. TRL
+    (1.12 to 1.16) averages its metrics over batches, and logs them as `eval_...` also where transformers has another
+    prefix: that of one set among several (`eval_NAME`), or the caller's `metric_key_prefix`.
+    """
+
+    model: Any
+    _metrics: Any  # TRL's: by "train" and "eval", and by name, a list with an entry for each batch
+    # Figures of the pairs of an evaluation, for when it is logged
+    _evaluated: list[Tensor]
+    _metric_key_prefix = "eval"
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # `predict` leaves what is not logged.
+        self._evaluated = []
+        self._metrics["eval"].clear()
+        self._metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        batches = self._metrics["eval"]
+        if batches and not self.model.training:
+            metrics = {name: sum(values) / len(values) for name, values in batches.items()}
+            # A mean of batches' means would depend on the sizes of the batches.
+            figures = torch.cat(self._evaluated)
+            metrics |= summarize(figures) | summarize_rewards(figures)
+            logs.update({f"{self._metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            batches.clear()
+        super().log(logs, start_time)

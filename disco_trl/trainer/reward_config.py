@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate.logging import get_logger
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import RewardConfig
 
 from ..distributions.reward_distribution import FAMILIES, get_family
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -16,7 +22,15 @@ class DiscoRewardConfig(RewardConfig):
     Configuration class for the [`DiscoRewardTrainer`].
 
     This class adds the parameters below to those of [`~trl.RewardConfig`] and [`~transformers.TrainingArguments`],
-    which keep their meaning and their defaults.
+    which keep their meaning and their defaults. Four of those can do more here:
+
+    - If neither `bf16` nor `fp16` is set and the machine has no accelerator with bfloat16, training is in float32, and
+      a line says so. TRL's default, bfloat16, is an error there. With `use_cpu=True` TRL's default holds.
+    - `resume_from_checkpoint` may be a bool, also as a word of a command line.
+    - `greater_is_better` defaults to `False` if `metric_for_best_model` is a negative log-likelihood, such as
+      `"eval_nll"`.
+    - `activation_checkpointing` is understood under that name with any supported version of transformers, which has
+      called it so since 5.24 and will drop the name `gradient_checkpointing` in version 6.
 
     Parameters:
         > Parameters that control the model
@@ -173,8 +187,44 @@ class DiscoRewardConfig(RewardConfig):
         },
     )
 
+    # TRL's default, `gradient_checkpointing=True`, stays the default where this is None.
+    if "activation_checkpointing" not in {inherited.name for inherited in fields(RewardConfig)}:
+        activation_checkpointing: bool | None = field(
+            default=None,
+            metadata={
+                "help": "Whether to drop activations and compute them again in the backward pass. It is the new name "
+                "of `gradient_checkpointing`.",
+                "nargs": "?",
+                "const": True,
+            },
+        )
+
     def __post_init__(self):
+        lacks_bfloat16 = self.bf16 is None and not self.fp16 and not _has_bfloat16(self.use_cpu)
+        if lacks_bfloat16:
+            self.bf16 = False
+        # transformers warns of the old name also where it holds no more than TRL's default.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = getattr(self, "gradient_checkpointing", None)
+        else:
+            self.gradient_checkpointing = self.activation_checkpointing
+        # A command line has words only, and transformers declares a path.
+        resume: Any = self.resume_from_checkpoint
+        if isinstance(resume, str) and resume.lower() in ("true", "false"):
+            resume = resume.lower() == "true"
+        self.resume_from_checkpoint = resume
+        # transformers takes every metric whose name does not end in "loss" for one to maximize.
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("nll"):
+            self.greater_is_better = False
         super().__post_init__()
+        # The launcher's mixed precision holds where the config names none.
+        if lacks_bfloat16 and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
+            # Only now accelerate knows which process speaks for all.
+            logger.warning(
+                f"Training is in float32: bf16 is not set, and this machine has no accelerator with bfloat16 (device: "
+                f"{self.device.type}). Set bf16=False to silence this line, fp16=True on an older GPU, or "
+                "use_cpu=True and bf16=True on a CPU with fast bfloat16."
+            )
         if self.reward_family is not None:
             get_family(self.reward_family)
         if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
@@ -225,3 +275,8 @@ class DiscoRewardConfig(RewardConfig):
     def groups_by_length(self) -> bool:
         """Whether batches of `per_device_train_batch_size` hold pairs of similar length."""
         return self.train_sampling_strategy == "group_by_length"
+
+
+def _has_bfloat16(use_cpu: bool) -> bool:
+    """Whether transformers lets this machine train in bfloat16. Of a CPU that was asked for it does not doubt it."""
+    return use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()

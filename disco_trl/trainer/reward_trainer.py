@@ -48,10 +48,11 @@ from .calibration import Calibration
 from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
 from .checkpoints import WholeCheckpoints
 from .epistemic import Posterior
-from .metrics import pair_figures, summarize, summarize_rewards
+from .metrics import EvaluationMetrics, pair_figures, summarize
 from .predictions import PredictionMemory
 from .reward_config import DiscoRewardConfig
-from .search import Beginning, space_around
+from .search import Beginning, mean_nll, space_around
+from .upstream_checks import UpstreamChecks, hook
 
 
 logger = get_logger(__name__)
@@ -60,7 +61,7 @@ LIKELIHOOD_LEARNING_RATE = 0.02
 """Learning rate of what the likelihood learns beside the rewards, such as the tie width and the rating thresholds."""
 
 
-class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
+class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, RewardTrainer):
     """
     Trainer for distributional reward models.
 
@@ -144,6 +145,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             raise TypeError(f"args must be a DiscoRewardConfig, got {type(args).__name__}; change the class name")
         _check_streams(args, train_dataset, eval_dataset)
         _check_processes(args)
+        self._upstream = UpstreamChecks(type(self))
 
         # What there is to learn beside the rewards
         is_dataset = isinstance(train_dataset, Dataset | IterableDataset)  # TRL refuses anything else
@@ -151,12 +153,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         self._surveyed_dataset = train_dataset
         likelihood = likelihood_settings(args, self._surveyed)
 
-        # Model, PEFT and data, by TRL. The model is adopted as soon as it is there: an instance now, a string model
-        # where TRL builds it.
+        # Model, PEFT and data, by TRL
         self._adoption = Adoption(args, likelihood, self._surveyed.ratings, peft_config)
-        if not isinstance(model, str):
-            self._adoption.adopt(model)
-        with self._adoption.lend_model_class():
+        with self._adoption.in_constructor(model):
             super().__init__(
                 model=model,
                 args=args,
@@ -172,6 +171,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
                 quantization_config=quantization_config,
                 peft_config=self._adoption.peft_config,
             )
+        self._upstream.after_construction(self)
+        self.add_callback(self._upstream)
         self._adoption.restore_heads()
         self._reward_model = self._adoption.model
         self._family = self._reward_model.family
@@ -201,10 +202,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         if args.epistemic:
             self.add_callback(Posterior(self._reward_model.reward_head, self._family, self._memory, self.log))
 
-        # Figures of the pairs of an evaluation, for when it is logged
+        # Figures of an evaluation's pairs, and a guard against losses and gradients that are not finite
         self._evaluated: list[torch.Tensor] = []
-
-        # Guard against losses and gradients that are not finite
         self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
         self.add_callback(self._guard)
         self.add_callback(PushWithSettings())
@@ -255,6 +254,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         """What the model learns of how people answer: its training data's, and its checkpoint's before."""
         return self._adoption.model.config.disco.get("likelihood", {})
 
+    @hook
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         # Once more, as a model can bring tensor parallelism with it.
@@ -271,6 +271,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
             return "dispatch_batches=True cuts batches apart between the sequences"
         return prepare(self.model)
 
+    @hook
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
@@ -293,6 +294,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         check_answerable(dataset, dataset_name, found, self._likelihood)
         return check_token_ids(prepared, dataset_name, vocabulary_size(self._adoption.model))
 
+    @hook
     def _set_signature_columns_if_needed(self):
         # The Trainer removes every other column before the collator sees it, without a word.
         super()._set_signature_columns_if_needed()
@@ -317,6 +319,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         # What flows: a batch → TRL's forward and metrics → distributions → −log likelihood → figures of each pair,
         # gathered from all processes → metrics; and, in training, running moments of the head and the memory.
         mode = "train" if self.model.training else "eval"
+        self._upstream.check_batch(mode, inputs)
         rows = inputs.pop(ROW_COLUMN, None)
         answers = inputs.pop(ANSWERS, None)
         judgements = Judgements.of_batch(inputs)
@@ -344,6 +347,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
 
         with torch.no_grad():
             figures = self.accelerator.gather(pair_figures(chosen, rejected, judgements))
+            self._upstream.check_layout(self, mode, *figures[:, 6:].T)
             figures = figures[: self._real_pairs(len(figures))]
             learned = {"location_error": rewards.location_error, **vars(responses)}
             metrics = {
@@ -371,19 +375,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated.clear()  # what `predict` has left, which is not logged
-        return super().evaluation_loop(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._evaluated and not self.model.training:
-            # Over all pairs at once: a mean of batches' means would depend on the sizes of the batches.
-            figures = torch.cat(self._evaluated)
-            for name, value in (summarize(figures) | summarize_rewards(figures)).items():
-                self._metrics["eval"][name] = [value]
-            self._evaluated.clear()
-        super().log(logs, start_time)
-
+    @hook
     def _prepare_input(self, data: Any) -> Any:
         # With DeepSpeed the Trainer casts floating-point inputs to the dtype of the weights. Here those are margins,
         # weights and soft labels, which the model never sees and bfloat16 would round.
@@ -405,7 +397,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
                 Function that defines the search space. Defaults to learning rates and batch sizes around those in
                 `args`; see [`~disco_trl.trainer.search.space_around`].
             compute_objective (`Callable[[dict[str, float]], float]`, *optional*):
-                Function that computes the objective from the metrics of an evaluation. Defaults to `eval_nll`.
+                Function that computes the objective from the metrics of an evaluation. Defaults to `eval_nll`, or its
+                mean over several eval sets.
             **kwargs:
                 `n_trials`, `direction`, `backend`, `hp_name`, and arguments of the backend.
         """
@@ -420,7 +413,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         try:
             return super().hyperparameter_search(
                 hp_space or space_around(self.args.learning_rate, self.args.per_device_train_batch_size),
-                compute_objective or (lambda metrics: metrics["eval_nll"]),
+                compute_objective or mean_nll,
                 **kwargs,
             )
         finally:
@@ -461,8 +454,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, RewardTrainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> ModelCard:
-        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        metrics = {key: value for key, value in (evaluations[-1] if evaluations else {}).items() if key != "epoch"}
+        # The last evaluation of each eval set
+        evaluated = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
+        metrics = {key: value for entry in evaluated for key, value in entry.items() if key != "epoch"}
         return make_model_card(
             self.model,
             model_name=model_name,

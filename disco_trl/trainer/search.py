@@ -62,6 +62,21 @@ class Beginning:
         return self.unwrap(self.model)
 
 
+def mean_nll(metrics: dict[str, float]) -> float:
+    """
+    The `compute_objective` by default: `eval_nll`, or the mean of `eval_NAME_nll` over several eval sets.
+
+    Args:
+        metrics (`dict[str, float]`):
+            Metrics of an evaluation.
+
+    Returns:
+        `float`: Mean negative log-likelihood of a vote, in nats.
+    """
+    of_sets = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("nll")]
+    return sum(of_sets) / len(of_sets)
+
+
 def space_around(learning_rate: float, batch_size: int) -> Callable[[Any], dict[str, Any]]:
     """
     Make the `hp_space` that is searched by default, for Optuna.

@@ -25,6 +25,7 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0])
     words: list[str] = field(default_factory=list)
     device: Literal["cpu", "cuda"] | None = None
+    counted: str | bool = "no"
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -82,6 +83,12 @@ def test_positionals_may_stand_anywhere(parser, words):
 def test_a_number_below_zero_and_a_dash_are_values(parser):
     [args] = parser.parse(["-", "-1", "o", "--share", "-0.5", "--words", "a b", "-"]).arguments
     assert (args.model_name_or_path, args.dataset_name, args.share, args.words) == ("-", "-1", -0.5, ["a b", "-"])
+
+
+@pytest.mark.parametrize(("word", "value"), [("True", True), ("false", False), ("all", "all")])
+def test_a_text_or_a_bool(parser, word, value):
+    parsed = parser.parse(["model", "data", "out", "--counted", word])
+    assert parsed.arguments[0].counted == value
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,22 @@ def test_a_misspelt_key_in_a_config_file_is_an_error(monkeypatch, tmp_path, caps
     assert "unknown argument learning_rte; did you mean --learning_rate?" in capsys.readouterr().err
 
 
+def test_the_launcher_leaves_warnings_to_the_processes(monkeypatch, tmp_path, caplog):
+    """It parses the arguments too, and would say everything twice."""
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    monkeypatch.setattr("disco_trl.trainer.reward_config.is_torch_bf16_gpu_available", lambda: False)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        launch.launch(COMMANDS["train"], ["model", "data", str(tmp_path), "--pad_token", "<pad>"])
+    assert launched[0].training_script == "disco_trl.cli.launch"
+    assert not [record for record in caplog.records if record.name.startswith("disco_trl")]
+    assert not [warning for warning in warned if "pad_token" in str(warning.message)]
+    # Logging goes on as before.
+    COMMANDS["train"].parser().parse(["model", "data", str(tmp_path)])
+    assert "Training is in float32" in caplog.text
+
+
 # Training
 
 
@@ -204,7 +221,8 @@ def test_model_init_kwargs_go_before_the_general_arguments(tmp_path, tiny_llama_
     }
 
 
-def test_resumes_from_a_checkpoint(monkeypatch, tmp_path, tiny_llama_dir, pairs_folder):
+@pytest.mark.parametrize("named", [True, False])
+def test_resumes_from_a_checkpoint(monkeypatch, tmp_path, tiny_llama_dir, pairs_folder, named):
     options = SMALL_RUN | {
         "model_name_or_path": tiny_llama_dir,
         "dataset_name": pairs_folder,
@@ -214,13 +232,10 @@ def test_resumes_from_a_checkpoint(monkeypatch, tmp_path, tiny_llama_dir, pairs_
     }
     run_in_process(monkeypatch, *as_arguments(output_dir=tmp_path / "whole", **options | {"max_steps": 4}))
     run_in_process(monkeypatch, *as_arguments(output_dir=tmp_path / "halves", **options))
+    checkpoint = tmp_path / "halves/checkpoint-2" if named else True
     run_in_process(
         monkeypatch,
-        *as_arguments(
-            output_dir=tmp_path / "halves",
-            resume_from_checkpoint=tmp_path / "halves/checkpoint-2",
-            **options | {"max_steps": 4},
-        ),
+        *as_arguments(output_dir=tmp_path / "halves", resume_from_checkpoint=checkpoint, **options | {"max_steps": 4}),
     )
     whole, halves = (
         json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())["log_history"]

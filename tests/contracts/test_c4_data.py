@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_training import disco_trainer, preferences
-from train_both import tokens, train_both
+from train_both import tokens, train_both, with_the_names_of_sets
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
@@ -115,13 +115,15 @@ def test_several_evaluation_sets(tmp_path, tiny_llama_dir):
         eval_steps=1,
     )
     names = set().union(*ours.state.log_history)
-    assert {"eval_short_loss", "eval_long_loss"} <= names
+    assert {f"eval_{name}_{metric}" for name in ("short", "long") for metric in ("loss", "accuracy", "nll")} <= names
+    assert "eval_accuracy" not in names  # which in TRL is that of the last set
 
 
 def test_evaluation_of_a_dataset_passed_later(tmp_path, tiny_llama_dir):
     ours, theirs = train_both(tmp_path, model=tiny_llama_dir, train_dataset=preferences())
     for data in (preferences(rows=8, seed=1), {"other": preferences("conversational", rows=8, seed=1)}):
         ours_found, theirs_found = (trainer.evaluate(data) for trainer in (ours, theirs))
+        theirs_found = with_the_names_of_sets(theirs_found)
         compared = [name for name in theirs_found if "loss" in name or "accuracy" in name or "reward" in name]
         assert len(compared) == 5
         for name in compared:

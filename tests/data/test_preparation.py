@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, Json
+from datasets import Dataset, Features, IterableDataset, Json
 from preference_rows import (
     EXPLICIT,
     IMPLICIT,
@@ -40,6 +40,7 @@ def prepare(tiny_tokenizer, tmp_path):
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as TRL's constructor does
         made = trainer.__new__(trainer)
         made._adoption, made._surveyed_dataset = SimpleNamespace(model=model), None
+        made._upstream = SimpleNamespace(called=set())
         return made._prepare_dataset(dataset, tokenizer, args, dataset_name)
 
     return prepare
@@ -362,6 +363,54 @@ def test_stream_drops_as_it_is_read_and_warns_once(caplog):
         "train dataset, row 101: 'chosen' and 'rejected' are identical after tokenization and teach nothing; dropped, "
         "as all further ones will be without a word"
     ]
+
+
+def of_lengths(*lengths: int) -> list[dict]:
+    return numbered([([1] * length, [2]) for length in lengths])
+
+
+def test_pairs_that_are_too_long_are_counted(caplog):
+    assert len(finish_preferences(Dataset.from_list(of_lengths(9, 2, 9, 2)), "train", max_length=8)) == 2
+    assert caplog.messages == [
+        "train dataset: dropped 2 of 4 pairs: 2 have a side of more than max_length=8 tokens; raise max_length (None "
+        "keeps all)"
+    ]
+
+
+def test_a_stream_most_of_which_is_dropped_is_warned_of(caplog):
+    fits = finish_preferences(streamed(of_lengths(9, 2, 9, 2)), "train", max_length=8)
+    assert len(list(fits)) == 2
+    assert caplog.messages == []
+    rows = of_lengths(9, 9, 2) + numbered([([1], [1])])
+    assert len(list(finish_preferences(streamed(rows), "eval", max_length=8))) == 1
+    assert caplog.messages[0] == (
+        "eval dataset: dropped 3 of 4 pairs of the stream: 2 have a side of more than max_length=8 tokens and 1 have "
+        "identical sides after tokenization; raise max_length (None keeps all), and check that the chat template "
+        "renders the last turn and that the sides differ"
+    )
+    caplog.clear()
+    finish_preferences(streamed(of_lengths(*[9] * 60, *[2] * 200)), "train", max_length=8)
+    (message,) = caplog.messages
+    assert message.startswith("train dataset: dropped 60 of the first 100 pairs of the stream: 60 have a side")
+
+
+def test_a_stream_is_read_no_further_than_is_looked_at():
+    read = []
+
+    def rows():
+        for row in of_lengths(*[2] * 300):
+            read.append(row[ROW_COLUMN])
+            yield row
+
+    finish_preferences(IterableDataset.from_generator(rows), "train", max_length=8)
+    assert len(read) == 100
+
+
+def test_a_stream_that_begins_with_too_many_dropped_pairs(monkeypatch):
+    monkeypatch.setattr("disco_trl.data.preparation.MOST_DROPPED_OF_STREAM", 150)
+    endless = IterableDataset.from_generator(lambda: (row for _ in iter(int, 1) for row in of_lengths(9)))
+    with pytest.raises(ValueError, match=r"train dataset: no pair is left of the first 150: 150 have a side"):
+        finish_preferences(endless, "train", max_length=8)
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])

@@ -1,6 +1,8 @@
 """Models in pieces: what is refused before training, and the files for `accelerate launch`."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from tiny_models import tiny_config
 from tiny_training import disco_trainer, preferences
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaForSequenceClassification
 from trl import RewardTrainer
 
+from disco_trl import DiscoRewardModel
 from disco_trl.models import distributed as sharding
 from disco_trl.models.distributed import check_parallelism, is_main_process
 from disco_trl.models.modeling import _find_head
@@ -167,9 +171,88 @@ def test_the_docs_name_them(name):
     assert "docs/distributed.md" in (ROOT / "README.md").read_text()
 
 
+# FSDP2, whose real run is in tests/models/test_training_processes.py
+
+
+class Fsdp2Accelerator:
+    """An accelerator with FSDP2 whose `prepare` is a function of the test's."""
+
+    is_fsdp2 = True
+
+    def __init__(self, prepare):
+        self.prepare = prepare
+
+
+def shard_like_accelerate(policy: MixedPrecisionPolicy):
+    """What accelerate's `fsdp2_prepare_model` does: it looks the function up when it runs, and shards bottom up."""
+
+    def prepare(model):
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard([model.model.norm, model.score], mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        return model
+
+    return prepare
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """What torch is asked to shard, with the policies: sharding itself takes several processes."""
+    found = []
+    monkeypatch.setattr(
+        torch.distributed.fsdp, "fully_shard", lambda module, mp_policy: found.append((module, mp_policy))
+    )
+    return found
+
+
+POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+
+
+def test_the_head_is_sharded_apart_in_this_thread(tiny_llama_dir, sharded):
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir)
+    other = DiscoRewardModel.from_pretrained(tiny_llama_dir)
+    original = torch.distributed.fsdp.fully_shard
+    shard = shard_like_accelerate(POLICY)
+
+    def shard_another_elsewhere(model):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(shard, other).result()
+        return shard(model)
+
+    accelerator = Fsdp2Accelerator(shard_another_elsewhere)
+    sharding.keep_head_apart(accelerator)
+    assert accelerator.prepare(model) is model
+    in_float32 = MixedPrecisionPolicy()
+    policies = {
+        id(module) if isinstance(module, torch.nn.Module) else "tail": policy for module, policy in sharded[2:]
+    }
+    assert [policy for _, policy in sharded[:2]] == [POLICY, POLICY]
+    assert policies[id(model.score)] == in_float32
+    assert policies["tail"] == policies[id(model)] == replace(POLICY, output_dtype=None)
+    assert torch.distributed.fsdp.fully_shard is original
+    # A model that is sharded already is left as it is.
+    again = Fsdp2Accelerator(lambda model: model)
+    sharding.keep_head_apart(again)
+    assert again.prepare(model) is model
+
+
+def test_a_head_that_was_not_sharded_apart_is_an_error(tiny_llama_dir, sharded):
+    """As with an accelerate that looks the function up elsewhere."""
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir)
+    accelerator = Fsdp2Accelerator(lambda model: model)
+    sharding.keep_head_apart(accelerator)
+    with pytest.raises(RuntimeError, match=r"head score was sharded with the weights .* accelerate [\d.]+ does not"):
+        accelerator.prepare(model)
+    accelerator = Fsdp2Accelerator(lambda model: shard_like_accelerate(POLICY)(model.bfloat16()))
+    sharding.keep_head_apart(accelerator)
+    with pytest.raises(RuntimeError, match=r"head score is in torch\.bfloat16"):
+        accelerator.prepare(model)
+
+
 def test_torchs_function_is_given_back():
     before = torch.distributed.fsdp.fully_shard
-    with pytest.raises(RuntimeError, match="on the way"), sharding.head_as_its_own_unit():
+    with pytest.raises(RuntimeError, match="on the way"), sharding.heads_as_their_own_units():
         assert torch.distributed.fsdp.fully_shard is not before
         raise RuntimeError("on the way")
     assert torch.distributed.fsdp.fully_shard is before

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from peft import LoraConfig
 from tiny_models import ARCHITECTURES, VOCAB, base_model, tiny_config
 from tiny_training import disco_trainer, preferences
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, T5Config, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    T5Config,
+    TrainerCallback,
+)
 
 from benchmarks.estimate import MALLOC, Setting, measure, settings_of
 from benchmarks.peak_memory import in_fresh_process
@@ -24,7 +33,7 @@ from disco_trl.trainer.estimate import estimate, largest_batch
 
 # Architectures that `prepare` knows to support prefix sharing
 KNOWN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "opt")
-FLOAT32 = Settings(length=32, dtype="float32", gradient_checkpointing=False, device="cpu")
+FLOAT32 = Settings(length=32, dtype="float32", activation_checkpointing=False, device="cpu")
 
 
 @pytest.fixture
@@ -67,7 +76,7 @@ def test_bytes_are_those_of_the_real_objects_after_a_step(tmp_path, llama_dir, m
         tmp_path, model=llama_dir, train_dataset=preferences(), callbacks=[gradients], **options, max_steps=1
     )
     trainer.train()
-    settings = Settings(length=32, dtype=dtype, gradient_checkpointing=False, device="cpu")
+    settings = Settings(length=32, dtype=dtype, activation_checkpointing=False, device="cpu")
     found = estimate(AutoConfig.from_pretrained(llama_dir), llama_dir, method, settings)
 
     quantized = {id(p): p.quant_state.shape.numel() for p in trainer.model.parameters() if hasattr(p, "quant_state")}
@@ -136,7 +145,7 @@ def test_the_peak_of_a_step_is_that_of_one_with_data(tmp_path, architecture, sha
         prompt_share=0.5,
         prefix_sharing=shares,
         dtype="float32",
-        gradient_checkpointing=checkpoints,
+        activation_checkpointing=checkpoints,
         device="cpu",
     )
     model = real_model(architecture, tmp_path, 64)
@@ -157,10 +166,23 @@ def test_the_peak_of_a_step_is_that_of_one_with_data(tmp_path, architecture, sha
     assert step.peak == pytest.approx(live.peak(), rel=0.03)
 
 
+@pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="transformers 5.24 has the new name"
+)
+def test_activations_are_dropped_without_the_old_name(monkeypatch):
+    """transformers 6 has no `gradient_checkpointing_enable`."""
+    monkeypatch.delattr(PreTrainedModel, "gradient_checkpointing_enable")
+    monkeypatch.setattr(PreTrainedModel, "_is_overridden", lambda self, name: False)  # where 5.24 looks for the name
+    config = tiny_config("llama", max_position_embeddings=256)
+    settings = [replace(FLOAT32, length=256, activation_checkpointing=drops) for drops in (False, True)]
+    kept, dropped = (DatalessTrainer(config, "llama", "full", one).step(2).activations for one in settings)
+    assert dropped < 0.8 * kept
+
+
 def test_what_is_saved_for_the_backward_pass_is_counted(tmp_path):
     model = real_model("llama", tmp_path, 256)
     config = tiny_config("llama", max_position_embeddings=256)
-    settings = Settings(length=256, prefix_sharing=False, dtype="float32", gradient_checkpointing=False, device="cpu")
+    settings = replace(FLOAT32, length=256, prefix_sharing=False)
     dataless = DatalessTrainer(config, "llama", "full", settings)
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     saved = {}
@@ -182,13 +204,13 @@ def test_shared_prefixes_checkpoints_and_adapters_take_less(llama_dir):
     config = AutoConfig.from_pretrained(llama_dir, max_position_embeddings=512)
 
     def activations(method="full", **changed) -> int:
-        settings = Settings(**({"length": 512, "prompt_share": 0.75, "gradient_checkpointing": False} | changed))
+        settings = Settings(**({"length": 512, "prompt_share": 0.75, "activation_checkpointing": False} | changed))
         return DatalessTrainer(config, llama_dir, method, settings).step(2).activations
 
     shared = activations()
     # 640 of the pair's 2 × 512 tokens are computed: 384 shared ones and twice 128.
     assert 0.5 < shared / activations(prefix_sharing=False) < 0.75
-    assert activations(gradient_checkpointing=True) < 0.8 * shared
+    assert activations(activation_checkpointing=True) < 0.8 * shared
     assert activations(dtype="float32") > 1.3 * activations(dtype="bfloat16")
     gradients = DatalessTrainer(config, llama_dir, "lora", Settings(length=32, lora_r=4)).step(1).gradients
     assert DatalessTrainer(config, llama_dir, "lora", Settings(length=32, lora_r=8)).step(1).gradients > gradients

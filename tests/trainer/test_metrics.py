@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_training import disco_trainer, preferences
+from transformers import EarlyStoppingCallback
 
 from disco_trl.distributions.judgements import Judgements
 from disco_trl.distributions.reward_distribution import RewardDistribution
@@ -76,6 +77,60 @@ def test_an_evaluation_is_over_pairs_and_not_over_batches(tmp_path, tiny_llama_d
         assert in_fours[f"eval_{name}"] == pytest.approx(at_once[f"eval_{name}"], rel=1e-5, abs=1e-6), name
     assert in_fours["eval_nll"] == pytest.approx(in_fours["eval_loss"], rel=1e-5)
     assert abs(in_fours["eval_margin"]) > 1e-3
+
+
+OURS = ("nll", "accuracy", "prob_chosen", "scale_mean", "scale_min", "scale_max", "margin", "mean_reward")
+
+
+def test_each_of_several_eval_sets_has_its_metrics(tmp_path, tiny_llama_dir):
+    """TRL logs its own as `eval_...` for each set, so that only the last one's can be asked for by name."""
+    sets = {name: preferences(rows=rows, seed=rows) for name, rows in (("a", 5), ("b", 9))}
+    trainer = disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=preferences(), eval_dataset=sets)
+    with torch.no_grad():
+        trainer.model.score.weight *= 30
+    together = trainer.evaluate()
+    for name, dataset in sets.items():
+        alone = trainer.evaluate(dataset)
+        for metric in (*OURS, "loss", "min_reward", "max_reward"):
+            assert together[f"eval_{name}_{metric}"] == pytest.approx(alone[f"eval_{metric}"], rel=1e-5), metric
+    assert not {f"eval_{metric}" for metric in OURS} & together.keys()
+    assert together["eval_a_margin"] != pytest.approx(together["eval_b_margin"], rel=1e-2)
+    logged = [entry for entry in trainer.state.log_history if "eval_a_loss" in entry or "eval_b_loss" in entry]
+    assert [{key.split("_")[1] for key in entry if key.startswith("eval_")} for entry in logged] == [{"a"}, {"b"}]
+    card = str(trainer._make_model_card())
+    assert "eval_a_nll" in card and "eval_b_nll" in card
+
+
+def test_metrics_have_the_callers_prefix(tmp_path, tiny_llama_dir):
+    trainer = disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=preferences())
+    found = trainer.evaluate(preferences(rows=5, seed=5), metric_key_prefix="test")
+    assert {f"test_{metric}" for metric in OURS} <= found.keys()
+    assert not [key for key in found if key.startswith("eval_")]
+
+
+def test_the_best_model_by_a_metric_of_one_set(tmp_path, tiny_llama_dir):
+    """The set `b` holds the training pairs the other way round: its likelihood falls, and the first step is best."""
+    rows = preferences(rows=8)
+    other_way = rows.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    options |= {"load_best_model_at_end": True, "learning_rate": 0.02, "train_sampling_strategy": "sequential"}
+    for name, best, steps in (("a", 6, 6), ("b", 1, 3)):
+        trainer = disco_trainer(
+            tmp_path / name,
+            model=tiny_llama_dir,
+            train_dataset=rows,
+            eval_dataset={"a": rows, "b": other_way},
+            metric_for_best_model=f"eval_{name}_nll",
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+            **options,
+        )
+        trainer.train()
+        history = {
+            log["step"]: log[f"eval_{name}_nll"] for log in trainer.state.log_history if f"eval_{name}_nll" in log
+        }
+        assert (trainer.state.best_global_step, max(history)) == (best, steps)
+        assert trainer.state.best_metric == min(history.values())
+        assert trainer.evaluate()[f"eval_{name}_nll"] == pytest.approx(min(history.values()), rel=1e-5)
 
 
 def test_every_accumulated_batch_counts_whole(tmp_path, tiny_llama_dir):

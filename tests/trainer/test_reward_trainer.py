@@ -310,3 +310,30 @@ def test_an_evaluation_that_is_not_finite_goes_on(build):
     assert math.isnan(trainer.evaluate()["eval_loss"])
     trainer.train()
     assert trainer.model.scale_head.mean_hidden.isfinite().all()
+
+
+# Nothing to train on
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_dataset_of_which_no_pair_fits(tmp_path, tiny_llama_dir, streams):
+    """Of a stream the model was trained for no step, saved with a random head, and loaded like any other."""
+    rows = preferences(rows=8)
+    with pytest.raises(ValueError, match="no pair is left of 8: 8 have a side of more than max_length=2 tokens"):
+        disco_trainer(
+            tmp_path,
+            model=tiny_llama_dir,
+            train_dataset=rows.to_iterable_dataset() if streams else rows,
+            max_length=2,
+        )
+
+
+def test_a_run_without_a_batch(tmp_path, tiny_llama_dir):
+    trainer = disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=preferences().to_iterable_dataset())
+    trainer.train_dataset = trainer.train_dataset.filter(lambda row: False)
+    with pytest.raises(ValueError, match="no optimizer step was made of 4: the train dataset gave no batch"):
+        trainer.train()
+    options = {"per_device_train_batch_size": 4, "dataloader_drop_last": True}
+    trainer = disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=preferences(rows=3), **options)
+    with pytest.raises(ValueError, match="enough for a batch with dataloader_drop_last=True"):
+        trainer.train()

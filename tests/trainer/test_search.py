@@ -5,6 +5,8 @@ import pytest
 from peft import LoraConfig
 from tiny_training import disco_trainer, furthest, preferences, weights
 
+from disco_trl.trainer.search import mean_nll
+
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -46,3 +48,8 @@ def test_default_space(trainer):
     assert 1e-3 / 4 <= best.hyperparameters["learning_rate"] <= 4e-3
     assert best.hyperparameters["per_device_train_batch_size"] in (2, 4, 8)
     assert best.objective > 0
+
+
+def test_the_objective_over_one_and_several_eval_sets():
+    assert mean_nll({"eval_loss": 9.0, "eval_nll": 0.5, "eval_accuracy": 0.8}) == 0.5
+    assert mean_nll({"eval_a_nll": 0.5, "eval_a_loss": 9.0, "eval_b_nll": 0.7, "train_nll": 9.0}) == pytest.approx(0.6)
