@@ -16,10 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from trl import RewardTrainer
 
-from ..data.judgements import MOST_RATING_VALUES, Survey, why_not_a_scale
+from ..data.judgements import MOST_RATING_VALUES, SURVEYED_OF_STREAM, Survey, why_not_a_scale
+from ..distributions.reward_distribution import Family
 from ..models.adapters import save_reward_head
 from ..models.lending import lend
 from ..models.modeling import DiscoRewardModel
@@ -29,6 +32,12 @@ from .reward_config import DiscoRewardConfig
 from .upstream_checks import upstream_error
 
 
+logger = get_logger(__name__)
+
+LEARNED_LABEL_NOISE = 0.06
+"""Label noise from which a learned one starts."""
+IDLE = 0.01
+"""Share of a pair's likelihood, and of the pairs, below which what is lost is not worth a warning."""
 MODEL_CLASS = "AutoModelForSequenceClassification"
 """Global by which TRL's constructor builds a string model."""
 
@@ -75,6 +84,41 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
     elif args.label_noise > 0:
         settings["label_noise"] = float(args.label_noise)
     return settings
+
+
+def warn_of_idle_margins(dataset: Dataset | IterableDataset, family: Family, likelihood: dict[str, Any]) -> None:
+    """
+    Warn, once for all processes, of margins so large that label noise explains the pair better than any reward.
+
+    With label noise ν, P(chosen wins) = (1 − ν) P(R_a − R_b > m) + ν P(R_a − R_b < m). Where the first term is nothing
+    beside the second, the pair has no gradient, whatever the model is.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training data. Of a stream, the first 1,000 rows are read.
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of the rewards.
+        likelihood (`dict[str, Any]`):
+            What is learned of how people answer; see [`likelihood_settings`].
+    """
+    noise = likelihood.get("label_noise")
+    if noise is None or "margin" not in (dataset.column_names or ()):
+        return
+    rows = dataset.take(SURVEYED_OF_STREAM) if isinstance(dataset, IterableDataset) else dataset.with_format(None)
+    margins = [float(row["margin"]) for row in rows.select_columns(["margin"])]
+    unit, margin = torch.tensor(family.unit_scale), torch.tensor(margins)
+    shape = family.shape_from_raw(torch.zeros(len(margins), len(family.shape_names))) if family.shape_names else None
+    prob = family.log_prob_greater(torch.zeros_like(margin), unit, margin, unit, shape, shape).exp()
+    # At the start of training, where a learned one is 0.06
+    noise = LEARNED_LABEL_NOISE if noise == "learned" else float(noise)
+    idle = (1 - noise) * prob < IDLE * noise
+    if idle.float().mean() > IDLE:
+        logger.warning(
+            f"train dataset, column 'margin': {int(idle.sum())} of {len(idle)} margins, up to {margin.max():g}, are so "
+            f"large that label noise explains the pair better than any reward (from {margin[idle].min():g} on, with "
+            f"label_noise={likelihood['label_noise']!r}): these pairs teach next to nothing. Divide the margins, "
+            "which are in units of reward (about one logit), or set label_noise=0"
+        )
 
 
 class Adoption:

@@ -42,7 +42,7 @@ from ..models.inference import check_pad_token, vocabulary_size
 from ..models.model_card import make_model_card
 from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
-from .adoption import Adoption, likelihood_settings
+from .adoption import Adoption, likelihood_settings, warn_of_idle_margins
 from .batching import PairBatching
 from .calibration import Calibration
 from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
@@ -176,6 +176,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Rewa
         self._adoption.restore_heads()
         self._reward_model = self._adoption.model
         self._family = self._reward_model.family
+        warn_of_idle_margins(train_dataset, self._family, self._likelihood)
         if is_peft_model(self.model):
             keep_to_one_family(self.model)
 
