@@ -29,8 +29,12 @@ EXPLAINED = {
     "accuracy": ("Accuracy", "share of people who agree with the model; higher is better"),
     "nll": ("NLL", "−log probability of a person's choice, in nats; lower is better, 0.693 is uninformed"),
     "brier": ("Brier score", "squared error of the probability; lower is better, 0.25 is uninformed"),
-    "calibration_error": ("Calibration error", "distance of probabilities from frequencies, 15 bins; lower is better"),
-    "debiased_calibration_error": ("Calibration error, debiased", "root mean square, with chance subtracted"),
+    "calibration_error": (
+        "Calibration error",
+        "root mean square distance of probabilities from frequencies, with chance subtracted; lower is better",
+    ),
+    "expected_calibration_error": ("ECE", "mean distance of probabilities from frequencies, chance included"),
+    "expected_calibration_error_by_chance": ("ECE by chance", "what a perfect forecast of this sharpness would show"),
     "confidence": ("Confidence", "mean probability of the more likely answer; above the accuracy is overconfident"),
     "risk_coverage_area": (
         "Risk–coverage area",
@@ -126,7 +130,7 @@ def write_report(
     held_out: HeldOut,
     verdicts: dict[str, dict[str, Verdict]] | None = None,
     setup: dict[str, str] | None = None,
-    brackets: str = "95 % intervals of the bootstrap",
+    brackets: str = "95 % intervals",
     examples: int = EXAMPLES,
 ) -> Path:
     """Writes `report.html` and its charts.
@@ -146,7 +150,7 @@ def write_report(
             Differences from the reference model, by model and figure.
         setup (`dict[str, str]`, *optional*, defaults to `None`):
             Facts of the run to list, such as data, command and versions.
-        brackets (`str`, *optional*, defaults to `"95 % intervals of the bootstrap"`):
+        brackets (`str`, *optional*, defaults to `"95 % intervals"`):
             What the numbers in brackets mean.
         examples (`int`, *optional*, defaults to `2`):
             Number of examples of each kind, see [`pick_examples`].

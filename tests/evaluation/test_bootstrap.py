@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from disco_trl.evaluation.bootstrap import interval, paired_bootstrap, resamples
-from disco_trl.evaluation.metrics import Forecasts, accuracy
+from disco_trl.evaluation.forecasts import Forecasts
+from disco_trl.evaluation.metrics import accuracy
 
 
 def test_resamples_draw_groups():
