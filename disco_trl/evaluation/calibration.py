@@ -200,8 +200,9 @@ def calibration_error_interval(
     inverted for λ. κ is taken from d, for which it is the right one without chance and, on average, with chance alone.
 
     Simulated with 200 to 3,000 comparisons of perfect, mildly and badly calibrated forecasts of three degrees of
-    sharpness, with single votes, several votes, shared prompts and shared answers, it contains the error of the true
-    probabilities in 90 to 99 % of the data sets.
+    sharpness, with single votes, several votes, soft labels, shared prompts and shared answers, it contains the error
+    of the true probabilities in 90 to 99 % of the data sets. If fewer than about thirty answers make up all
+    comparisons, it may be fewer (83 % was seen).
 
     Args:
         forecasts ([`~disco_trl.evaluation.forecasts.Forecasts`]):

@@ -11,8 +11,8 @@ def clustered_covariance(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
     It is the sandwich estimate: products of the sums by group are added up, and with two groups a comparison, the
     products of comparisons that have both in common, which are in two such sums, are subtracted once (A. C. Cameron,
     J. Gelbach and D. Miller, 2011; for pairs of answers, P. Aronow, C. Samii and V. Assenova, 2015). The bootstrap
-    that draws answers ([`~disco_trl.evaluation.bootstrap.resamples`]) overstates the variance of what is independent in
-    each comparison up to three times.
+    that draws answers ([`~disco_trl.evaluation.bootstrap.resamples`]) overstates the variance of what is independent
+    in each comparison up to three times.
 
     Args:
         scores (`np.ndarray` of shape `(N, B)`):

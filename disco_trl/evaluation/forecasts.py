@@ -106,8 +106,11 @@ class Forecasts:
 
     @classmethod
     def _of_columns(cls, columns: Iterable[ArrayLike], count: int, groups: np.ndarray | None) -> Forecasts:
-        arrays = (np.broadcast_to(np.asarray(column, dtype=float), count) for column in columns)
-        return cls(*arrays, np.arange(count) if groups is None else groups)
+        log_prob, log_prob_reverse, margin, target, weight = (
+            np.broadcast_to(np.asarray(column, dtype=float), count) for column in columns
+        )
+        groups = np.arange(count) if groups is None else groups
+        return cls(log_prob, log_prob_reverse, margin, target, weight, groups)
 
     def __len__(self) -> int:
         return len(self.margin)
