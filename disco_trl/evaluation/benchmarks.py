@@ -6,8 +6,9 @@ that it belongs to. So everything is evaluated by the same code. A [`Benchmark`]
 styles, best of several), which are functions of the items' rewards alone.
 
 Columns, sections, weights and what equal rewards count are those of the benchmarks' own code: RewardBench (N. Lambert
-et al., 2024, arXiv 2403.13787), RewardBench 2 (S. Malik et al., 2025, arXiv 2506.01937), RM-Bench (Y. Liu et al., 2024,
-arXiv 2410.16184), JudgeBench (S. Tan et al., 2024, arXiv 2410.12784), LLMBar (Z. Zeng et al., 2023, arXiv 2310.07641).
+et al., 2024, arXiv 2403.13787), RewardBench 2 (S. Malik et al., 2025, arXiv 2506.01937), RM-Bench (Y. Liu et al.,
+2024, arXiv 2410.16184), JudgeBench (S. Tan et al., 2024, arXiv 2410.12784), LLMBar (Z. Zeng et al., 2023, arXiv
+2310.07641).
 """
 
 from __future__ import annotations

@@ -79,12 +79,15 @@ class Verdict:
             Lower end of its interval.
         high (`float`):
             Upper end of its interval.
+        seeds (`int`):
+            Number of seeds that both models were trained with.
     """
 
     word: str
     mean: float
     low: float
     high: float
+    seeds: int
 
     @property
     def difference(self) -> str:
@@ -184,12 +187,33 @@ def write_report(
         pictures={name: Markup(charts.as_svg(draw, text)) for name, (draw, text) in drawings.items()},
         examples=pick_examples(rewards, held_out, examples),
         verdicts=verdicts or {},
+        note=note_on_seeds(verdicts or {}),
         setup=setup or {},
         brackets=brackets,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def note_on_seeds(verdicts: dict[str, dict[str, Verdict]]) -> str:
+    """What the intervals of verdicts do not include.
+
+    Args:
+        verdicts (`dict[str, dict[str, Verdict]]`):
+            Verdicts by variant and figure.
+
+    Returns:
+        `str`: A sentence for those of one seed, empty if there are none.
+    """
+    alone = [name for name, figures in verdicts.items() if next(iter(figures.values())).seeds == 1]
+    if not alone:
+        return ""
+    of_whom = "" if len(alone) == len(verdicts) else f" of {', '.join(alone)}"
+    return (
+        f"With one seed, the verdicts{of_whom} are about these runs, not about the methods: their intervals do not "
+        "include the randomness of training."
+    )
 
 
 def pick_examples(rewards: RewardDistribution, held_out: HeldOut, each: int = EXAMPLES) -> list[Example]:
