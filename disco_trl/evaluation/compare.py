@@ -12,7 +12,6 @@ from Bradley–Terry over comparisons and seeds → table, verdicts and report.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,8 +25,9 @@ from transformers.utils import logging
 
 from ..distributions.reward_distribution import FAMILIES, RewardDistribution
 from ..trainer.reward_config import DiscoRewardConfig
+from .child import run_child
 from .clusters import paired_difference
-from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, Run
+from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, UNTIL_INPUT_ENDS, Run
 from .held_out import HeldOut
 from .metrics import METRICS
 from .report import EXPLAINED, Verdict, note_on_seeds
@@ -241,9 +241,10 @@ def launch(run: Run) -> str | None:
     specification = folder / RUN_FILE
     specification.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
     # A new interpreter per run: its memory is returned when it exits, and a crash in native code ends this run only.
+    # Whatever ends this process ends the run as well.
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(specification)]
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(specification), UNTIL_INPUT_ENDS]
+        status = run_child(command, log)
     if status == 0:
         return None
     words = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
@@ -286,8 +287,8 @@ def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: st
     forecasts = [[held_out.forecasts(run.rewards) for run in runs] for runs in (ours, theirs)]
     # The weights, which are the same for all runs, are those of the metric of this name.
     weight = forecasts[0][0].decided if name == "accuracy" else forecasts[0][0].weight
-    columns = [[getattr(of_run, OF_EACH[name]) for of_run in runs] for runs in forecasts]
-    mean, low, high = paired_difference(*columns, weight, held_out.groups)
+    first, second = (np.stack([getattr(of_run, OF_EACH[name]) for of_run in runs]) for runs in forecasts)
+    mean, low, high = paired_difference(first, second, weight, held_out.groups)
     word = "undecided"
     if low > 0 or high < 0:
         word = "better" if (mean < 0) == LOWER_IS_BETTER[name] else "worse"

@@ -139,6 +139,41 @@ def test_errors_come_before_training(arguments, message, compared, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def compare_refuses(model: str, data: str, tmp_path: Path, *more: str) -> str:
+    """What is said of data that cannot be read, before anything is trained."""
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", model, data, str(tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["runs{1}", "{}", "{seed!r}", "{seed", "%s{seed.__class__}"])
+def test_the_name_of_the_data_is_no_format(name, tiny_llama_dir, tmp_path):
+    assert f"{tmp_path}/{name}: there is no such" in compare_refuses(tiny_llama_dir, f"{tmp_path}/{name}", tmp_path)
+
+
+def test_seed_in_the_name_of_the_data_is_the_seed(tiny_llama_dir, tmp_path):
+    said = compare_refuses(tiny_llama_dir, f"{tmp_path}/{{1}}-{{seed}}", tmp_path, "--seeds", "7")
+    assert f"{tmp_path}/{{1}}-7: there is no such" in said
+
+
+def test_a_configuration_of_the_data(tiny_llama_dir, tmp_path):
+    for name in ("small", "large"):
+        write_data(tmp_path / name)
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}.jsonl\n" for split in splits)
+        for name, splits in (("small", ["train"]), ("large", ["train", "test"]))
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert "test" in compare_refuses(tiny_llama_dir, str(tmp_path), tmp_path, "--dataset_config", "small")
+    said = compare_refuses(
+        tiny_llama_dir, str(tmp_path), tmp_path, "--dataset_config", "large", "--dataset_test_split", "dev"
+    )
+    assert "dev" in said and "test" in said and "train" in said
+    assert "'huge' not found" in compare_refuses(tiny_llama_dir, str(tmp_path), tmp_path, "--dataset_config", "huge")
+
+
 def test_settings_are_of_the_type_that_they_look_like():
     variant = Variant.parse("logistic:prefix_sharing=False,label_noise=0.05,learning_rate=1e-4,weigh_by=vote")
     assert variant.base == "logistic"

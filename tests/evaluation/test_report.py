@@ -72,6 +72,14 @@ def test_says_what_was_found(page, tmp_path, held_out):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_are_no_mathematics(held_out, tmp_path):
+    rewards = rewards_of(held_out, MARGINS)
+    figures = as_json(evaluate(rewards, held_out, draws=20))
+    name = r"cost $\frac$ {1} %s"
+    page = write_report(tmp_path, name, [Model(name, figures, [(0.0, 0.7)])], rewards, held_out).read_text()
+    assert page.count(name) > 5 and f">{name}</text>" in page
+
+
 def test_is_self_contained_and_runs_nothing(page):
     assert not re.search(r"<script|<link|<iframe|<img|\son\w+=\"|@import|url\((?!#)", page)
     assert "&lt;script&gt;alert(" in page
