@@ -7,14 +7,11 @@ its standard input.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Sequence
 from typing import IO
-
-
-ORPHANED = 143
-"""Exit status of a child whose parent has ended: that of a process ended by SIGTERM, as shells count."""
 
 
 def run_child(command: Sequence[str], log: IO[str]) -> int:
@@ -42,4 +39,4 @@ def end_with_parent() -> None:
 def _end_at_end_of_input() -> None:
     while os.read(0, 1):
         pass
-    os._exit(ORPHANED)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from disco_trl.evaluation.child import ORPHANED
-
 
 CHILD = """
 import os, threading
@@ -47,4 +45,4 @@ def test_a_run_of_compare_ends_with_its_input(tmp_path):
     os.mkfifo(tmp_path / "run.json")  # Nobody writes to it, so that the run would wait for its settings for ever.
     command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(tmp_path / "run.json")]
     done = subprocess.run([*command, "--until_input_ends"], stdin=subprocess.DEVNULL, capture_output=True)
-    assert done.returncode == ORPHANED
+    assert done.returncode == -signal.SIGKILL
