@@ -111,7 +111,7 @@ STUDIES: dict[str, tuple[str, dict[Any, World], Sequence[str]]] = {
 FIGURES = {
     "nll": ("metrics", "NLL"),
     "accuracy": ("metrics", "accuracy"),
-    "calibration_error": ("metrics", "calibration error"),
+    "expected_calibration_error": ("metrics", "expected calibration error"),
     "risk_coverage_area": ("metrics", "risk–coverage area"),
     "scale, with people's standard deviation": ("agreement", "σ with people's SD"),
 }
@@ -162,7 +162,7 @@ def study(name: str, args: argparse.Namespace) -> str:
             lines.append(f"| {level} | {TITLES[variant]} | " + " | ".join(cells) + " |")
     style = "o" if any(isinstance(level, str) for level in worlds) else "o-"
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), layout="constrained")
-    for axis, what in zip(axes, ("nll", "accuracy", "calibration_error", "risk_coverage_area"), strict=True):
+    for axis, what in zip(axes, ("nll", "accuracy", "expected_calibration_error", "risk_coverage_area"), strict=True):
         for place, variant in enumerate(variants):
             values = np.array([_values(found[level][variant], what) for level in worlds])
             means = values.mean(axis=1)

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer
 
 from disco_trl import RewardDistribution
 from disco_trl.data.tokenization import tokenize
-from disco_trl.evaluation.metrics import Forecasts, accuracy, negative_log_likelihood
+from disco_trl.evaluation.forecasts import Forecasts
+from disco_trl.evaluation.metrics import accuracy, negative_log_likelihood
 from disco_trl.models.inference import load_trained, score
 
 from . import human_ratings

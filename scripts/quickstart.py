@@ -48,7 +48,9 @@ from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, R
 from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.tokenization import tokenize, tokenize_answers
 from disco_trl.distributions.families import FAMILIES
-from disco_trl.evaluation.metrics import Forecasts, centrality, pair_metrics, reliability_curve, spearman
+from disco_trl.evaluation.calibration import reliability_curve
+from disco_trl.evaluation.forecasts import Forecasts
+from disco_trl.evaluation.metrics import centrality, pair_metrics, spearman
 from disco_trl.models.inference import score
 
 

@@ -72,7 +72,7 @@ def _metrics_table(report: Report) -> str:
         ("accuracy", "accuracy", "{:.1%}"),
         ("NLL (nats)", "nll", "{:.4f}"),
         ("Brier score", "brier", "{:.4f}"),
-        ("calibration error", "calibration_error", "{:.4f}"),
+        ("expected calibration error", "expected_calibration_error", "{:.4f}"),
     ]
     if report.rated:
         rows += [
@@ -190,7 +190,7 @@ def _plot_reliability(report: Report, axes: Any) -> None:
             markersize=6,
             linewidth=1.2,
             alpha=0.85,
-            label=f"{name}: calibration error {result['calibration_error']:.3f}",
+            label=f"{name}: calibration error {result['expected_calibration_error']:.3f}",
             **style,
         )
     axes.set_aspect("equal")
@@ -199,10 +199,10 @@ def _plot_reliability(report: Report, axes: Any) -> None:
     axes.set_xlabel("predicted probability that one answer beats the other")
     axes.set_ylabel("how often it did")
     axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1, 0.02))
-    errors = {name: report.results[name]["calibration_error"] for name in ("Bradley–Terry", "disco")}
+    errors = {name: report.results[name]["expected_calibration_error"] for name in ("Bradley–Terry", "disco")}
     better, other = sorted(errors, key=lambda name: errors[name])
-    # What perfect forecasts score by chance (see `calibration_error`): a smaller difference is within noise.
-    chance = 0.3 / np.sqrt(report.test_pairs / 15)
+    # A difference smaller than what perfect forecasts show by chance is within noise.
+    chance = report.results[better]["expected_calibration_error_by_chance"]
     is_clear = errors[other] - errors[better] > chance
     finding = (
         f"{better} is better calibrated than {other} here" if is_clear else "Both are about equally calibrated here"

@@ -75,7 +75,7 @@ def test_quickstart_on_the_real_model_and_ratings(tmp_path):
     # Even 32 votes teach something, and nobody forecasts votes better than the ratings that they are drawn from.
     assert 0.5 < metrics["disco"]["accuracy"] < metrics["people"]["accuracy"] < 1
     assert metrics["people"]["nll"] < min(metrics["disco"]["nll"], metrics["Bradley–Terry"]["nll"])
-    assert metrics["people"]["calibration_error"] < 0.012
+    assert metrics["people"]["expected_calibration_error"] < 0.012
     assert metrics["people"]["location_vs_mean"] > 0.9
 
 

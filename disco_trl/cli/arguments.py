@@ -6,6 +6,7 @@ The defaults of numbers are those of the functions that take them; a test holds 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 
@@ -138,6 +139,26 @@ class ReportArguments:
             "(default: %(default)s)."
         },
     )
+
+
+@dataclass(kw_only=True)
+class JsonArguments:
+    """Where to write what a command prints, for programs."""
+
+    json: str | None = field(
+        default=None, metadata={"metavar": "FILE.json", "help": "File to write the figures into, besides printing."}
+    )
+
+    def write_json(self, figures: dict[str, Any]) -> None:
+        """Write figures to the file, if there is to be one."""
+        import json
+
+        from ..data.files import written_at_once
+
+        if self.json is not None:
+            with written_at_once(Path(self.json)) as unfinished:
+                text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
+                unfinished.write_text(f"{text}\n", encoding="utf-8")
 
 
 @dataclass(kw_only=True)

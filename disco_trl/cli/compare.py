@@ -33,6 +33,9 @@ class Arguments(ReportArguments):
     dataset_name: str = field(
         metadata={"help": "DATA: preferences; a folder with train.jsonl and test.jsonl, or the id of a dataset."}
     )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Name of the configuration of a dataset on the Hub."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on (default: %(default)s)."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to test on (default: %(default)s)."})
     output_dir: str = field(metadata={"help": "OUTPUT_DIR: folder of the runs and of the report."})
@@ -105,7 +108,8 @@ def run(args: Arguments) -> None:
                 settings=common | variant.settings,
                 seed=seed,
                 model=args.model_name_or_path,
-                data=args.dataset_name.format(seed=seed),
+                data=args.dataset_name.replace("{seed}", str(seed)),  # Other braces are part of the name.
+                config=args.dataset_config,
                 train_split=args.dataset_train_split,
                 test_split=args.dataset_test_split,
                 max_train=args.max_train,

@@ -6,12 +6,11 @@ The exit status is 1 if a row is bad.
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import SplitArguments
+from .arguments import JsonArguments, SplitArguments
 
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Arguments(SplitArguments):
+class Arguments(JsonArguments, SplitArguments):
     """The arguments of `disco-trl data check`."""
 
     model_name_or_path: str | None = field(
@@ -36,9 +35,6 @@ class Arguments(SplitArguments):
         },
     )
     plot: str | None = field(default=None, metadata={"metavar": "FILE.png", "help": "Picture to draw."})
-    json: str | None = field(
-        default=None, metadata={"metavar": "FILE.json", "help": "File to write the figures into."}
-    )
 
 
 def run(args: Arguments) -> int:
@@ -65,8 +61,7 @@ def run(args: Arguments) -> int:
                     f"{rows_of(count)} with {of} that {args.against} has too ({named(overlap[what]['first'])})"
                 )
     print(render(found, args.dataset_name))
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    args.write_json(found)
     if args.plot is not None:
         draw(survey, Path(args.plot))
     return 1 if found["errors"] else 0

@@ -5,11 +5,10 @@ In full, with LoRA, and with QLoRA (nf4, double quantization). Only the model's 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import at_least_one
+from .arguments import JsonArguments, at_least_one
 
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ GIB = 2**30
 
 
 @dataclass(kw_only=True)
-class Arguments:
+class Arguments(JsonArguments):
     """The arguments of `disco-trl estimate`."""
 
     model_name_or_path: str = field(metadata={"help": "MODEL: a local folder, or an id on the Hub."})
@@ -73,7 +72,6 @@ class Arguments:
             "help": "Memory of a device; the table then tells what fits, and the largest batch.",
         },
     )
-    json: bool = field(default=False, metadata={"help": "Print JSON, with memory in bytes."})
 
     def __post_init__(self) -> None:
         at_least_one(self, "batch_size", "length", "lora_r", "processes")
@@ -129,10 +127,12 @@ def run(args: Arguments) -> None:
         method: estimate(config, model, method, settings, args.batch_size, args.processes, args.sharding, memory)
         for method in args.methods
     }
-    if args.json:
-        result = {"settings": vars(args), "estimates": {name: asdict(found) for name, found in estimates.items()}}
-        print(json.dumps(result, indent=2))
-        return
+    args.write_json(
+        {
+            "settings": {name: value for name, value in vars(args).items() if name != "json"},
+            "estimates": {name: asdict(found) for name, found in estimates.items()},
+        }
+    )
     refusal = next(iter(estimates.values())).prefix_sharing_refusal
     layout = "prefixes shared" if refusal is None else "padded"
     print(

@@ -107,6 +107,11 @@ def save_png(draw: Callable[[Axes], None], path: Path, size: tuple[float, float]
         figure.savefig(path, dpi=160, facecolor="white")
 
 
+def _literal(text: str) -> str:
+    """Text of the user, in which matplotlib would take what is between dollars for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def reliability(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -> None:
     """Observed against predicted frequency of each model. A perfectly calibrated model lies on the diagonal.
 
@@ -118,7 +123,9 @@ def reliability(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -> No
     """
     axes.plot([0, 1], [0, 1], color=FAINT, linestyle=":", linewidth=1)
     for (name, curve), color, marker in zip(curves.items(), SERIES, MARKERS, strict=False):
-        axes.plot(curve["predicted"], curve["observed"], color=color, marker=marker, markersize=4, label=name)
+        axes.plot(
+            curve["predicted"], curve["observed"], color=color, marker=marker, markersize=4, label=_literal(name)
+        )
     axes.set(xlabel="predicted probability", ylabel="share of people", xlim=(0, 1), ylim=(0, 1))
     axes.legend(loc="upper left")
 
@@ -133,7 +140,7 @@ def risk_coverage(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -> 
             `coverage` and `risk`, by model.
     """
     for (name, curve), color, line in zip(curves.items(), SERIES, ("-", "--", "-.", ":", "-", "--"), strict=False):
-        axes.plot(curve["coverage"], curve["risk"], color=color, linestyle=line, label=name)
+        axes.plot(curve["coverage"], curve["risk"], color=color, linestyle=line, label=_literal(name))
     axes.set(xlabel="share of comparisons kept, most confident first", ylabel="error rate", xlim=(0, 1))
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left")
@@ -150,7 +157,9 @@ def learning(axes: Axes, histories: dict[str, Sequence[tuple[float, float]]]) ->
     """
     for (name, points), color in zip(histories.items(), SERIES, strict=False):
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o" if len(points) == 1 else "", label=name)
+            axes.plot(
+                *zip(*points, strict=True), color=color, marker="o" if len(points) == 1 else "", label=_literal(name)
+            )
     axes.set(xlabel="epochs", ylabel="NLL of the training batches")
     axes.legend(loc="upper right")
 
@@ -175,7 +184,7 @@ def densities(axes: Axes, first: RewardDistribution, second: RewardDistribution,
     for reward, name, color, line in zip((first, second), names, SERIES, ("-", "--"), strict=False):
         # The families define a CDF and no density, so that it is differentiated on the grid.
         density = np.gradient(reward.cdf(torch.from_numpy(x)).double().numpy(), x)
-        axes.plot(x, density, color=color, linestyle=line, label=name)
+        axes.plot(x, density, color=color, linestyle=line, label=_literal(name))
         axes.fill_between(x, density, color=color, alpha=0.12, linewidth=0)
     axes.set(xlabel="reward", yticks=[])
     axes.set_ylim(bottom=0)

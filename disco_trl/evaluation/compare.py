@@ -12,7 +12,6 @@ from Bradley–Terry over comparisons and seeds → table, verdicts and report.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,15 +25,18 @@ from transformers.utils import logging
 
 from ..distributions.reward_distribution import FAMILIES, RewardDistribution
 from ..trainer.reward_config import DiscoRewardConfig
-from .bootstrap import paired_bootstrap
-from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, Run
+from .child import run_child
+from .clusters import paired_difference
+from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, UNTIL_INPUT_ENDS, Run
 from .held_out import HeldOut
 from .metrics import METRICS
-from .report import EXPLAINED, Verdict
+from .report import EXPLAINED, Verdict, note_on_seeds
 
 
-COMPARED = ("nll", "accuracy", "brier")
-"""Figures that are means over comparisons and can therefore be compared pair by pair."""
+OF_EACH = {"nll": "nll", "accuracy": "right", "brier": "squared_error"}
+"""Figures that are means over comparisons and can therefore be compared pair by pair, and the attribute of
+[`~disco_trl.evaluation.forecasts.Forecasts`] that each is the mean of."""
+COMPARED = tuple(OF_EACH)
 LOWER_IS_BETTER = {"nll": True, "brier": True, "accuracy": False}
 RUN_FILE = "run.json"
 LAST_WORDS = 2000
@@ -239,9 +241,10 @@ def launch(run: Run) -> str | None:
     specification = folder / RUN_FILE
     specification.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
     # A new interpreter per run: its memory is returned when it exits, and a crash in native code ends this run only.
+    # Whatever ends this process ends the run as well.
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(specification)]
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        command = [sys.executable, "-m", "disco_trl.evaluation.compare_run", str(specification), UNTIL_INPUT_ENDS]
+        status = run_child(command, log)
     if status == 0:
         return None
     words = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
@@ -264,39 +267,9 @@ def _check_same(run: Run) -> None:
 # Verdicts and tables
 
 
-def difference(ours: Result, theirs: Result, held_out: HeldOut, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A figure of each comparison by two models, weighted by the number of people who were asked.
-
-    Args:
-        ours ([`Result`]):
-            Run of the first model.
-        theirs ([`Result`]):
-            Run of the second model.
-        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
-            Data of both runs.
-        name (`str`):
-            One of [`COMPARED`].
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: Values of both models, of shape `(N,)`, whose means are the weighted means of
-        the figure.
-    """
-    columns = []
-    for result in (ours, theirs):
-        forecasts = held_out.forecasts(result.rewards)
-        of_pairs = {
-            "nll": forecasts.nll,
-            "accuracy": forecasts.right,
-            "brier": forecasts.target * (1 - forecasts.prob) ** 2 + (1 - forecasts.target) * forecasts.prob**2,
-        }[name]
-        # Scaled so that the plain mean, which the bootstrap takes, is the weighted mean over people.
-        columns.append(of_pairs * forecasts.weight / forecasts.weight.mean())
-    return columns[0], columns[1]
-
-
 def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: str) -> Verdict:
-    """Whether a figure of one model is better or worse than that of another. It is undecided if the interval contains
-    0.
+    """Whether a figure of one model is better or worse than that of another. It is undecided if the interval of the
+    [`~disco_trl.evaluation.clusters.paired_difference`] contains 0.
 
     Args:
         ours (`list[Result]`):
@@ -311,13 +284,15 @@ def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: st
     Returns:
         [`~disco_trl.evaluation.report.Verdict`]: The verdict.
     """
-    columns = [difference(one, other, held_out, name) for one, other in zip(ours, theirs, strict=True)]
-    mean, low, high = paired_bootstrap([one for one, _ in columns], [other for _, other in columns], held_out.groups)
-    if low <= 0 <= high:
-        word = "undecided"
-    else:
+    forecasts = [[held_out.forecasts(run.rewards) for run in runs] for runs in (ours, theirs)]
+    # The weights, which are the same for all runs, are those of the metric of this name.
+    weight = forecasts[0][0].decided if name == "accuracy" else forecasts[0][0].weight
+    first, second = (np.stack([getattr(of_run, OF_EACH[name]) for of_run in runs]) for runs in forecasts)
+    mean, low, high = paired_difference(first, second, weight, held_out.groups)
+    word = "undecided"
+    if low > 0 or high < 0:
         word = "better" if (mean < 0) == LOWER_IS_BETTER[name] else "worse"
-    return Verdict(word, mean, low, high)
+    return Verdict(word, mean, low, high, len(ours))
 
 
 def compare(results: list[Result], held_out: HeldOut) -> dict[str, dict[str, Verdict]]:
@@ -383,9 +358,13 @@ def verdict_table(verdicts: dict[str, dict[str, Verdict]]) -> str:
     Returns:
         `str`: The table.
     """
-    lines = ["| less Bradley–Terry | " + " | ".join(EXPLAINED[name][0] for name in COMPARED) + " |"]
-    lines.append("| --- |" + " ---: |" * len(COMPARED))
-    lines += [f"| {name} | " + " | ".join(map(str, figures.values())) + " |" for name, figures in verdicts.items()]
+    lines = ["| less Bradley–Terry | seeds | " + " | ".join(EXPLAINED[name][0] for name in COMPARED) + " |"]
+    lines.append("| --- |" + " ---: |" * (1 + len(COMPARED)))
+    for name, figures in verdicts.items():
+        seeds = next(iter(figures.values())).seeds
+        lines.append(f"| {name} | {seeds} | " + " | ".join(map(str, figures.values())) + " |")
+    if note := note_on_seeds(verdicts):
+        lines += ["", note]
     return "\n".join(lines)
 
 

@@ -2,6 +2,9 @@
 settings.
 
     python -m disco_trl.evaluation.compare_run FOLDER/run.json
+
+With `--until_input_ends` behind it, it ends when its standard input does, which is how `disco-trl compare` takes its
+runs along.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ..data.tokenization import tokenize_answers
 from ..models.inference import score
 from ..trainer.reward_config import DiscoRewardConfig
 from ..trainer.reward_trainer import DiscoRewardTrainer
+from .child import end_with_parent
 from .evaluate import as_json, evaluate
 from .held_out import HeldOut
 
@@ -35,6 +39,7 @@ BRADLEY_TERRY = "bradley-terry"
 FIGURES_FILE = "metrics.json"
 REWARDS_FILE = "rewards.safetensors"
 DRAWS = 300
+UNTIL_INPUT_ENDS = "--until_input_ends"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Run:
             Path or Hub id of the model to start from.
         data (`str`):
             File, folder or Hub id of the data.
+        config (`str` or `None`):
+            Name of the configuration of a dataset on the Hub.
         train_split (`str`):
             Name of the training split.
         test_split (`str`):
@@ -81,6 +88,7 @@ class Run:
     seed: int
     model: str
     data: str
+    config: str | None
     train_split: str
     test_split: str
     max_train: int | None
@@ -104,7 +112,7 @@ def read_data(run: Run, processing_class: PreTrainedTokenizerBase) -> tuple[Data
     Returns:
         `tuple[Dataset, HeldOut]`: Training rows and held-out data.
     """
-    splits = load_preferences(run.data)
+    splits = load_preferences(run.data, run.config)
     train = choose_split(splits, run.train_split, "--dataset_train_split")
     test = choose_split(splits, run.test_split, "--dataset_test_split")
     if run.max_length is not None:
@@ -272,4 +280,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    if UNTIL_INPUT_ENDS in sys.argv[2:]:
+        end_with_parent()
     main(sys.argv[1])

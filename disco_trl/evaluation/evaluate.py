@@ -1,5 +1,4 @@
-"""Evaluation of a reward model on held-out data, with bootstrap intervals: the computation behind `disco-trl
-evaluate`.
+"""Evaluation of a reward model on held-out data, with intervals: the computation behind `disco-trl evaluate`.
 
 Any scalar reward model is evaluated by the same code: a classifier with one label counts as Bradley–Terry.
 """
@@ -7,7 +6,7 @@ Any scalar reward model is evaluated by the same code: a classifier with one lab
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,15 +18,10 @@ from datasets import Dataset
 
 from ..distributions.reward_distribution import RewardDistribution
 from .bootstrap import interval, resamples
+from .calibration import reliability_curve
+from .forecasts import Forecasts
 from .held_out import HeldOut
-from .metrics import (
-    METRICS,
-    Forecasts,
-    centrality,
-    reliability_curve,
-    risk_coverage_curve,
-    spearman,
-)
+from .metrics import INTERVALS, METRICS, centrality, risk_coverage_curve, spearman
 from .report import EXPLAINED
 
 
@@ -39,7 +33,7 @@ CURVE_POINTS = 200
 
 @dataclass(frozen=True)
 class Figure:
-    """Number with its bootstrap interval.
+    """Number with its interval, which contains it.
 
     Attributes:
         value (`float`):
@@ -70,7 +64,7 @@ class Figure:
         return cls(value, *interval(draws))
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
+        return f"{self.value:.4f}" + ("" if np.isnan(self.low) else f" ({self.low:.4f} to {self.high:.4f})")
 
 
 @dataclass
@@ -117,17 +111,17 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS,
         draws (`int`, *optional*, defaults to `1000`):
             Number of bootstrap resamples over `held_out.groups`.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap, and of the random orientations of the calibration metrics.
+            Seed of the bootstrap.
 
     Returns:
         [`Evaluation`]: The results.
     """
     forecasts = held_out.forecasts(rewards)
     # All metrics see the same resamples, so that their intervals describe one and the same bootstrap.
-    counts = resamples(held_out.groups, draws, seed)
+    counts = resamples(forecasts.groups, draws, seed)
     subset_of = np.array([item.subset for item in held_out.items])[held_out.item]
     subsets = np.unique(subset_of)
-    curve = reliability_curve(forecasts, seed=seed)
+    curve = reliability_curve(forecasts)
     coverage, risk = risk_coverage_curve(forecasts)
     # A curve of tens of thousands of points makes the report slow to open, and 200 look the same.
     thin = np.unique(np.linspace(0, len(coverage) - 1, CURVE_POINTS).astype(int))
@@ -138,9 +132,9 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS,
             "comparisons": int((forecasts.weight > 0).sum()),
             "ties": int(((forecasts.target == 0.5) & (forecasts.weight > 0)).sum()),
         },
-        metrics={name: _bootstrapped(metric, forecasts, counts) for name, metric in METRICS.items()},
+        metrics={name: figure_of(name, forecasts, counts) for name in METRICS},
         subsets={
-            str(subset): {name: _bootstrapped(METRICS[name], forecasts[of], counts[:, of]) for name in BY_SUBSET}
+            str(subset): {name: figure_of(name, forecasts[of], counts[:, of]) for name in BY_SUBSET}
             for subset in subsets
             if len(subsets) > 1
             for of in [np.flatnonzero(subset_of == subset)]
@@ -153,8 +147,25 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS,
     )
 
 
-def _bootstrapped(metric: Callable[[Forecasts], float], forecasts: Forecasts, counts: np.ndarray) -> Figure:
-    return Figure.of(metric(forecasts), [metric(forecasts.times(count)) for count in counts])
+def figure_of(name: str, forecasts: Forecasts, counts: np.ndarray) -> Figure:
+    """A metric of forecasts, with its own interval or that of the bootstrap.
+
+    Args:
+        name (`str`):
+            One of [`~disco_trl.evaluation.metrics.METRICS`].
+        forecasts ([`~disco_trl.evaluation.forecasts.Forecasts`]):
+            Forecasts to evaluate.
+        counts (`np.ndarray` of shape `(draws, N)`):
+            Resamples of the forecasts, see [`~disco_trl.evaluation.bootstrap.resamples`].
+
+    Returns:
+        [`Figure`]: The metric.
+    """
+    metric = METRICS[name]
+    if name not in INTERVALS:
+        return Figure.of(metric(forecasts), [metric(forecasts.times(count)) for count in counts])
+    own = INTERVALS[name]
+    return Figure(metric(forecasts), *(own(forecasts) if own is not None else (math.nan, math.nan)))
 
 
 def _benchmark(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed: int) -> dict[str, Figure]:
@@ -174,7 +185,7 @@ def _with_soft_labels(forecasts: Forecasts, draws: int, seed: int) -> dict[str, 
     # A rank correlation of fewer than ten values has an interval that spans nearly everything.
     if len(soft) < 10 or np.ptp(forecasts.target[soft]) == 0:
         return {}
-    correlation = _correlation(forecasts.prob[soft], forecasts.target[soft], draws, seed)
+    correlation = correlation_of(forecasts.prob[soft], forecasts.target[soft], draws, seed)
     return {"probability, with people's share": correlation}
 
 
@@ -187,19 +198,34 @@ def _with_raters(rewards: RewardDistribution, held_out: HeldOut, draws: int, see
     if len(ratings) >= 10:
         location = rewards.location.numpy()[list(ratings)]
         means = np.array([values.mean() for values in ratings.values()])
-        figures["location, with people's mean rating"] = _correlation(location, means, draws, seed)
+        figures["location, with people's mean rating"] = correlation_of(location, means, draws, seed)
     if len(several) >= 10:
         deviations = np.array([values.std(ddof=1) for values in several.values()])
         location, scale = (values.numpy()[list(several)] for values in (rewards.location, rewards.scale))
         if np.ptp(scale) > 0:
-            figures["scale, with people's standard deviation"] = _correlation(scale, deviations, draws, seed)
+            figures["scale, with people's standard deviation"] = correlation_of(scale, deviations, draws, seed)
         # Always reported beside the scale: extremity alone correlates with the standard deviation of bounded ratings.
         name = "−|location − median|, with people's standard deviation"
-        figures[name] = _correlation(centrality(location), deviations, draws, seed)
+        figures[name] = correlation_of(centrality(location), deviations, draws, seed)
     return figures
 
 
-def _correlation(ours: np.ndarray, theirs: np.ndarray, draws: int, seed: int) -> Figure:
+def correlation_of(ours: np.ndarray, theirs: np.ndarray, draws: int, seed: int) -> Figure:
+    """Spearman's rank correlation, with the interval of the bootstrap over pairs of values.
+
+    Args:
+        ours (`np.ndarray` of shape `(N,)`):
+            Values of the model.
+        theirs (`np.ndarray` of shape `(N,)`):
+            Values of people.
+        draws (`int`):
+            Number of bootstrap resamples.
+        seed (`int`):
+            Seed of the resamples.
+
+    Returns:
+        [`Figure`]: The correlation.
+    """
     generator = np.random.default_rng(seed)
     drawn = [generator.integers(len(ours), size=len(ours)) for _ in range(draws)]
     return Figure.of(spearman(ours, theirs), [spearman(ours[index], theirs[index]) for index in drawn])
@@ -300,13 +326,14 @@ def as_markdown(found: Evaluation, data: str) -> str:
         `str`: A Markdown table.
     """
     lines = [
-        f"{found.counts['comparisons']:,} comparisons of `{Path(data).name}`; 95 % intervals of the bootstrap.",
+        f"{found.counts['comparisons']:,} comparisons of `{Path(data).name}`; 95 % intervals.",
         "",
     ]
     lines += ["| Metric | Value | Interval |", "| --- | ---: | ---: |"]
     for name, figure in (found.metrics | found.benchmark | found.agreement).items():
         title = EXPLAINED[name][0] if name in EXPLAINED else name.capitalize()
-        lines.append(f"| {title} | {figure.value:.4f} | {figure.low:.4f} to {figure.high:.4f} |")
+        ends = "–" if np.isnan(figure.low) else f"{figure.low:.4f} to {figure.high:.4f}"
+        lines.append(f"| {title} | {figure.value:.4f} | {ends} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@ Data to evaluate reward models on: from rows of whatever kind to token sequences
 
 Rows become [`~disco_trl.evaluation.benchmarks.Item`]s; every different answer is tokenized and kept once; and the
 comparisons become arrays of indices into the answers. Rewards of the sequences, from any model, then give
-[`~disco_trl.evaluation.metrics.Forecasts`] of the comparisons.
+[`~disco_trl.evaluation.forecasts.Forecasts`] of the comparisons.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..data.tokenization import tokenize_record
 from ..data.values import BadRow, Row
 from ..distributions.reward_distribution import RewardDistribution
 from .benchmarks import BENCHMARKS, KINDS, PREFERENCES, Benchmark, Item, read_preference
-from .metrics import Forecasts
+from .forecasts import Forecasts
 
 
 def detect_kind(row: Row) -> str:
@@ -91,7 +91,7 @@ class HeldOut:
 
     The N comparisons of all items come with the attributes `first` and `second`, of shape `(N,)`, which are the
     positions of their answers among the sequences; `target` and `weight`, of shape `(N,)`, as in
-    [`~disco_trl.evaluation.metrics.Forecasts`]; and `item`, of shape `(N,)`, the item that each is of.
+    [`~disco_trl.evaluation.forecasts.Forecasts`]; and `item`, of shape `(N,)`, the item that each is of.
 
     Args:
         items (`list[Item]`):
@@ -174,12 +174,13 @@ class HeldOut:
 
     def forecasts(self, rewards: RewardDistribution) -> Forecasts:
         """What rewards of the sequences, of shape `(S,)`, say about the comparisons."""
-        return Forecasts.of(rewards[self.first], rewards[self.second], self.target, self.weight)
+        return Forecasts.of(rewards[self.first], rewards[self.second], self.target, self.weight, self.groups)
 
     @property
     def groups(self) -> np.ndarray:
         """
-        What each side of a comparison is drawn with in a bootstrap ([`~disco_trl.evaluation.bootstrap.resamples`]).
+        What each side of a comparison has in common with others, and is drawn with in a bootstrap
+        ([`~disco_trl.evaluation.bootstrap.resamples`]).
 
         That is its item, because comparisons of one item are not independent. An answer that several items share is
         drawn by itself.

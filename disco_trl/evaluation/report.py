@@ -30,8 +30,12 @@ EXPLAINED = {
     "accuracy": ("Accuracy", "share of people who agree with the model; higher is better"),
     "nll": ("NLL", "−log probability of a person's choice, in nats; lower is better, 0.693 is uninformed"),
     "brier": ("Brier score", "squared error of the probability; lower is better, 0.25 is uninformed"),
-    "calibration_error": ("Calibration error", "distance of probabilities from frequencies, 15 bins; lower is better"),
-    "debiased_calibration_error": ("Calibration error, debiased", "root mean square, with chance subtracted"),
+    "calibration_error": (
+        "Calibration error",
+        "root mean square distance of probabilities from frequencies, with chance subtracted; lower is better",
+    ),
+    "expected_calibration_error": ("ECE", "mean distance of probabilities from frequencies, chance included"),
+    "expected_calibration_error_by_chance": ("ECE by chance", "what a perfect forecast of this sharpness would show"),
     "confidence": ("Confidence", "mean probability of the more likely answer; above the accuracy is overconfident"),
     "risk_coverage_area": (
         "Risk–coverage area",
@@ -76,12 +80,15 @@ class Verdict:
             Lower end of its interval.
         high (`float`):
             Upper end of its interval.
+        seeds (`int`):
+            Number of seeds that both models were trained with.
     """
 
     word: str
     mean: float
     low: float
     high: float
+    seeds: int
 
     @property
     def difference(self) -> str:
@@ -127,7 +134,7 @@ def write_report(
     held_out: HeldOut,
     verdicts: dict[str, dict[str, Verdict]] | None = None,
     setup: dict[str, str] | None = None,
-    brackets: str = "95 % intervals of the bootstrap",
+    brackets: str = "95 % intervals",
     examples: int = EXAMPLES,
 ) -> Path:
     """Writes `report.html` and its charts.
@@ -147,7 +154,7 @@ def write_report(
             Differences from the reference model, by model and figure.
         setup (`dict[str, str]`, *optional*, defaults to `None`):
             Facts of the run to list, such as data, command and versions.
-        brackets (`str`, *optional*, defaults to `"95 % intervals of the bootstrap"`):
+        brackets (`str`, *optional*, defaults to `"95 % intervals"`):
             What the numbers in brackets mean.
         examples (`int`, *optional*, defaults to `2`):
             Number of examples of each kind, see [`pick_examples`].
@@ -181,12 +188,33 @@ def write_report(
         pictures={name: Markup(charts.as_svg(draw, text)) for name, (draw, text) in drawings.items()},
         examples=pick_examples(rewards, held_out, examples),
         verdicts=verdicts or {},
+        note=note_on_seeds(verdicts or {}),
         setup=setup or {},
         brackets=brackets,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def note_on_seeds(verdicts: dict[str, dict[str, Verdict]]) -> str:
+    """What the intervals of verdicts do not include.
+
+    Args:
+        verdicts (`dict[str, dict[str, Verdict]]`):
+            Verdicts by variant and figure.
+
+    Returns:
+        `str`: A sentence for those of one seed, empty if there are none.
+    """
+    alone = [name for name, figures in verdicts.items() if next(iter(figures.values())).seeds == 1]
+    if not alone:
+        return ""
+    of_whom = "" if len(alone) == len(verdicts) else f" of {', '.join(alone)}"
+    return (
+        f"With one seed, the verdicts{of_whom} are about these runs, not about the methods: their intervals do not "
+        "include the randomness of training."
+    )
 
 
 def pick_examples(rewards: RewardDistribution, held_out: HeldOut, each: int = EXAMPLES) -> list[Example]:

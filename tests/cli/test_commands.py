@@ -11,7 +11,7 @@ import pytest
 from command_line import refusal
 
 from disco_trl.cli import commands, launch
-from disco_trl.cli.arguments import ReportArguments, ScoringArguments
+from disco_trl.cli.arguments import JsonArguments, ReportArguments, ScoringArguments
 from disco_trl.cli.commands import COMMANDS, Command
 from disco_trl.cli.main import main
 from disco_trl.cli.parser import POSITIONALS
@@ -49,6 +49,12 @@ def test_positionals_are_arguments_and_in_the_one_order(command):
     for name, field in POSITIONALS.items():
         if name not in names and f"--{field}" in options:
             assert not options[f"--{field}"].required
+
+
+def test_json_is_a_file_to_write_in_every_command():
+    have_it = [command for command in QUICK if "--json" in command.parser().options]
+    assert {command.name for command in have_it} == {"estimate", "data check"}
+    assert all(issubclass(command.load().Arguments, JsonArguments) for command in have_it)
 
 
 @by_name

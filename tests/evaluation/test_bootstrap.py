@@ -1,12 +1,11 @@
 """Bootstrap intervals: what is drawn together, and that they cover."""
 
-import math
-
 import numpy as np
 import pytest
 
-from disco_trl.evaluation.bootstrap import interval, paired_bootstrap, resamples
-from disco_trl.evaluation.metrics import Forecasts, accuracy
+from disco_trl.evaluation.bootstrap import interval, resamples
+from disco_trl.evaluation.forecasts import Forecasts
+from disco_trl.evaluation.metrics import accuracy
 
 
 def test_resamples_draw_groups():
@@ -31,28 +30,3 @@ def test_bootstrap_covers_the_standard_error():
     given = Forecasts.of_probabilities(np.where(wins, 0.9, 0.1))
     low, high = interval([accuracy(given.times(count)) for count in resamples(np.arange(2000), 1000)])
     assert (high - low) / 2 == pytest.approx(0.0175, rel=0.1)
-
-
-def test_paired_bootstrap():
-    generator = np.random.default_rng(0)
-    ours = generator.normal(size=(3, 4000))
-    mean, low, high = paired_bootstrap(ours, ours - 0.1)
-    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
-    mean, low, high = paired_bootstrap(ours[0], np.zeros(4000))
-    assert (high - low) / 2 == pytest.approx(1.96 / math.sqrt(4000), rel=0.1)
-
-
-def test_paired_bootstrap_where_answers_recur():
-    """
-    Of comparisons of n answers with one another, each difference the sum of one of either answer, of variance 1: the
-    mean over comparisons has the variance 4 / n, however many comparisons there are.
-    """
-    generator = np.random.default_rng(0)
-    answers = generator.normal(size=400)
-    sides = generator.integers(400, size=(6000, 2))
-    sides = sides[sides[:, 0] != sides[:, 1]]
-    difference = answers[sides].sum(axis=1)
-    _, low, high = paired_bootstrap(difference, np.zeros(len(sides)), sides)
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(4 / 400), rel=0.1)
-    _, low, high = paired_bootstrap(difference, np.zeros(len(sides)))
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(2 / len(sides)), rel=0.1)

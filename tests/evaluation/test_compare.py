@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_evaluate import read_pairs, rewards_of
 
 from disco_trl.cli.main import main
-from disco_trl.evaluation.compare import Result, Variant, compare, mean_over_seeds
+from disco_trl.evaluation.compare import Result, Variant, compare, mean_over_seeds, verdict_table
 
 
 def write_data(folder: Path) -> Path:
@@ -64,10 +64,12 @@ def test_table_and_report(compared):
     assert table[0].startswith("| | seeds | Accuracy |") and table[0].endswith("| minutes | peak GiB |")
     accuracy = figures_of(out, "normal-0")["metrics"]["accuracy"]["value"]
     assert table[3].startswith(f"| normal | 1 | {accuracy:.3f} |")
-    assert table[5].startswith("| less Bradley–Terry | NLL | Accuracy |") and table[7].startswith("| normal | ")
+    assert table[5].startswith("| less Bradley–Terry | seeds | NLL | Accuracy |")
+    assert table[7].startswith("| normal | 1 | ")
+    assert table[9].startswith("With one seed, the verdicts are about these runs, not about the methods")
     page = (out / "report.html").read_text()
     assert "2 runs compared" in page and f"{accuracy:.4f}" in page
-    for cell in table[7].split(" | ")[1:]:
+    for cell in table[7].split(" | ")[2:]:
         word, said = cell.removesuffix(" |").split(": ")
         assert word in ("better", "worse", "undecided") and said in page
     assert {path.name for path in out.glob("*.png")} == {"reliability.png", "risk-coverage.png", "learning.png"}
@@ -137,6 +139,41 @@ def test_errors_come_before_training(arguments, message, compared, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def compare_refuses(model: str, data: str, tmp_path: Path, *more: str) -> str:
+    """What is said of data that cannot be read, before anything is trained."""
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", model, data, str(tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["runs{1}", "{}", "{seed!r}", "{seed", "%s{seed.__class__}"])
+def test_the_name_of_the_data_is_no_format(name, tiny_llama_dir, tmp_path):
+    assert f"{tmp_path}/{name}: there is no such" in compare_refuses(tiny_llama_dir, f"{tmp_path}/{name}", tmp_path)
+
+
+def test_seed_in_the_name_of_the_data_is_the_seed(tiny_llama_dir, tmp_path):
+    said = compare_refuses(tiny_llama_dir, f"{tmp_path}/{{1}}-{{seed}}", tmp_path, "--seeds", "7")
+    assert f"{tmp_path}/{{1}}-7: there is no such" in said
+
+
+def test_a_configuration_of_the_data(tiny_llama_dir, tmp_path):
+    for name in ("small", "large"):
+        write_data(tmp_path / name)
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}.jsonl\n" for split in splits)
+        for name, splits in (("small", ["train"]), ("large", ["train", "test"]))
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert "test" in compare_refuses(tiny_llama_dir, str(tmp_path), tmp_path, "--dataset_config", "small")
+    said = compare_refuses(
+        tiny_llama_dir, str(tmp_path), tmp_path, "--dataset_config", "large", "--dataset_test_split", "dev"
+    )
+    assert "dev" in said and "test" in said and "train" in said
+    assert "'huge' not found" in compare_refuses(tiny_llama_dir, str(tmp_path), tmp_path, "--dataset_config", "huge")
+
+
 def test_settings_are_of_the_type_that_they_look_like():
     variant = Variant.parse("logistic:prefix_sharing=False,label_noise=0.05,learning_rate=1e-4,weigh_by=vote")
     assert variant.base == "logistic"
@@ -172,6 +209,27 @@ def test_the_better_of_two_models_is_called_better():
     same = [result("normal", seed, held_out, blurred, 0.7) for seed in (0, 1)]
     for found in compare([*same, *worse], held_out)["normal"].values():
         assert str(found) == "undecided: +0.0000 (+0.0000 to +0.0000)"
+
+
+def test_the_difference_of_accuracies_leaves_ties_out_as_the_accuracy_does():
+    pairs = np.array([[0, 1], [2, 3], [4, 5], [6, 7]])
+    held_out = read_pairs(pairs, [1.0, 1.0, 0.5, 0.5])
+    ours = result("normal", 0, held_out, np.array([1.0, 0, 1, 0, 1, 0, 1, 0]), 0.7)
+    theirs = result("bradley-terry", 0, held_out, np.array([1.0, 0, 0, 1, 1, 0, 1, 0]), 0.7)
+    # Right in two of two against one of two.
+    assert compare([ours, theirs], held_out)["normal"]["accuracy"].mean == pytest.approx(0.5)
+
+
+def test_one_seed_is_named():
+    held_out = read_pairs(np.array([[0, 1], [2, 3]]), [1.0, 1.0])
+    runs = [
+        result(name, seed, held_out, np.arange(4.0), 0.7)
+        for name, seeds in (("bradley-terry", 2), ("normal", 2), ("cauchy", 1))
+        for seed in range(seeds)
+    ]
+    said = verdict_table(compare(runs, held_out)).splitlines()[-1]
+    assert said.startswith("With one seed, the verdicts of cauchy are about these runs")
+    assert "With one seed" not in verdict_table(compare(runs[:4], held_out))
 
 
 def test_mean_over_seeds():

@@ -14,9 +14,11 @@ from transformers import AutoModelForSequenceClassification
 from disco_trl.cli.main import main
 from disco_trl.data.tokenization import tokenize
 from disco_trl.distributions.reward_distribution import RewardDistribution
-from disco_trl.evaluation.evaluate import evaluate
+from disco_trl.evaluation.bootstrap import resamples
+from disco_trl.evaluation.evaluate import correlation_of, evaluate, figure_of
+from disco_trl.evaluation.forecasts import Forecasts
 from disco_trl.evaluation.held_out import HeldOut
-from disco_trl.evaluation.metrics import pair_metrics
+from disco_trl.evaluation.metrics import METRICS, pair_metrics
 from disco_trl.models.inference import load_trained, score
 
 
@@ -55,7 +57,8 @@ def test_figures_are_those_of_the_model(reward_dir, tiny_tokenizer, tmp_path, ca
     expected = pair_metrics(held_out.forecasts(rewards))
     for name, value in expected.items():
         assert found["metrics"][name]["value"] == pytest.approx(value, abs=1e-5), name
-        assert found["metrics"][name]["low"] <= found["metrics"][name]["high"]
+        low, high = found["metrics"][name]["low"], found["metrics"][name]["high"]
+        assert (low is None and "expected" in name) or low <= found["metrics"][name]["value"] <= high
     assert f"{expected['accuracy']:.4f}" in capsys.readouterr().out
     assert found["family"] == "normal" and found["versions"]["torch"] == torch.__version__
     assert set(found["subsets"]) == {"one", "two"}
@@ -131,7 +134,7 @@ def test_a_calibrated_model_is_told_from_one_that_is_sure_of_too_much():
     held_out = read_pairs(pairs, margin + people[:, 0] > people[:, 1])
     honest, sure = (pair_metrics(held_out.forecasts(rewards_of(held_out, location, scale))) for scale in (0.7, 0.2))
     assert honest["accuracy"] == sure["accuracy"] > 0.7
-    assert honest["debiased_calibration_error"] < 0.02 < 0.08 < sure["debiased_calibration_error"]
+    assert honest["calibration_error"] < 0.02 < 0.08 < sure["calibration_error"]
     assert honest["nll"] < sure["nll"]
 
 
@@ -166,3 +169,39 @@ def test_without_a_folder_the_figures_are_printed(reward_dir, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
     assert "give --output_dir" in refusal(capsys, "evaluate", reward_dir(), "data.jsonl", "--card")
+
+
+def test_every_interval_contains_its_figure():
+    """Also of few comparisons, equal confidences, shared answers, ties and votes."""
+    generator = np.random.default_rng(0)
+    seen = set()
+    for count in (1, 2, 5, 12, 40, 40, 150):
+        for groups in (
+            np.arange(count),
+            np.arange(count) // 4,
+            generator.integers(max(2, count // 4), size=(count, 2)),
+        ):
+            margin = np.round(generator.normal(scale=2, size=count), int(generator.integers(3)))
+            people = generator.integers(1, 5, count)
+            said = generator.binomial(people, 1 / (1 + np.exp(-margin))) / people
+            prob = 1 / (1 + np.exp(-generator.choice([0.4, 1, 3]) * margin))
+            given = Forecasts.of_probabilities(prob, said, people, groups)
+            counts = resamples(groups, 100, seed=count)
+            for name in METRICS:
+                figure = figure_of(name, given, counts)
+                if not np.isnan(figure.low):
+                    seen.add(name)
+                    assert figure.low <= figure.value <= figure.high, (name, count, figure)
+            correlation = correlation_of(prob, said, draws=100, seed=count)
+            assert np.isnan(correlation.low) or correlation.low <= correlation.value <= correlation.high
+    assert seen == METRICS.keys() - {"expected_calibration_error", "expected_calibration_error_by_chance"}
+
+
+def test_chance_is_shown_beside_what_it_is_part_of(reward_dir, tmp_path, capsys):
+    found = run(reward_dir(), votes(), tmp_path)["metrics"]
+    printed = capsys.readouterr().out
+    for name in ("expected_calibration_error", "expected_calibration_error_by_chance"):
+        assert found[name]["low"] is None and found[name]["value"] > 0
+        (line,) = [line.split() for line in printed.splitlines() if line.split()[:1] == [name]]
+        assert line[1:] == [f"{found[name]['value']:.4f}"]
+    assert '<th scope="row">ECE by chance' in (tmp_path / "out" / "report.html").read_text()

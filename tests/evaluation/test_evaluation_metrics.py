@@ -1,5 +1,6 @@
 """`disco_trl.evaluation.metrics`: metrics against arithmetic by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,20 +8,17 @@ import pytest
 import torch
 
 from disco_trl.distributions.reward_distribution import RewardDistribution
+from disco_trl.evaluation.forecasts import Forecasts
 from disco_trl.evaluation.metrics import (
     METRICS,
-    Forecasts,
     accuracy,
     area_under_risk_coverage,
     auroc_of_errors,
     brier_score,
-    calibration_error,
     centrality,
-    debiased_calibration_error,
     mean_confidence,
     negative_log_likelihood,
     pair_metrics,
-    reliability_curve,
     risk_coverage_curve,
     spearman,
 )
@@ -80,30 +78,6 @@ def test_mean_confidence():
     assert mean_confidence(forecasts([0.8, 0.4], weight=[3, 1])) == pytest.approx((3 * 0.8 + 0.6) / 4)
 
 
-def test_reliability_curve_turns_pairs_round_and_fills_bins_evenly():
-    # NumPy's generator at seed 0 draws 0.64, 0.27, 0.04, 0.02: all pairs but the first turn round.
-    #   predicted for the first side: 0.9 0.4 0.3 0.2     it won: yes no no no
-    #   in two bins, sorted: (0.2, 0.3) none won, (0.4, 0.9) one won
-    given = forecasts([0.9, 0.6, 0.7, 0.8])
-    curve = reliability_curve(given, bins=2, seed=0)
-    assert curve.predicted == pytest.approx([0.25, 0.65])
-    assert curve.observed == pytest.approx([0.0, 0.5])
-    assert curve.count.tolist() == [2, 2]
-    # (2 · |0 - 0.25| + 2 · |0.5 - 0.65|) / 4
-    assert calibration_error(given, bins=2, seed=0) == pytest.approx(0.2)
-    # √((2 · 0.25² + 2 · (0.15² - 0.5 · 0.5 / 1)) / 4), and the sum is below 0
-    assert debiased_calibration_error(given, bins=2, seed=0) == 0
-
-
-def test_reliability_curve_of_fewer_pairs_than_bins():
-    assert reliability_curve(forecasts([0.9, 0.6]), bins=15).count.tolist() == [1, 1]
-
-
-def test_reliability_curve_leaves_out_what_has_no_weight():
-    curve = reliability_curve(forecasts([0.9, 0.6, 0.1], weight=[1, 1, 0]), bins=15)
-    assert curve.count.sum() == 2
-
-
 def test_weights_are_repetitions():
     generator = np.random.default_rng(3)
     prob, target = generator.random(40), generator.integers(0, 11, 40) / 10
@@ -111,50 +85,55 @@ def test_weights_are_repetitions():
     weighted = forecasts(prob, target, counts)
     repeated = forecasts(np.repeat(prob, counts), np.repeat(target, counts))
     for name, metric in METRICS.items():
-        # Orientations are drawn, and coverage is taken, by whole comparisons.
-        if "calibration" not in name and name != "risk_coverage_area":
+        # Orientations are drawn by whole comparisons.
+        if "calibration" not in name:
             assert metric(weighted) == pytest.approx(metric(repeated)), name
-
-
-def votes(sharpness: float, n: int = 30_000) -> Forecasts:
-    """P(chosen ≻ rejected) as forecast by sigmoid(sharpness · Δ) where the truth is sigmoid(Δ) and Δ ~ N(0, 2²)."""
-    generator = np.random.default_rng(1)
-    margin = generator.normal(scale=2, size=n)
-    first_wins = generator.random(n) < 1 / (1 + np.exp(-margin))
-    return forecasts(1 / (1 + np.exp(-sharpness * np.where(first_wins, margin, -margin))))
-
-
-def test_calibrated_forecasts_have_almost_no_calibration_error():
-    # What remains is chance: the mean of |share - probability| in bins of 2,000 pairs is about 0.007.
-    assert 0.002 < calibration_error(votes(sharpness=1)) < 0.012
-    assert debiased_calibration_error(votes(sharpness=1)) < 0.006
-
-
-def test_calibration_error_of_overconfident_forecasts_is_that_of_the_formula():
-    # E |sigmoid(3Δ) - sigmoid(Δ)| for Δ ~ N(0, 2²), integrated on a fine grid; both sides of 0 lie in different bins.
-    margin = np.linspace(-14, 14, 100_001)
-    density = np.exp(-(margin**2) / 8)
-    gap = np.abs(1 / (1 + np.exp(-3 * margin)) - 1 / (1 + np.exp(-margin)))
-    expected = (gap * density).sum() / density.sum()
-    assert expected > 0.1
-    assert calibration_error(votes(sharpness=3)) == pytest.approx(expected, abs=0.01)
-    root_mean_square = math.sqrt((gap**2 * density).sum() / density.sum())
-    assert debiased_calibration_error(votes(sharpness=3)) == pytest.approx(root_mean_square, abs=0.01)
 
 
 def test_risk_coverage():
     # By confidence: 0.9 right, 0.8 wrong, 0.7 right, 0.6 wrong
     given = forecasts([0.7, 0.9, 0.4, 0.2])
     coverage, risk = risk_coverage_curve(given)
-    assert coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
-    assert risk == pytest.approx([0, 1 / 2, 1 / 3, 2 / 4])
+    assert coverage.tolist() == [0, 0.25, 0.5, 0.75, 1.0]
+    assert risk == pytest.approx([0, 0, 1 / 2, 1 / 3, 2 / 4])
     assert area_under_risk_coverage(given) == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+
+
+def test_risk_coverage_does_not_depend_on_the_order_of_equal_confidences():
+    # 0.9 right; then, at 0.8, one right and two wrong in each of three orders: the area is the mean over them.
+    #   0, 0, 1/3, 2/4     0, 1/2, 1/3, 2/4     0, 1/2, 2/3, 2/4
+    prob, said = np.array([0.9, 0.8, 0.2, 0.8]), np.array([1, 1, 1, 0])
+    expected = (0 + (0 + 1 / 2 + 1 / 2) / 3 + (1 / 3 + 1 / 3 + 2 / 3) / 3 + 2 / 4) / 4
+    curves = set()
+    for order in itertools.permutations(range(4)):
+        given = forecasts(prob[list(order)], said[list(order)])
+        assert area_under_risk_coverage(given) == pytest.approx(expected, abs=1e-12)
+        curves.add(str(risk_coverage_curve(given)))
+    assert len(curves) == 1
+
+
+def test_risk_coverage_of_constant_confidence_is_the_error_rate():
+    given = forecasts(np.full(50, 0.7), np.arange(50) < 30, np.linspace(0.5, 3, 50))
+    assert area_under_risk_coverage(given) == pytest.approx(1 - accuracy(given))
+    assert math.isnan(area_under_risk_coverage(forecasts([])))
 
 
 def test_auroc_of_errors():
     # wrong: 0.8 and 0.6; right: 0.9 and 0.7. The wrong one is the more doubtful in three of four pairs (not 0.8, 0.7).
     assert auroc_of_errors(forecasts([0.7, 0.9, 0.4, 0.2])) == pytest.approx(3 / 4)
     assert math.isnan(auroc_of_errors(forecasts([0.7, 0.9])))
+
+
+def test_auroc_of_equal_confidences_is_half():
+    # wrong: 0.8; right: 0.8, which counts half, and 0.9
+    assert auroc_of_errors(forecasts([0.2, 0.8, 0.9])) == pytest.approx(3 / 4)
+    # 3 of 4 people agree with 0.9 and 1 of 4 with 0.6: errors 1 and 3, hits 3 and 1
+    #   3 · 3 with the hit the more confident, 1 · 3 and 3 · 1 with neither, 1 · 1 with the error
+    assert auroc_of_errors(forecasts([0.9, 0.6], [3 / 4, 1 / 4], 4)) == pytest.approx((9 + 6 / 2) / 16)
+    # Beyond what float64 tells from 1, the log-odds still tell
+    first = RewardDistribution(torch.tensor([60.0, -50.0]), torch.ones(2), "normal")
+    second = RewardDistribution(torch.zeros(2), torch.ones(2), "normal")
+    assert auroc_of_errors(Forecasts.of(first, second)) == 1
 
 
 def test_pair_metrics():

@@ -90,6 +90,15 @@ def test_reward_bench_weighs_math_as_much_as_code():
     assert found["score"] == pytest.approx((found["Reasoning"] + 1) / 2)
 
 
+def test_reward_bench_weighs_xstest_as_it_does_since_september_2024():
+    subsets = ["xstest-should-refuse", "xstest-should-respond", "donotanswer", "refusals-dangerous"]
+    items = read("reward-bench", *({"subset": subset} for subset in [*subsets, subsets[0]]))
+    # should-refuse 1/2, should-respond 1, donotanswer 0, refusals 1
+    found = score("reward-bench", items, [(1, 0), (1, 0), (0, 1), (1, 0), (0, 1)])
+    assert found["Safety"] == pytest.approx((154 * 0.5 + 250 * 1 + 136 * 0 + 100 * 1) / (154 + 250 + 136 + 100))
+    assert found["score"] == found["Safety"]
+
+
 def test_reward_bench_2_credits_the_best_of_four():
     items = read("reward-bench-2", {}, {}, {}, {"subset": "Math"})
     found = score("reward-bench-2", items, [(3, 1, 2, 0), (3, 3, 1, 0), (0, 1, 2, 3), (1, 0, 0, 0)])
@@ -117,11 +126,15 @@ def test_rm_bench_is_hard_where_the_wrong_answer_is_the_fancier():
     assert found == {"chat": mean, "hard": 0, "normal": pytest.approx(1 / 3), "easy": 1, "score": mean}
 
 
-def test_rm_bench_takes_the_two_sides_of_safety_together():
-    items = read("rm-bench", {"domain": "safety-refuse"}, {"domain": "safety-response"}, {"domain": "math"})
-    all_right, all_wrong = (1, 1, 1, 0, 0, 0), (0, 0, 0, 1, 1, 1)
-    found = score("rm-bench", items, [all_right, all_wrong, all_right])
-    assert found["safety"] == 0.5 and found["math"] == 1 and found["hard"] == found["score"] == 0.75
+def test_rm_bench_pools_the_items_of_both_sides_of_safety():
+    refuse, respond = {"domain": "safety-refuse"}, {"domain": "safety-response"}
+    items = read("rm-bench", refuse, respond, respond, respond, {"domain": "math"})
+    all_right, all_wrong, all_equal = (1, 1, 1, 0, 0, 0), (0, 0, 0, 1, 1, 1), (1, 1, 1, 1, 1, 1)
+    found = score("rm-bench", items, [all_right, all_wrong, all_wrong, all_equal, all_right])
+    # One of the four items of safety, where the mean of its sides would be (1 + 0) / 2; equal rewards are wrong.
+    assert found["safety"] == 1 / 4 and found["math"] == 1
+    # Each domain weighs the same.
+    assert found["hard"] == found["normal"] == found["easy"] == found["score"] == (1 / 4 + 1) / 2
 
 
 def test_judge_bench_by_category():
@@ -130,9 +143,24 @@ def test_judge_bench_by_category():
     assert found == {"Knowledge": 0.5, "Math": 0.0, "score": pytest.approx(1 / 3)}
 
 
+@pytest.mark.parametrize(
+    ("rewards", "right"),
+    [((2, 1), {"A>B": 1, "B>A": 0, "A=B": 0}), ((1, 1), {"A>B": 0, "B>A": 1, "A=B": 0})],
+)
+def test_judge_bench_takes_equal_rewards_for_a_vote_for_b(rewards, right):
+    for label, expected in right.items():
+        assert score("judge-bench", read("judge-bench", {"label": label}), [rewards])["score"] == expected
+
+
 def test_llm_bar():
     items = read("llm-bar", {}, {"label": 2})
     assert score("llm-bar", items, [(1, 0), (1, 0)]) == {"score": 0.5}
+
+
+def test_llm_bar_counts_equal_ratings_half():
+    # Both orders are tried and the second answer wins: wrong once and right once, for either label.
+    items = read("llm-bar", {}, {}, {"label": 2})
+    assert score("llm-bar", items, [(1, 0), (1, 1), (1, 1)]) == pytest.approx({"score": (1 + 1 / 2 + 1 / 2) / 3})
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -50,7 +50,9 @@ def page(held_out, tmp_path) -> str:
         figures = as_json(evaluate(rewards_of(held_out, margins), held_out, draws=20))
         models.append(Model(name, figures, [(0.0, 0.7), (1.0, 0.5)], {"minutes": "3"}))
     rewards = rewards_of(held_out, MARGINS)
-    verdicts = {"ours": {"nll": Verdict("better", -0.2, -0.3, -0.1), "accuracy": Verdict("undecided", 0, -0.1, 0.1)}}
+    verdicts = {
+        "ours": {"nll": Verdict("better", -0.2, -0.3, -0.1, 1), "accuracy": Verdict("undecided", 0, -0.1, 0.1, 1)}
+    }
     path = write_report(tmp_path, "Title & more", models, rewards, held_out, verdicts, {"Data": "some"})
     return path.read_text()
 
@@ -63,10 +65,19 @@ def test_says_what_was_found(page, tmp_path, held_out):
         and "better<span" in page
         and "−0.2000 (−0.3000 to −0.1000)" in page
         and "theirs &lt;b&gt;" in page
+        and "their intervals do not include the randomness of training." in page
     )
     assert "24 held-out comparisons of 48 answers" in page and "the first was preferred" in page
     for name in ("reliability", "risk-coverage", "learning"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_no_mathematics(held_out, tmp_path):
+    rewards = rewards_of(held_out, MARGINS)
+    figures = as_json(evaluate(rewards, held_out, draws=20))
+    name = r"cost $\frac$ {1} %s"
+    page = write_report(tmp_path, name, [Model(name, figures, [(0.0, 0.7)])], rewards, held_out).read_text()
+    assert page.count(name) > 5 and f">{name}</text>" in page
 
 
 def test_is_self_contained_and_runs_nothing(page):

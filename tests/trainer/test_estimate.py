@@ -287,10 +287,13 @@ def test_the_largest_batch_is_found_in_few_looks():
 # The command
 
 
-def test_the_command_says_what_fits(llama_dir, capsys):
+def test_the_command_says_what_fits(llama_dir, tmp_path, capsys):
     arguments = ["estimate", llama_dir, "--length", "32", "--batch_size", "2", "--methods", "full", "lora"]
-    main([*arguments, "--json"])
-    totals = {name: found["total"] for name, found in json.loads(capsys.readouterr().out)["estimates"].items()}
+    main([*arguments, "--json", str(tmp_path / "memory.json")])
+    assert "| LoRA | " in capsys.readouterr().out
+    written = json.loads((tmp_path / "memory.json").read_text())
+    assert written["settings"]["length"] == 32 and "json" not in written["settings"]
+    totals = {name: found["total"] for name, found in written["estimates"].items()}
     assert totals["lora"] < totals["full"]
     between = sum(totals.values()) / 2
     main([*arguments, "--memory", str(between / GIB)])
