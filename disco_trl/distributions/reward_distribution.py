@@ -18,6 +18,8 @@ from .numerics import to_dtype_of, to_float64
 
 __all__ = ["FAMILIES", "Family", "RewardDistribution", "get_family"]
 
+PAIRS_AT_ONCE = 2**13  # of 6 KB each, about 50 MB
+
 
 @dataclass(frozen=True, init=False)
 class RewardDistribution:
@@ -217,6 +219,23 @@ class RewardDistribution:
     def prob_greater(self, other: RewardDistribution) -> Tensor:
         """Evaluates P(this > other), in [0, 1]; see [`RewardDistribution.log_prob_greater`]."""
         return self.log_prob_greater(other).exp()
+
+    def prob_greater_within(self, first: Tensor, second: Tensor) -> Tensor:
+        """
+        Evaluates P(a > b) for pairs of rewards of this batch, `PAIRS_AT_ONCE` at a time.
+
+        A probability that is averaged over the errors of the locations takes 6 KB of memory while it is computed,
+        which for all pairs of a thousand rewards at once are 6 GB.
+
+        Args:
+            first, second (`torch.LongTensor` of shape `(P,)`):
+                Positions of a and b in the batch, of shape `(B,)`.
+
+        Returns:
+            `torch.Tensor` of shape `(P,)`: Probabilities in [0, 1]; see [`RewardDistribution.log_prob_greater`].
+        """
+        parts = zip(first.split(PAIRS_AT_ONCE), second.split(PAIRS_AT_ONCE), strict=True)
+        return torch.cat([self[a].prob_greater(self[b]) for a, b in parts])
 
     # One reward
 
