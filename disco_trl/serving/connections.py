@@ -17,7 +17,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .middleware import Limits
@@ -55,7 +54,9 @@ class Crowd:
             count (`int`):
                 Number of open connections.
         """
-        next(iter(self.waiting)).drop()
+        longest = next(iter(self.waiting), None)
+        if longest is not None:  # The newest one waits, unless its client has left already.
+            longest.drop()
         now = time.monotonic()
         if now >= self.next_warning:
             self.next_warning = now + 60
@@ -125,7 +126,8 @@ class BoundedProtocol(H11Protocol):
         self.transport.abort()
 
     def _note_wait(self) -> None:
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        has_request = self.cycle is not None and not self.cycle.response_complete
+        if has_request or self.transport.is_closing():
             self._end_wait()
         elif self not in self._crowd.waiting:
             self._crowd.waiting[self] = self.loop.call_later(self._crowd.limits.head_seconds, self.drop)

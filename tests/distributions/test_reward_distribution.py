@@ -10,10 +10,12 @@ import mpmath
 import pytest
 import torch
 from test_families import reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disco_trl.distributions import reward_distribution
 from disco_trl.distributions.families import FAMILIES, Difference, base, get_family
 from disco_trl.distributions.reward_distribution import RewardDistribution
+from disco_trl.distributions.transforms import get_transform
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -115,6 +117,33 @@ def test_location_errors_by_hand():
     assert RewardDistribution(b.location, b.scale, "normal").prob_greater(a).item() == pytest.approx(
         1 - 0.804414, abs=1e-6
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the number of elements of the largest tensor that is computed."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.size = max(self.size, result.numel())
+        return result
+
+
+def test_many_pairs_are_compared_a_part_at_a_time():
+    # 200 answers are 40,000 pairs, each with a quadrature of 80 nodes.
+    location, scale = torch.linspace(-3, 3, 200), torch.linspace(0.5, 2, 200)
+    rewards = RewardDistribution(location, scale, "laplace", location_error=torch.full((200,), 0.3))
+    first, second = torch.cartesian_prod(torch.arange(200), torch.arange(200)).T
+    with LargestTensor() as largest:
+        found = rewards.prob_greater_within(first, second)
+    assert largest.size <= 80 * reward_distribution.PAIRS_AT_ONCE < 80 * 40_000
+    torch.testing.assert_close(found.reshape(200, 200), rewards[:, None].prob_greater(rewards[None]), rtol=0, atol=0)
+    with LargestTensor() as largest:
+        get_transform("win_rate")(rewards, torch.zeros(200, dtype=torch.long))
+    assert largest.size <= 80 * reward_distribution.PAIRS_AT_ONCE
+    assert rewards.prob_greater_within(first[:0], second[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
