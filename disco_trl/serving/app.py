@@ -58,6 +58,10 @@ except ImportError as error:
     raise ImportError(f"disco-trl serve needs {error.name}: pip install 'disco-trl[serve]'") from error
 
 
+# More than the tokens of any text have on average. A single one, such as a run of spaces, may be longer.
+CHARACTERS_PER_TOKEN = 64
+
+
 class RenderedTexts:
     """Token ids of texts that a chat template has already rendered, as RLHF engines send them.
 
@@ -237,6 +241,11 @@ class Scorer:
         sequences = []
         for index, content in enumerate(contents):
             place = f"{name}[{index}]"
+            # A megabyte takes seconds to tokenize, in which no other request is read.
+            characters = _characters(content)
+            if characters > CHARACTERS_PER_TOKEN * self.max_tokens:
+                reason = f"{characters} characters are more than {self.max_tokens} tokens, the most in one text"
+                raise RefusalError(422, reason, place)
             try:
                 ids = encode(content)
             except Exception as error:  # A template may raise anything, and its only input is the client's.
@@ -381,6 +390,17 @@ def _check_finite(name: str, rows: torch.Tensor, what: str, status: int) -> None
 
 def _plain(content: str | list[Message]) -> str | list[dict[str, Any]]:
     return content if isinstance(content, str) else [message.model_dump(exclude_unset=True) for message in content]
+
+
+def _characters(content: Any) -> int:
+    """Number of characters of everything in a content that a template may write, names of fields included."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, BaseModel):
+        content = content.model_dump(exclude_unset=True)
+    if isinstance(content, dict):
+        return sum(map(_characters, (*content, *content.values())))
+    return sum(map(_characters, content)) if isinstance(content, list) else 1
 
 
 def _group_key(item: str | list[Message] | Answer) -> Any:

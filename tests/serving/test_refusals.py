@@ -71,6 +71,15 @@ def url(reward):
         ("/score", {"items": ["Good."], "pairs": [[0]]}, 422, "pairs[0]", "at least 2"),
         ("/score", {"items": ["Good."], "pairs": [[0, 0.5]]}, 422, "pairs[0][1]", "integer"),
         ("/score", {"items": ["The film is good. " * 1000]}, 422, "items[0]", "2048 are the most"),
+        (
+            "/score",
+            {"items": ["Good.", "a" * (64 * 2048 + 1)]},
+            422,
+            "items[1]",
+            "131073 characters are more than 2048",
+        ),
+        ("/score", {"items": [[{"role": "a"}] * 30_000]}, 422, "items[0]", "150000 characters"),
+        ("/get_reward", {"query": ["a" * (64 * 2048 + 1)]}, 422, "query[0]", "131073 characters"),
         ("/score", {"items": ["a"] * 1025}, 413, "items", "1024 are the most"),
         # Limits come before validation, and validation ends at the first error.
         ("/score", {"items": [1] * 500_000}, 413, "items", "1024 are the most"),
