@@ -207,6 +207,7 @@ class Gate:
         # Before the body is read, so that a stranger cannot occupy memory.
         _check_head(scope["headers"], headers)
         if _asks_for_health(scope, headers):  # Load balancers query the health without a token.
+            await self._read(chunks, headers, bytearray())  # its end: what comes after that is a disconnect
             await self._answer(scope, receive, send, b"")
             return
         self._check_token(headers)
