@@ -1,7 +1,13 @@
-"""A real server on a free port of the loopback, in a thread of the test, and what stands in the way of its model."""
+"""A real server on a free port of the loopback, in a thread of the test or in a process of its own, and what stands in
+the way of its model.
+"""
 
 import contextlib
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +18,7 @@ from tiny_models import randomize_heads
 
 from disco_trl import DiscoReward, DiscoRewardModel
 from disco_trl.serving.app import create_app
+from disco_trl.serving.connections import server_settings
 from disco_trl.serving.middleware import Limits
 
 
@@ -26,11 +33,14 @@ def tiny_reward(path: str, tokenizer, transform: str = "mean", **options) -> Dis
 
 
 @contextlib.contextmanager
-def serve(reward: DiscoReward, token: str | None = None, **limits) -> Iterator[str]:
-    """The server's URL, while it runs."""
+def serve(reward: DiscoReward, token: str | None = None, send_buffer: int | None = None, **limits) -> Iterator[str]:
+    """The server's URL, while it runs. `send_buffer` is how much of an answer the system takes off its hands."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(create_app(reward, Limits(**limits), token), access_log=False, log_level="warning")
-        server = uvicorn.Server(config)
+        if send_buffer is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # its connections inherit it
+        bounds = Limits(**limits)
+        app = create_app(reward, bounds, token)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **server_settings(bounds)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()  # connections wait in the socket's backlog until the server takes them
         try:
@@ -38,6 +48,19 @@ def serve(reward: DiscoReward, token: str | None = None, **limits) -> Iterator[s
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextlib.contextmanager
+def serve_in_process(path: str, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`disco-trl serve PATH` and its URL, once it listens; its standard error goes on behind that line."""
+    command = [sys.executable, "-m", "disco_trl", "serve", path, "--port", "0", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            lines = (re.search(r"running on (http://\S+)", line) for line in server.stderr)
+            yield server, next(filter(None, lines))[1]
+        finally:
+            server.kill()
 
 
 @dataclass

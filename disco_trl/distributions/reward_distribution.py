@@ -19,6 +19,7 @@ from .numerics import to_dtype_of, to_float64
 __all__ = ["FAMILIES", "Family", "RewardDistribution", "get_family"]
 
 _MOST_SHOWN = 8
+BYTES_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True, init=False)
@@ -265,6 +266,26 @@ class RewardDistribution:
     def prob_greater(self, other: RewardDistribution) -> Tensor:
         """Evaluates P(this > other), in [0, 1]; see [`RewardDistribution.log_prob_greater`]."""
         return self.log_prob_greater(other).exp()
+
+    def prob_greater_within(self, first: Tensor, second: Tensor) -> Tensor:
+        """
+        Evaluates P(a > b) for pairs of rewards of this batch, as many at a time as fit into `BYTES_AT_ONCE`.
+
+        A pair takes the `error_factor` of both answers, which for all pairs of a thousand rewards at once are
+        gigabytes.
+
+        Args:
+            first, second (`torch.LongTensor` of shape `(P,)`):
+                Positions of a and b in the batch, of shape `(B,)`.
+
+        Returns:
+            `torch.Tensor` of shape `(P,)`: Probabilities in [0, 1]; see [`RewardDistribution.log_prob_greater`].
+        """
+        # Both sides in the type they have and in float64, beside some hundred numbers a pair
+        size = 0 if self.error_factor is None else self.error_factor.shape[-1]
+        most = BYTES_AT_ONCE // (8 * (256 + 4 * size))
+        parts = zip(first.split(most), second.split(most), strict=True)
+        return torch.cat([self[a].prob_greater(self[b]) for a, b in parts])
 
     # One reward
 

@@ -196,8 +196,8 @@ class WinRate(Transform):
         result = torch.full_like(reward.location, 0.5, dtype=dtype)
         for members in group_members(group):
             if len(members) > 1:
-                rewards = reward[members]
-                wins = rewards[:, None].prob_greater(rewards[None, :])
+                pairs = torch.cartesian_prod(members, members)
+                wins = reward.prob_greater_within(*pairs.T).reshape(len(members), -1)
                 result[members] = (wins.sum(dim=1) - wins.diagonal()) / (len(members) - 1)
         return result
 

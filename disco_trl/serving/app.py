@@ -1,8 +1,11 @@
 """HTTP server for a reward model: the application behind `disco-trl serve`.
 
-What flows: a body that [`Gate`] has let in → a request that `schemas` has validated → token ids, made in one thread →
-location and scale, computed by the [`~disco_trl.serving.batching.Batcher`] in another → rewards. Nothing is truncated.
-A client that disconnects gives up its place in the queue. A reward that is not finite is an error.
+What flows: a body that [`Gate`] has let in → a request that `reading` has validated → token ids and groups → location
+and scale, computed by the [`~disco_trl.serving.batching.Batcher`] → rewards → the answer as JSON. The event loop only
+passes these on: bodies are read and tokenized in one thread, the model runs in a second, and answers are computed in a
+third, so that the server talks to other clients meanwhile. Each thread takes one request at a time, which limits the
+memory that requests need. Nothing is truncated. A client that disconnects gives up its place in the queue. A reward
+that is not finite is an error.
 
     disco-trl serve my-reward-model --port 8000
     curl localhost:8000/score -H 'Content-Type: application/json' -d '{"items": ["An answer.", "Another."]}'
@@ -13,8 +16,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +36,13 @@ from .rendered import RenderedTexts
 
 try:
     from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, PlainTextResponse
+    from fastapi.responses import JSONResponse, PlainTextResponse, Response
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from pydantic import BaseModel
+    from pydantic.json_schema import models_json_schema
 
     from .middleware import Gate, Limits, Metrics, refusal_response
+    from .reading import read_request
     from .schemas import (
         Answer,
         Message,
@@ -45,14 +52,41 @@ try:
         RewardResponse,
         ScoreRequest,
         ScoreResponse,
-        field_name,
     )
 except ImportError as error:
     raise ImportError(f"disco-trl serve needs {error.name}: pip install 'disco-trl[serve]'") from error
 
 
+# More than the tokens of any text have on average. A single one, such as a run of spaces, may be longer.
+CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a request asks of the model and of its rewards.
+
+    Args:
+        name (`str`):
+            Field of the request that holds the contents, for error messages.
+        sequences (`list[list[int]]`):
+            Token ids of its `N` contents.
+        transform ([`~disco_trl.distributions.transforms.Transform`]):
+            Transform of the rewards.
+        group (`torch.Tensor` of shape `(N,)`, *optional*):
+            Number of the prompt that each content answers, if the transform compares the answers to one prompt.
+        pairs (`list[list[int]]`):
+            Pairs of positions whose probabilities P(first ≻ second) are asked for.
+    """
+
+    name: str
+    sequences: list[list[int]]
+    transform: Transform
+    group: torch.Tensor | None
+    pairs: list[list[int]] = field(default_factory=list)
+
+
 class Scorer:
-    """Connects the endpoints to the model: tokenization, limits, transforms and groups.
+    """Connects the endpoints to the model: validation, tokenization, limits, transforms and groups.
 
     Args:
         reward ([`DiscoReward`]):
@@ -71,68 +105,101 @@ class Scorer:
         self.max_tokens = min(bounds, default=TOKENS_PER_BATCH)
         self.batcher = Batcher(reward.model, limits.max_queue, limits.max_batch_tokens, metrics.observe_batch)
         metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
-        # One thread: tokenizers are not documented as thread-safe, and the event loop must not block on one.
-        self._tokenizing = ThreadPoolExecutor(1, "disco-tokenizer")
+        self._encode_rendered = RenderedTexts(reward.processing_class)
+        # One thread each: tokenizers are not documented as thread-safe, and a body that has become Python objects, or
+        # a comparison of many answers, takes far more memory than the body itself.
+        self._reading = ThreadPoolExecutor(1, "disco-reading")
+        self._writing = ThreadPoolExecutor(1, "disco-writing")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Context in which the tokenizer and model threads run. On exit, texts that are still queued are scored."""
+        """Context in which the threads run. On exit, what they are doing is finished and what waits is given up."""
         self.batcher.start()
         try:
             yield
         finally:
-            # In the order of the flow: what is being tokenized still reaches the batcher.
-            self._tokenizing.shutdown()
+            self._reading.shutdown(cancel_futures=True)
             self.batcher.close()
+            self._writing.shutdown(cancel_futures=True)
 
-    async def distribution(self, field: str, contents: Sequence[Any], encode: Callable[[Any], list[int]]) -> Any:
-        """Scores the contents of one field of a request.
+    async def answer(
+        self,
+        request: Request,
+        read: Callable[[str, bytes], Question],
+        write: Callable[[Question, RewardDistribution], ScoreResponse | RewardResponse],
+    ) -> Response:
+        """Answers a request.
 
         Args:
-            field (`str`):
-                Name of the field, for error messages.
-            contents (`Sequence`):
-                `N` contents, such as texts or items.
-            encode (`Callable`):
-                Function that maps one content to its token ids.
+            request (`fastapi.Request`):
+                Request, whose body the gate has read.
+            read (`Callable`):
+                Function that maps content type and body to the question.
+            write (`Callable`):
+                Function that maps the question and the rewards of shape `(N,)` to the answer.
 
         Returns:
-            [`RewardDistribution`]: Rewards of shape `(N,)`, in the order of `contents`.
+            `fastapi.Response`: The answer as JSON.
 
         Raises:
-            `RefusalError`: If there are too many texts (413), a text cannot be tokenized or is too long (422), the
-            queue is full (503), or the model fails or returns values that are not finite (500).
+            `RefusalError`: If `read` or `write` refuses the request, the queue is full (503) or too small for the
+            request (413), or the model fails (500).
         """
-        if len(contents) > self.limits.max_texts_per_request:
-            reason = f"{len(contents)} texts, and {self.limits.max_texts_per_request} are the most in one request"
-            raise RefusalError(413, reason, field)
-        # All of a request is tokenized before any of it is queued, so that an invalid text costs no time of the model.
-        sequences = await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, self._tokenize, field, contents, encode
-        )
+        loop = asyncio.get_running_loop()
+        content_type = request.headers.get("content-type", "")
+        question = await loop.run_in_executor(self._reading, read, content_type, await request.body())
+        rewards = await self._score(question)
+        content = await loop.run_in_executor(self._writing, _written, write, question, rewards)
+        return Response(content, media_type="application/json")
+
+    async def _score(self, question: Question) -> RewardDistribution:
         try:
-            rewards = await self.batcher.score(sequences)
+            return await self.batcher.score(question.sequences)
         except QueueFullError as error:
             raise RefusalError(503, str(error), headers={"Retry-After": str(error.retry_after)}) from None
         except TooLargeError as error:
-            raise RefusalError(413, str(error), field) from None
+            raise RefusalError(413, str(error), question.name) from None
         except Exception as error:  # The batcher has logged it with its traceback.
-            raise RefusalError(500, f"the model failed: {type(error).__name__}", field) from None
-        self._check_finite(field, torch.stack([rewards.location, rewards.scale]), "is not finite; load it in float32")
-        return rewards
+            raise RefusalError(500, f"the model failed: {type(error).__name__}", question.name) from None
 
-    def _tokenize(self, field: str, contents: Sequence[Any], encode: Callable[[Any], list[int]]) -> list[list[int]]:
+    # The methods below run in the reading thread.
+
+    def read_score(self, content_type: str, body: bytes) -> Question:
+        """Reads a request of `/score`. Arguments and errors are those of [`~Scorer.answer`]."""
+        request = read_request(ScoreRequest, content_type, body, self.limits)
+        transform = self.transform(request)
+        group = self._group("items", transform, [_group_key(item) for item in request.items], len(request.pairs))
+        sequences = self._tokenize("items", request.items, self.encode_item)
+        return Question("items", sequences, transform, group, request.pairs)
+
+    def read_rendered(self, content_type: str, body: bytes) -> Question:
+        """Reads a request of `/get_reward`. Arguments and errors are those of [`~Scorer.answer`]."""
+        request = read_request(RewardRequest, content_type, body, self.limits)
+        prompts = request.prompts or [None] * len(request.query)
+        keys = [None if prompt is None else prompt_key(prompt) for prompt in prompts]
+        group = self._group("query", self.reward.transform, keys)
+        texts = list(zip(request.query, prompts, strict=True))
+        sequences = self._tokenize("query", texts, lambda text: self._encode_rendered(*text))
+        return Question("query", sequences, self.reward.transform, group)
+
+    # All of a request is tokenized before any of it is queued, so that an invalid text costs no time of the model.
+    def _tokenize(self, name: str, contents: Sequence[Any], encode: Callable[[Any], list[int]]) -> list[list[int]]:
         sequences = []
         for index, content in enumerate(contents):
-            name = f"{field}[{index}]"
+            place = f"{name}[{index}]"
+            # A megabyte takes seconds to tokenize, in which no other request is read.
+            characters = _characters(content)
+            if characters > CHARACTERS_PER_TOKEN * self.max_tokens:
+                reason = f"{characters} characters are more than {self.max_tokens} tokens, the most in one text"
+                raise RefusalError(422, reason, place)
             try:
                 ids = encode(content)
             except Exception as error:  # A template may raise anything, and its only input is the client's.
-                raise RefusalError(422, f"cannot be tokenized: {error}", name) from None
+                raise RefusalError(422, f"cannot be tokenized: {error}", place) from None
             if len(ids) > self.max_tokens:
-                raise RefusalError(422, f"{len(ids)} tokens, and {self.max_tokens} are the most in one text", name)
+                raise RefusalError(422, f"{len(ids)} tokens, and {self.max_tokens} are the most in one text", place)
             if not ids:
-                raise RefusalError(422, "has no tokens", name)
+                raise RefusalError(422, "has no tokens", place)
             sequences.append(ids)
         return sequences
 
@@ -185,69 +252,113 @@ class Scorer:
             raise RefusalError(422, str(error), "transform") from None
         return transform
 
-    def rewards(
-        self, field: str, transform: Transform, distribution: RewardDistribution, keys: Sequence[Any]
-    ) -> list[float]:
-        """Applies a transform to the rewards of a request.
+    def _group(self, name: str, transform: Transform, keys: Sequence[Any], pairs: int = 0) -> torch.Tensor | None:
+        """The number of the prompt that each content answers, if the transform compares the answers to one prompt.
 
-        Args:
-            field (`str`):
-                Name of the field, for error messages.
-            transform ([`~disco_trl.distributions.transforms.Transform`]):
-                Transform to apply.
-            distribution ([`RewardDistribution`]):
-                Rewards of shape `(N,)`.
-            keys (`Sequence`):
-                `N` hashable keys. Rows with equal keys answer the same prompt; `None` marks a row whose prompt is
-                unknown.
-
-        Returns:
-            `list[float]`: `N` transformed rewards.
-
-        Raises:
-            `RefusalError`: If a transform that compares the answers to one prompt finds no prompt, or no two answers
-            to one prompt, or if a transformed reward is not finite (422).
+        Contents with equal keys answer the same prompt; `None` marks one whose prompt is unknown. `pairs` is the
+        number of pairs that the request compares besides.
         """
-        group = None
-        if transform.needs_groups:
-            if None in keys:
-                raise RefusalError(
-                    422,
-                    f"transform {transform.name!r} compares the answers to one prompt: name it by 'prompt' or 'group'",
-                    f"{field}[{keys.index(None)}]",
-                )
-            # Keys may be strings or hashes of prompts; the transform compares small integers.
-            numbers: dict[Any, int] = {}
-            group = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
-            if len(numbers) == len(keys):
-                raise RefusalError(
-                    422,
-                    f"transform {transform.name!r} compares the answers to one prompt, and no two of these are; send "
-                    "the answers to one prompt together, or take another transform",
-                    field,
-                )
+        if not transform.needs_groups:
+            return None
+        if None in keys:
+            raise RefusalError(
+                422,
+                f"transform {transform.name!r} compares the answers to one prompt: name it by 'prompt' or 'group'",
+                f"{name}[{keys.index(None)}]",
+            )
+        sizes = Counter(keys)
+        if len(sizes) == len(keys):
+            raise RefusalError(
+                422,
+                f"transform {transform.name!r} compares the answers to one prompt, and no two of these are; send "
+                "the answers to one prompt together, or take another transform",
+                name,
+            )
+        pairs += sum(size * (size - 1) // 2 for size in sizes.values())
+        if pairs > self.limits.max_pairs_per_request:
+            raise RefusalError(
+                413,
+                f"transform {transform.name!r} compares {pairs} pairs of these, and "
+                f"{self.limits.max_pairs_per_request} are the most in one request; send fewer answers to one prompt",
+                name,
+            )
+        # Keys may be strings or hashes of prompts; the transform compares small integers.
+        numbers = {key: number for number, key in enumerate(sizes)}
+        return torch.tensor([numbers[key] for key in keys])
+
+    # The methods below run in the writing thread.
+
+    def write_score(self, question: Question, found: RewardDistribution) -> ScoreResponse:
+        """Makes the answer of `/score`. Arguments and errors are those of [`~Scorer.answer`]."""
+        rewards = self._rewards(question, found)
+        first, second = torch.tensor(question.pairs, dtype=torch.long).reshape(-1, 2).T
+        fields = ("location", "scale", "shape", "location_error")
+        columns = {name: getattr(found, name).tolist() for name in fields if getattr(found, name) is not None}
+        rows = zip(*columns.values(), rewards, strict=True)
+        return ScoreResponse(
+            family=found.family,
+            transform=question.transform.name,
+            results=[Result(**dict(zip([*columns, "reward"], row, strict=True))) for row in rows],
+            prob_greater=found.prob_greater_within(first, second).tolist(),
+        )
+
+    def write_rendered(self, question: Question, found: RewardDistribution) -> RewardResponse:
+        """Makes the answer of `/get_reward`. Arguments and errors are those of [`~Scorer.answer`]."""
+        rewards = self._rewards(question, found)
+        logs = {"location": found.location.tolist(), "scale": found.scale.tolist()}
+        return RewardResponse(rewards=rewards, scores=rewards, extra_logs=logs)
+
+    def _rewards(self, question: Question, found: RewardDistribution) -> list[float]:
+        name, transform = question.name, question.transform
+        _check_finite(name, torch.stack([found.location, found.scale]), "is not finite; load it in float32", 500)
         try:
-            rewards = transform(distribution, group)
+            rewards = transform(found, question.group)
         except ValueError as error:
             raise RefusalError(422, str(error), "transform") from None
         # Location and scale are finite here, so a value that is not comes from the client's option: 422, not 500.
-        self._check_finite(field, rewards[None], f"is not finite after the transform {transform.name!r}", 422)
+        _check_finite(name, rewards[None], f"is not finite after the transform {transform.name!r}", 422)
         return rewards.tolist()
 
-    def _check_finite(self, field: str, rows: torch.Tensor, what: str, status: int = 500) -> None:
-        bad = torch.nonzero(~rows.isfinite().all(dim=0)).flatten().tolist()
-        if bad:
-            raise RefusalError(status, f"the reward {rows[:, bad[0]].tolist()} {what}", f"{field}[{bad[0]}]")
+
+def _written(
+    write: Callable[[Question, RewardDistribution], ScoreResponse | RewardResponse],
+    question: Question,
+    rewards: RewardDistribution,
+) -> bytes:
+    return write(question, rewards).model_dump_json().encode()
+
+
+def _check_finite(name: str, rows: torch.Tensor, what: str, status: int) -> None:
+    bad = torch.nonzero(~rows.isfinite().all(dim=0)).flatten().tolist()
+    if bad:
+        raise RefusalError(status, f"the reward {rows[:, bad[0]].tolist()} {what}", f"{name}[{bad[0]}]")
 
 
 def _plain(content: str | list[Message]) -> str | list[dict[str, Any]]:
     return content if isinstance(content, str) else [message.model_dump(exclude_unset=True) for message in content]
 
 
+def _characters(content: Any) -> int:
+    """Number of characters of everything in a content that a template may write, names of fields included."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, BaseModel):
+        content = content.model_dump(exclude_unset=True)
+    if isinstance(content, dict):
+        return sum(map(_characters, (*content, *content.values())))
+    return sum(map(_characters, content)) if isinstance(content, list | tuple) else 1
+
+
 def _group_key(item: str | list[Message] | Answer) -> Any:
     if not isinstance(item, Answer) or (item.group is None and item.prompt is None):
         return None
     return item.group if item.group is not None else prompt_key(_plain(item.prompt))  # type: ignore[arg-type]
+
+
+def _body_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """The request's body in `/openapi.json`. FastAPI itself would read and validate bodies in the event loop."""
+    reference = f"#/components/schemas/{schema.__name__}"
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": reference}}}}}
 
 
 def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, name: str = "reward model") -> FastAPI:
@@ -269,7 +380,6 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
     """
     metrics = Metrics()
     scorer = Scorer(reward, limits, metrics)
-    encode_rendered = RenderedTexts(reward.processing_class)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -277,56 +387,33 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
             yield
 
     # FastAPI's documentation pages load scripts from a CDN, so they are off. /openapi.json is served.
-    app = FastAPI(title="disco-trl", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="disco-trl",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.add_middleware(Gate, limits=limits, metrics=metrics, token=token)
 
     @app.exception_handler(RefusalError)
     async def refuse(request: Request, refusal: RefusalError) -> JSONResponse:
         return refusal_response(refusal)
 
-    @app.exception_handler(RequestValidationError)
-    async def refuse_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first, *others = error.errors()
-        if first["type"] == "json_invalid":
-            return refusal_response(RefusalError(400, f"the body is not JSON: {first['ctx']['error']}"))
-        field, reason = field_name(first["loc"]), first["msg"]
-        if field is None:
-            reason = "the body must be a JSON object, sent with Content-Type: application/json"
-        if others:
-            reason += f" (and {len(others)} more)"
-        return refusal_response(RefusalError(422, reason, field))
-
     async def refuse_plainly(request: Request, error: Any) -> JSONResponse:
         return refusal_response(RefusalError(error.status_code, error.detail, headers=error.headers))
 
-    for status in (400, 404, 405):  # FastAPI's own errors: an unreadable body, a wrong path or method
+    for status in (404, 405):  # FastAPI's own errors: a wrong path or method
         app.add_exception_handler(status, refuse_plainly)
 
-    @app.post("/score")
-    async def score(request: ScoreRequest) -> ScoreResponse:
-        transform = scorer.transform(request)
-        found = await scorer.distribution("items", request.items, scorer.encode_item)
-        rewards = scorer.rewards("items", transform, found, [_group_key(item) for item in request.items])
-        first, second = torch.tensor(request.pairs, dtype=torch.long).reshape(-1, 2).T
-        fields = ("location", "scale", "shape", "location_error")
-        columns = {name: getattr(found, name).tolist() for name in fields if getattr(found, name) is not None}
-        rows = zip(*columns.values(), rewards, strict=True)
-        return ScoreResponse(
-            family=found.family,
-            transform=transform.name,
-            results=[Result(**dict(zip([*columns, "reward"], row, strict=True))) for row in rows],
-            prob_greater=found[first].prob_greater(found[second]).tolist(),
-        )
+    @app.post("/score", response_model=ScoreResponse, openapi_extra=_body_of(ScoreRequest))
+    async def score(request: Request) -> Response:
+        return await scorer.answer(request, scorer.read_score, scorer.write_score)
 
-    @app.post("/get_reward")
-    async def get_reward(request: RewardRequest) -> RewardResponse:
-        prompts: list[Any] = [None] * len(request.query) if request.prompts is None else request.prompts
-        texts = list(zip(request.query, prompts, strict=True))
-        found = await scorer.distribution("query", texts, lambda text: encode_rendered(*text))
-        keys = [None if request.prompts is None else prompt_key(prompt) for prompt in prompts]
-        rewards = scorer.rewards("query", reward.transform, found, keys)
-        logs = {"location": found.location.tolist(), "scale": found.scale.tolist()}
-        return RewardResponse(rewards=rewards, scores=rewards, extra_logs=logs)
+    @app.post("/get_reward", response_model=RewardResponse, openapi_extra=_body_of(RewardRequest))
+    async def get_reward(request: Request) -> Response:
+        return await scorer.answer(request, scorer.read_rendered, scorer.write_rendered)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -347,4 +434,8 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
     async def prometheus() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    _, schemas = models_json_schema(
+        [(ScoreRequest, "validation"), (RewardRequest, "validation")], ref_template="#/components/schemas/{model}"
+    )
+    app.openapi()["components"]["schemas"].update(schemas["$defs"])  # FastAPI returns the same dictionary each time
     return app

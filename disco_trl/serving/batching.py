@@ -95,7 +95,9 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Scores the texts that are queued, then stops the model's thread."""
+        """Stops the model's thread after the batch that it is scoring. What is queued is given up: whoever shuts the
+        server down waits for its requests first, as long as they may take.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -154,11 +156,11 @@ class Batcher:
             self._score(parts)
 
     def _take(self) -> list[tuple[_Job, list[list[int]]]]:
-        """The next sequences within the budget, grouped by job. Empty only when the batcher is closing and the queue
-        is empty.
-        """
+        """The next sequences within the budget, grouped by job. Empty only when the batcher is closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closing)
+            if self._is_closing:
+                return []
             parts: list[tuple[_Job, list[list[int]]]] = []
             budget = self.max_batch_tokens
             for job in list(self._jobs):

@@ -10,45 +10,71 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
 import torch
 from requests.adapters import HTTPAdapter, Retry
+from requests.auth import AuthBase
 from torch import Tensor
 
 from ..data.tokenization import Content
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
 from ..rewards.reward_function import RewardFunction
+from .bearer_token import checked_token
 
 
 class ServerError(RuntimeError):
     """Raised when the server does not answer or refuses a request. The message contains the URL and the reason."""
 
 
+class _TokenAuth(AuthBase):
+    """Sends the token, or nothing. A session with an `auth` never looks into `~/.netrc`."""
+
+    def __init__(self, token: str | None):
+        self.token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self.token is not None:
+            request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
+
+
 class ScoreClient:
     """Connection to `disco-trl serve`. It may be shared by threads.
 
     If the server is busy (503), the request is repeated after the time given in its `Retry-After` header. Scoring has
-    no side effects, so a request is also repeated after a broken connection.
+    no side effects, so a request is also repeated after a broken connection. Redirects are not followed.
+
+    From the environment, proxies (`http_proxy`, `https_proxy`, `no_proxy`) and certificates (`REQUESTS_CA_BUNDLE`) are
+    used as by any client, and passwords in `~/.netrc` are not: the token is the one given here.
 
     Args:
         url (`str`):
-            URL of the server, such as `http://127.0.0.1:8000`.
+            URL of the server, such as `http://127.0.0.1:8000`. It may contain the token, as in
+            `http://anyone:TOKEN@10.0.0.2:8000`.
         token (`str`, *optional*, defaults to `None`):
-            Token that the server was started with.
+            Token that the server was started with. Whitespace around it is dropped.
         timeout (`float`, *optional*, defaults to `180.0`):
             Number of seconds to wait for each answer.
         retries (`int`, *optional*, defaults to `10`):
             Maximum number of times that a request is repeated.
+
+    Raises:
+        `ValueError`: If the token is empty, cannot be sent in a header, or differs from the one in the URL.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 180.0, retries: int = 10):
-        self.url = url.rstrip("/")
+        # The token is taken out of the URL, which error messages and logs show.
+        self.url, in_url = _split_token(url)
+        if token is not None:
+            token = checked_token(token, "token")
+        if None not in (token, in_url) and token != in_url:
+            raise ValueError(f"the URL of {self.url} contains a token, and token= is another one; pass one of them")
         self.timeout = timeout
         self._session = requests.Session()
-        if token is not None:
-            self._session.headers["Authorization"] = f"Bearer {token}"
+        self._session.auth = _TokenAuth(in_url if token is None else token)
         # By default urllib3 repeats only idempotent methods. `allowed_methods=None` includes POST, which is safe here
         # because scoring has no side effects. With `raise_on_status=False` the last 503 is returned as a response,
         # whose body holds the server's reason.
@@ -93,11 +119,17 @@ class ScoreClient:
 
     def _request(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
         try:
-            response = self._session.request(method, self.url + path, timeout=self.timeout, **kwargs)
+            response = self._session.request(
+                method, self.url + path, timeout=self.timeout, allow_redirects=False, **kwargs
+            )
         except requests.RequestException as error:
             raise ServerError(
                 f"no answer from {self.url}{path}: {error}. Is `disco-trl serve` running there?"
             ) from error
+        if response.is_redirect:
+            # Following it would turn POST into GET, or send the token to another host.
+            target = response.headers["Location"].removesuffix(path)
+            raise ServerError(f"{self.url}{path} redirects to {target}: pass the URL of the server itself")
         try:
             answer = response.json()
         except (requests.JSONDecodeError, RecursionError):  # A proxy's error page, for instance
@@ -113,6 +145,15 @@ class ScoreClient:
         return answer
 
 
+def _split_token(url: str) -> tuple[str, str | None]:
+    """The URL without user and password, and the password, which is the token."""
+    parts = urlsplit(url.rstrip("/"))
+    if parts.password is None:
+        return url.rstrip("/"), None
+    token = checked_token(unquote(parts.password), "the password in the URL")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])), token
+
+
 class RemoteReward(RewardFunction):
     """[`DiscoReward`] whose model is behind `disco-trl serve`: `reward(prompts, completions, **columns)`.
 
@@ -123,7 +164,7 @@ class RemoteReward(RewardFunction):
 
     Args:
         url (`str`):
-            URL of the server.
+            URL of the server, see [`ScoreClient`].
         transform (`str`, *optional*, defaults to `"mean"`):
             Name of the transform, see [`DiscoReward`].
         token (`str`, *optional*, defaults to `None`):

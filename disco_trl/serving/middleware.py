@@ -1,5 +1,5 @@
-"""What a request passes before it reaches the endpoints: authentication, limits on bodies, detection of disconnects,
-metrics.
+"""What a request passes before it reaches the endpoints: its head, authentication, limits on bodies, detection of
+disconnects, metrics.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from .schemas import RefusalError
 
 
 PATHS = ("/score", "/get_reward", "/health", "/metrics")
+MAX_HEADERS = 100
+# Refused clients whose unread bodies are discarded at the same time. More are closed at once.
+MAX_DISCARDING = 64
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,23 @@ class Limits:
         max_tokens (`int`, *optional*, defaults to `None`):
             Maximum number of tokens of one text. A longer text is refused, not truncated. If `None`, the number of
             positions of the model is the limit.
+        max_pairs_per_request (`int`, *optional*, defaults to `2**16`):
+            Maximum number of probabilities P(a ≻ b) that one request asks for: its pairs, and the pairs of answers to
+            one prompt if its transform compares them.
+        max_connections (`int`, *optional*, defaults to `4096`):
+            Maximum number of open connections. Seven eighths of them may have a request that is being read or
+            answered.
+        head_seconds (`float`, *optional*, defaults to `10.0`):
+            Number of seconds in which the head of a request has to arrive, from the opening of a connection or from
+            the previous answer.
         body_seconds (`float`, *optional*, defaults to `30.0`):
             Number of seconds in which the body of a request has to arrive.
+        answer_seconds (`float`, *optional*, defaults to `30.0`):
+            Number of seconds in which a client has to take what the server has sent. After that its connection is
+            closed.
+        shutdown_seconds (`int`, *optional*, defaults to `60`):
+            Number of seconds in which a server that shuts down answers the requests that it has accepted. After that
+            they are given up.
         max_bodies_bytes (`int`, *optional*, defaults to `2**26`):
             Maximum total size in bytes of the bodies of all requests that are being read or answered.
     """
@@ -51,7 +69,12 @@ class Limits:
     max_body_bytes: int = 2**20
     max_texts_per_request: int = 1024
     max_tokens: int | None = None
+    max_pairs_per_request: int = 2**16
+    max_connections: int = 4096
+    head_seconds: float = 10.0
     body_seconds: float = 30.0
+    answer_seconds: float = 30.0
+    shutdown_seconds: int = 60
     max_bodies_bytes: int = 2**26
 
 
@@ -109,13 +132,16 @@ class ClientLeft(Exception):
 
 
 class Gate:
-    """ASGI middleware that authenticates clients, enforces the limits on bodies, and cancels the requests of clients
-    that disconnect.
+    """ASGI middleware that checks heads, authenticates clients, enforces the limits on requests and their bodies, and
+    cancels the requests of clients that disconnect.
 
     A body is read completely before the application sees it. Its bytes are counted as they arrive, because
     `Content-Length` may be missing or wrong. A refused client may continue to send for the rest of `body_seconds`, and
     what it sends is discarded: closing a connection with unread bytes resets it, and a reset may destroy the answer
-    (RFC 9112, section 9.6).
+    (RFC 9112, section 9.6). Only `MAX_DISCARDING` clients at a time have that, because anybody can be refused.
+
+    `GET /health` is the only request that needs no token. It needs no place among the requests either, so that load
+    balancers get an answer from a server that is busy.
 
     Args:
         app (ASGI application):
@@ -133,8 +159,10 @@ class Gate:
         self.limits = limits
         self.metrics = metrics
         self.token = token
-        # Changed by the event loop's thread alone, and never across an `await`, so that it needs no lock.
+        # Changed by the event loop's thread alone, and never across an `await`, so that they need no lock.
         self._bodies_bytes = 0
+        self._requests = 0
+        self._discarding = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serves one connection's request, as the ASGI specification prescribes."""
@@ -158,7 +186,13 @@ class Gate:
         try:
             await self._admit(scope, receive, send_and_note_status, chunks)
         except RefusalError as refusal:
-            await _refuse(refusal, send_and_note_status, chunks)
+            await self._refuse(refusal, send_and_note_status, chunks)
+        except asyncio.CancelledError:
+            # By a server that shuts down and has waited long enough.
+            if status != "disconnected":
+                raise  # The answer has begun, and its rest will never be taken.
+            shutdown = RefusalError(503, "the server is shutting down", headers={"Retry-After": "10"})
+            await self._refuse(shutdown, send_and_note_status, chunks)
         except ClientLeft:
             pass  # Nobody is left to answer. The request is counted as disconnected.
         except Exception:
@@ -171,17 +205,27 @@ class Gate:
     async def _admit(self, scope: Any, receive: Any, send: Any, chunks: AsyncIterator[bytes]) -> None:
         headers = dict(scope["headers"])
         # Before the body is read, so that a stranger cannot occupy memory.
-        self._check_token(scope["path"], headers)
+        _check_head(scope["headers"], headers)
+        if _asks_for_health(scope, headers):  # Load balancers query the health without a token.
+            await self._read(chunks, headers, bytearray())  # its end: what comes after that is a disconnect
+            await self._answer(scope, receive, send, b"")
+            return
+        self._check_token(headers)
+        # The rest are for connections that wait for a request or for their answer to be taken, and for `/health`.
+        if self._requests >= max(self.limits.max_connections * 7 // 8, 1):
+            raise RefusalError(503, "too many requests at once", headers={"Retry-After": "1"})
+        self._requests += 1
         body = bytearray()
         try:
             await self._read(chunks, headers, body)
             await self._answer(scope, receive, send, bytes(body))
         finally:
+            self._requests -= 1
             # `body` is filled in place, so that its length is what `_read` has counted, even if that was interrupted.
             self._bodies_bytes -= len(body)
 
-    def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self.token is None or path == "/health":  # Load balancers query the health without a token.
+    def _check_token(self, headers: dict[bytes, bytes]) -> None:
+        if self.token is None:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"basic":  # https://any:TOKEN@host, for engines that accept a URL but no headers
@@ -235,6 +279,22 @@ class Gate:
             answering.cancel()
             leaving.cancel()
 
+    async def _refuse(self, refusal: RefusalError, send: Any, chunks: AsyncIterator[bytes]) -> None:
+        """Sends the refusal, discards the rest of the body, and only then ends the answer and the connection."""
+        response = refusal_response(refusal, {"Connection": "close"})
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        # `more_body` keeps the connection open: the server closes it when the last part of the answer is sent.
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        if self._discarding < MAX_DISCARDING:
+            self._discarding += 1
+            try:
+                with contextlib.suppress(TimeoutError, ClientLeft):
+                    async for _ in chunks:
+                        pass
+            finally:
+                self._discarding -= 1
+        await send({"type": "http.response.body"})
+
 
 async def _chunks(receive: Any, deadline: float) -> AsyncIterator[bytes]:
     """The body of a request as it arrives. Iterating again continues where the previous iteration stopped.
@@ -253,16 +313,18 @@ async def _chunks(receive: Any, deadline: float) -> AsyncIterator[bytes]:
         more = message.get("more_body", False)
 
 
-async def _refuse(refusal: RefusalError, send: Any, chunks: AsyncIterator[bytes]) -> None:
-    """Sends the refusal, discards the rest of the body, and only then ends the answer and the connection."""
-    response = refusal_response(refusal, {"Connection": "close"})
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    # `more_body` keeps the connection open: the server closes it when the last part of the answer is sent.
-    await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    with contextlib.suppress(TimeoutError, ClientLeft):
-        async for _ in chunks:
-            pass
-    await send({"type": "http.response.body"})
+def _check_head(items: list[tuple[bytes, bytes]], headers: dict[bytes, bytes]) -> None:
+    if len(items) > MAX_HEADERS:
+        raise RefusalError(431, f"{len(items)} headers, and {MAX_HEADERS} are the most")
+    if b"content-length" in headers and b"transfer-encoding" in headers:
+        # A proxy that reads the other one sees the end of this request, and the next one, elsewhere (RFC 9112, 6.3).
+        raise RefusalError(400, "Content-Length and Transfer-Encoding contradict each other; send one of them")
+
+
+def _asks_for_health(scope: Any, headers: dict[bytes, bytes]) -> bool:
+    """Whether this is exactly `GET /health`, without a body: an encoded path, for instance, is another one."""
+    has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+    return scope["method"] == "GET" and scope["raw_path"] == b"/health" and not has_body
 
 
 def refusal_response(refusal: RefusalError, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -115,9 +115,9 @@ def warn_of_idle_margins(dataset: Dataset | IterableDataset, family: Family, lik
     if idle.float().mean() > IDLE:
         logger.warning(
             f"train dataset, column 'margin': {int(idle.sum())} of {len(idle)} margins, up to {margin.max():g}, are "
-            f"so large that label noise explains the pair better than any reward (from {margin[idle].min():g} on, with "
-            f"label_noise={likelihood['label_noise']!r}): these pairs teach next to nothing. Divide the margins, "
-            "which are in units of reward (about one logit), or set label_noise=0"
+            "so large that label noise explains the pair better than any reward (from "
+            f"{margin[idle].min():g} on, with label_noise={likelihood['label_noise']!r}): these pairs teach next to "
+            "nothing. Divide the margins, which are in units of reward (about one logit), or set label_noise=0"
         )
 
 

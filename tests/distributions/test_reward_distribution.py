@@ -10,10 +10,12 @@ import mpmath
 import pytest
 import torch
 from test_families import reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disco_trl.distributions import reward_distribution
 from disco_trl.distributions.families import FAMILIES, Difference, base, get_family
 from disco_trl.distributions.reward_distribution import RewardDistribution
+from disco_trl.distributions.transforms import get_transform
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -115,6 +117,37 @@ def test_location_errors_by_hand():
     assert RewardDistribution(b.location, b.scale, "normal").prob_greater(a).item() == pytest.approx(
         1 - 0.804414, abs=1e-6
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the number of elements of the largest tensor that is computed."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.size = max(self.size, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("size", [None, 1000])
+def test_many_pairs_are_compared_a_part_at_a_time(size):
+    # 200 answers are 40,000 pairs, each with a quadrature of some hundred nodes, and two rows of error factors.
+    location, scale = torch.linspace(-3, 3, 200), torch.linspace(0.5, 2, 200)
+    factor = None if size is None else 0.3 * torch.nn.functional.normalize(torch.randn(200, size), dim=-1)
+    rewards = RewardDistribution(location, scale, "laplace", None, torch.full((200,), 0.3), factor)
+    first, second = torch.cartesian_prod(torch.arange(200), torch.arange(200)).T
+    with LargestTensor() as largest:
+        found = rewards.prob_greater_within(first, second)
+    assert 8 * largest.size <= reward_distribution.BYTES_AT_ONCE < 8 * 40_000 * (size or 256)
+    torch.testing.assert_close(
+        found.reshape(200, 200), rewards[:, None].prob_greater(rewards[None]), rtol=1e-6, atol=1e-7
+    )
+    with LargestTensor() as largest:
+        get_transform("win_rate")(rewards, torch.zeros(200, dtype=torch.long))
+    assert 8 * largest.size <= reward_distribution.BYTES_AT_ONCE
+    assert rewards.prob_greater_within(first[:0], second[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

@@ -10,26 +10,26 @@ from hostile.inputs import DEEP, FORGED, QUESTION, Request, computed, refused, s
 SERVER = (
     *refused(
         "server",
-        ("no JSON", Request("/score", b"\x00", 400), "the body is not JSON: Expecting value"),
+        ("no JSON", Request("/score", b"\x00", 400), "the body is not JSON in UTF-8: expected value"),
         (
             "JSON nested too deeply",
             Request("/score", DEEP, 400),
-            "There was an error parsing the body",
+            "recursion limit exceeded",
             "`[[[[...`, 100,000 deep",
         ),
         (
             "a number of 5,001 digits",
             Request("/score", f'{{"seed": 1{"0" * 5000}}}', 400),
-            "There was an error parsing the body",
+            "number out of range",
         ),
         (
             "tools nested too deeply",
             Request(
                 "/score",
                 '{"items": [{"completion": [{"role": "a"}], "tools": [{"a": ' + "[" * 800 + "]" * 800 + "}]}]}",
-                422,
+                400,
             ),
-            "cannot be tokenized",
+            "recursion limit exceeded",
             '`{"items": [{"completion": [{"role": "a"}], "tools": [{"a": [[[[...`, 800 deep',
         ),
         (
@@ -42,11 +42,16 @@ SERVER = (
             Request("/score", '{"items": [7]}', 422),
             "must be a text, a list of messages, or an object with 'completion' and maybe 'prompt'",
         ),
-        ("half a character", Request("/score", '{"items": ["\\ud800"]}', 422), "cannot be tokenized"),
+        ("half a character", Request("/score", '{"items": ["\\ud800"]}', 400), "unexpected end of hex escape"),
         (
             "half a character in a key",
-            Request("/score", '{"items": ["a"], "\\ud800": 1}', 422),
-            "the body must be a JSON object, sent with Content-Type: application/json",
+            Request("/score", '{"items": ["a"], "\\ud800": 1}', 400),
+            "unexpected end of hex escape",
+        ),
+        (
+            "UTF-16",
+            Request("/score", '{"items": ["a"]}'.encode("utf-16"), 400),
+            "the body is not JSON in UTF-8: expected value",
         ),
         (
             "an image",
@@ -106,11 +111,32 @@ SERVER = (
             "2000 texts, and 1024 are the most in one request",
             '`{"query": [2,000 texts]}`',
         ),
+        (
+            "half a million numbers for messages",
+            Request("/score", '{"items": [[' + "1," * 500_000 + "1]]}", 422),
+            "Input should be a valid dictionary or instance of Message",
+            '`{"items": [[1, 1, 1, ...`',
+        ),
+        (
+            "more pairs than a request may have",
+            Request("/score", '{"items": ["a"], "pairs": [' + "[0,0]," * 70_000 + "[0,0]]}", 413),
+            "70001 pairs, and 65536 are the most in one request",
+            '`{"items": ["a"], "pairs": [[0, 0], [0, 0], ...`',
+        ),
+        (
+            "a win rate of 1,024 answers to one prompt",
+            Request(
+                "/score",
+                json.dumps({"items": [{"completion": "a", "group": "g"}] * 1024, "transform": "win_rate"}),
+                413,
+            ),
+            "transform 'win_rate' compares 523776 pairs of these, and 65536 are the most in one request",
+            '`{"items": [1,024 answers of one group], "transform": "win_rate"}`',
+        ),
     ),
     *computed(
         "server",
         ("NUL and a byte order mark", Request("/score", b'\xef\xbb\xbf{"items": ["a\\u0000"]}', 200), "location"),
-        ("UTF-16", Request("/score", '{"items": ["a"]}'.encode("utf-16"), 200), "location"),
         (
             "a message that forges a turn",
             Request("/score", json.dumps({"items": [QUESTION + said(FORGED)]}), 200),

@@ -7,7 +7,9 @@ import importlib.util
 import inspect
 import json
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -141,6 +143,52 @@ def test_the_token_is_shown(reward, monkeypatch):
         monkeypatch.setenv("DISCO_TRL_TOKEN", "s3cret")
         found = disco_trl.serving.verl.compute_score("", "b", None, {"prompt": "a"}, url=url)
         close(found["score"], expected[0])
+
+
+def test_a_netrc_does_not_replace_the_token(reward, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login anyone password another\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    expected = reward.distribution(["a"], ["b"]).location
+    with serve(reward, token="s3cret") as url:
+        close(RemoteReward(url, token="s3cret")(["a"], ["b"]), expected)
+        close(RemoteReward(url, token=" s3cret\n")(["a"], ["b"]), expected)
+        close(RemoteReward(url.replace("//", "//anyone:s3cret@"))(["a"], ["b"]), expected)
+    with serve(reward, token="another") as url, pytest.raises(ServerError, match="answered 401"):
+        RemoteReward(url)(["a"], ["b"])
+
+
+def test_tokens_that_cannot_be_right_are_refused(url):
+    with pytest.raises(ValueError, match="token is set, but empty"):
+        ScoreClient(url, token="\n")
+    with pytest.raises(ValueError, match="token contains a space"):
+        ScoreClient(url, token="s3 cret")
+    with pytest.raises(ValueError, match=r"the URL of http://10\.0\.0\.2 contains a token, and token= is another one"):
+        ScoreClient("http://anyone:s3cret@10.0.0.2", token="another")
+
+
+def test_a_token_in_the_url_is_not_shown():
+    with pytest.raises(ServerError, match=r"no answer from http://127\.0\.0\.1:9/health") as caught:
+        RemoteReward("http://anyone:s3cret@127.0.0.1:9")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_redirect_is_an_error_that_names_the_target():
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(307)
+            self.send_header("Location", f"https://example.org{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(ServerError, match=r"/health redirects to https://example\.org: pass the URL"):
+            RemoteReward(f"http://127.0.0.1:{server.server_port}", token="s3cret")
+        thread.join()
 
 
 def test_a_lone_answer_wins_half_and_is_warned_of_once(url, caplog):
