@@ -346,7 +346,9 @@ def _characters(content: Any) -> int:
         content = content.model_dump(exclude_unset=True)
     if isinstance(content, dict):
         return sum(map(_characters, (*content, *content.values())))
-    return sum(map(_characters, content)) if isinstance(content, list | tuple) else 1
+    if isinstance(content, list | tuple):
+        return sum(map(_characters, content))
+    return 0 if content is None else 1
 
 
 def _group_key(item: str | list[Message] | Answer) -> Any:
