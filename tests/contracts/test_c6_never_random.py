@@ -1,12 +1,12 @@
 """Contract C6: no reward is ever silently random.
 
-What a directory is follows from its config, and what it then has to hold is checked against what was loaded:
+What a directory is follows from its files, and from its config only where they hold no head:
 
 1. A base language model is a fresh start: a fresh head and scale, named in `model.newly_initialized`, and no error.
-   Its own layers have to be there.
-2. A one-label `...ForSequenceClassification` is a reward model: a missing head, or one of another shape, is an error.
-   If its config says that it is a disco model, so is a missing scale; if its files hold a scale and its config does
-   not say of which family, so is that.
+   Its own layers have to be there, all of them, and no others.
+2. Files with a head of one row are a reward model, whatever their config says. A head of another shape is an error,
+   and so is a missing one if the config promises one. If the config says that it is a disco model, so is a missing
+   scale; if the files hold a scale and the config does not say of which family, so is that.
 3. An adapter has to bring what its base model has not, and the head if it was trained with it.
 4. `reward_family` and `fixed_scale` that contradict a checkpoint are an error.
 5. Whatever has another kind of head, or one that cannot carry two numbers, is refused by name. So is a live model
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import (
@@ -37,10 +38,14 @@ from tiny_models import (
     save_adapter,
     tiny_config,
 )
+from tiny_training import disco_trainer
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from disco_trl import DiscoRewardModel
 from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE
+from disco_trl.models.inference import load_trained
+from disco_trl.models.loading import CheckpointKind, load_reward_model
+from disco_trl.models.modeling import disco_class
 from disco_trl.models.upgrade import upgrade
 
 
@@ -78,6 +83,44 @@ def test_a_base_model_with_layers_missing(architecture, lost, base_model_dir, tm
     path = edited_copy(base_model_dir(architecture), tmp_path / "x", drop=(lost,))
     with pytest.raises(ValueError, match=rf"files lack {lost}.*random in part"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entry", "layer"),
+    [
+        ("llama", "num_hidden_layers", "model.layers.1"),
+        ("gpt2", "n_layer", "transformer.h.1"),
+        ("bert", "num_hidden_layers", "bert.encoder.layer.1"),
+    ],
+)
+def test_a_config_with_another_number_of_layers_than_the_files(
+    architecture, entry, layer, base_model_dir, scalar_dir, tmp_path
+):
+    for kind, source in (("base", base_model_dir), ("scalar", scalar_dir)):
+        path = edited_copy(source(architecture), tmp_path / f"{kind}-fewer", config={entry: 1})
+        with pytest.raises(ValueError, match=rf"files hold {layer}\..*config\.json leaves no room.*num_hidden_layers"):
+            load(path)
+        path = edited_copy(source(architecture), tmp_path / f"{kind}-more", config={entry: 3})
+        with pytest.raises(ValueError, match=rf"files lack {layer.replace('.1', '.2')}\..*random in part"):
+            load(path)
+
+
+def test_a_config_without_the_biases_of_the_files(base_model_dir, tmp_path):
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+    path = edited_copy(base_model_dir("llama"), tmp_path / "x", tensors=bias)
+    with pytest.raises(ValueError, match=r"files hold model\.layers\.0\.self_attn\.q_proj\.bias.*leaves no room"):
+        load(path)
+
+
+def test_what_belongs_to_no_layer_is_left_out(base_model_dir, tmp_path):
+    # Computed today, and still in old files; a pooler that a classifier does not use; and the head of another task.
+    extra = {
+        "roberta.pooler.dense.weight": torch.ones(64, 64),
+        "roberta.encoder.layer.0.attention.self.position_ids": torch.arange(4),
+        "cls.seq_relationship.weight": torch.ones(2, 64),
+    }
+    path = edited_copy(base_model_dir("roberta"), tmp_path / "x", tensors=extra)
+    assert load(path).newly_initialized == FRESH["roberta"]
 
 
 # 2. Reward models
@@ -126,6 +169,78 @@ def test_a_scale_of_no_known_family(disco_dir, tmp_path):
     model = load(path, reward_family="cauchy")
     assert model.newly_initialized == ()
     assert model.score.scale.weight.abs().max() > 0
+
+
+CONFIGS_OF_OTHERS = {
+    "no number of labels": {"id2label": None, "label2id": None},
+    "two labels": {"id2label": {"0": "A", "1": "B"}},
+    "no architecture": {"architectures": None},
+    "a language model's": {"architectures": ["LlamaForCausalLM"], "id2label": None},
+    "a backbone's": {"architectures": ["LlamaModel"]},
+    "RewardModel": {"architectures": ["RewardModel"]},
+    "code of its own": {"architectures": ["MineForReward"], "auto_map": {"AutoModel": "modeling.MineForReward"}},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS_OF_OTHERS.values(), ids=CONFIGS_OF_OTHERS)
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_head_of_one_row_makes_a_reward_model(config, is_sharded, scalar_dir, tmp_path):
+    """Transformers and TRL load all of these with `num_labels=1`, and so get the trained head."""
+    path = edited_copy(scalar_dir("llama"), tmp_path / "x", config=config)
+    if is_sharded:
+        stock = load_stock(scalar_dir("llama"))
+        (tmp_path / "x" / "model.safetensors").unlink()
+        entries = (tmp_path / "x" / "config.json").read_text()
+        stock.save_pretrained(path, max_shard_size="20KB")
+        (tmp_path / "x" / "config.json").write_text(entries)
+        assert len(list((tmp_path / "x").glob("model-*.safetensors"))) > 1
+    with torch.no_grad():
+        expected = load_stock(path)(**batch(4)).logits
+        for kwargs in ({}, {"num_labels": 1}):
+            model, kind = load_reward_model(path, disco_class, **kwargs)
+            assert kind is CheckpointKind.SCALAR
+            torch.testing.assert_close(model.eval()(**batch(4)).logits, expected, rtol=0, atol=1e-6)
+        assert load_trained(path).config.disco["reward_family"] == "logistic"
+
+
+def test_so_does_one_with_a_scale(disco_dir, tmp_path):
+    path = edited_copy(disco_dir("llama"), tmp_path / "x", config={"architectures": None, "id2label": None})
+    model, kind = load_reward_model(path, disco_class)
+    assert kind is CheckpointKind.DISCO and model.newly_initialized == ()
+
+
+def test_and_so_it_is_trained(scalar_dir, tiny_tokenizer, tmp_path):
+    for name, config in CONFIGS_OF_OTHERS.items():
+        path = edited_copy(scalar_dir("llama"), tmp_path / name, config=config)
+        trainer = disco_trainer(
+            tmp_path / "out",
+            model=path,
+            model_init_kwargs={"num_labels": 1},
+            processing_class=tiny_tokenizer,
+            train_dataset=Dataset.from_list([{"chosen_ids": [5, 6, 7, EOS], "rejected_ids": [8, 9, EOS]}] * 4),
+        )
+        assert torch.equal(trainer.model.score.weight, load_stock(path).score.weight), name
+
+
+@pytest.mark.parametrize("config", CONFIGS_OF_OTHERS.values(), ids=CONFIGS_OF_OTHERS)
+def test_a_head_of_several_rows_does_not(config, scalar_dir, tmp_path):
+    head = {"score.weight": torch.ones(2, 64)}
+    path = edited_copy(scalar_dir("llama"), tmp_path / "x", config=config, tensors=head)
+    with pytest.raises(ValueError, match=r"score\.weight has shape \[2, 64\].*a classifier with 2 labels.*\[1, 64\]"):
+        load(path)
+
+
+def test_a_head_with_a_bias_that_the_classifier_has_not(scalar_dir, tmp_path):
+    path = edited_copy(scalar_dir("llama"), tmp_path / "x", tensors={"score.bias": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"files hold score\.bias, for which its config\.json leaves no room"):
+        load(path)
+
+
+@pytest.mark.parametrize("key", ["v_head.summary.weight", "value_head.weight", "rm_head.weight", "classifier.weight"])
+def test_a_head_under_another_name(key, base_model_dir, tmp_path):
+    path = edited_copy(base_model_dir("llama"), tmp_path / "x", tensors={key: torch.ones(1, 64)})
+    with pytest.raises(ValueError, match=rf"trained head {key}, which would be thrown away.*head in score\.weight"):
+        load(path)
 
 
 @pytest.mark.parametrize("key", ["score.weight", "score.scale.weight"])
@@ -258,33 +373,28 @@ def test_a_family_given_by_position_is_not_passed_over(base_model_dir):
 
 
 @pytest.mark.parametrize(
-    ("source", "config", "message"),
+    ("config", "message"),
     [
-        ("scalar", {"id2label": {"0": "A", "1": "B"}}, r"num_labels=2 is a classifier and not a reward model"),
-        (
-            "base",
-            {"architectures": ["LlamaForTokenClassification"]},
-            r"LlamaForTokenClassification, whose trained head",
-        ),
-        ("base", {"architectures": ["LlamaForQuestionAnswering"]}, r"LlamaForQuestionAnswering, whose trained head"),
-        ("base", {"architectures": ["LlamaForRewardModel"]}, r"LlamaForRewardModel, whose trained head"),
+        ({"architectures": ["LlamaForTokenClassification"]}, r"LlamaForTokenClassification, whose trained head"),
+        ({"architectures": ["LlamaForQuestionAnswering"]}, r"LlamaForQuestionAnswering, whose trained head"),
+        ({"architectures": ["LlamaForRewardModel"]}, r"LlamaForRewardModel, whose trained head"),
+        ({"architectures": ["RewardModel"]}, r"RewardModel, whose trained head"),
         # Its own code would know the head; without that, the head would be left out.
         (
-            "base",
             {"architectures": ["LlamaForRewardModel"], "auto_map": {"AutoModel": "modeling.LlamaForRewardModel"}},
             r"LlamaForRewardModel, whose trained head",
         ),
         (
-            "base",
             {"architectures": ["GPTRewardModel"], "auto_map": {"AutoModel": "modeling.GPTRewardModel"}},
             r"GPTRewardModel, whose trained head",
         ),
-        ("base", {"architectures": ["LlamaWithExtraHead"]}, r"LlamaWithExtraHead, whose trained head"),
-        ("base", {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "A"}}, r"lack score\.weight"),
+        ({"architectures": ["LlamaWithExtraHead"]}, r"LlamaWithExtraHead, whose trained head"),
+        ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "A"}}, r"lack score\.weight"),
+        ({"architectures": ["LlamaForSequenceClassification"], "id2label": None}, r"lack score\.weight"),
     ],
 )
-def test_a_config_that_announces_another_head(source, config, message, base_model_dir, scalar_dir, tmp_path):
-    path = edited_copy({"base": base_model_dir, "scalar": scalar_dir}[source]("llama"), tmp_path / "x", config=config)
+def test_a_config_that_announces_a_head_that_the_files_do_not_hold(config, message, base_model_dir, tmp_path):
+    path = edited_copy(base_model_dir("llama"), tmp_path / "x", config=config)
     with pytest.raises(ValueError, match=message):
         load(path)
 
