@@ -176,23 +176,44 @@ def keys_without_room(model: nn.Module, keys: Iterable[str]) -> list[str]:
     Returns:
         `list[str]`: Some of them, sorted.
     """
-    modules = dict(model.named_modules())
+    keys = list(keys)
+    found = set(layers_without_room(model, keys))
     # Quantized checkpoints hold further numbers beside a weight, which their quantizer reads or ignores.
-    is_quantized = getattr(getattr(model, "config", None), "quantization_config", None) is not None
-    found = []
-    for key in keys:
-        parent = key.rpartition(".")[0]
-        while parent not in modules:
-            parent = parent.rpartition(".")[0]
-        module, rest = modules[parent], key.removeprefix(f"{parent}.")
-        is_layer = isinstance(module, nn.ModuleList)
-        # Part of a head, an empty place (as the bias of a linear layer without one), or unknown within a layer
-        is_weight = (
-            isinstance(module, DiscoHead) or hasattr(module, rest) or re.search(r"\.\d+(\.|$)", parent) is not None
-        )
-        if is_layer or (is_weight and not is_quantized and not OLD_BUFFERS.search(key)):
-            found.append(key)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        modules = dict(model.named_modules())
+        for key in keys:
+            parent = _closest(modules, key)
+            module, rest = modules[parent], key.removeprefix(f"{parent}.")
+            # Part of a head, an empty place (as the bias of a linear layer without one), or unknown within a layer
+            is_head, is_empty = isinstance(module, DiscoHead), hasattr(module, rest)
+            if (is_head or is_empty or re.search(r"\.\d+(\.|$)", parent)) and not OLD_BUFFERS.search(key):
+                found.add(key)
     return sorted(found)
+
+
+def layers_without_room(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """
+    Find the weights among keys that are of layers beyond the number that a model has.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+        keys (`Iterable[str]`):
+            Keys of a checkpoint or an adapter.
+
+    Returns:
+        `list[str]`: Some of them, sorted.
+    """
+    modules = dict(model.named_modules())
+    return sorted(key for key in keys if isinstance(modules[_closest(modules, key)], nn.ModuleList))
+
+
+def _closest(modules: dict[str, nn.Module], key: str) -> str:
+    """Name of the innermost module that a key is in; of the model itself, `""`, in the last resort."""
+    parent = key.rpartition(".")[0]
+    while parent not in modules:
+        parent = parent.rpartition(".")[0]
+    return parent
 
 
 def check_finite(model: Any, path: str) -> None:

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -26,8 +27,16 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import find_adapter_config_file, logging
 
-from .adapters import ADAPTER_SETTINGS_FILE, HUB_KEYWORDS, adapter_shapes, find_file, keep_to_one_family, read_settings
-from .checkpoint_kind import CheckpointKind, check_finite, first_few, kind_of_files
+from .adapters import (
+    ADAPTER_SETTINGS_FILE,
+    HUB_KEYWORDS,
+    adapter_shapes,
+    check_kind,
+    find_file,
+    keep_to_one_family,
+    read_settings,
+)
+from .checkpoint_kind import CheckpointKind, check_finite, first_few, kind_of_files, layers_without_room
 from .settings import merge_likelihood, resolve_settings
 
 
@@ -174,7 +183,19 @@ def _load_adapter(
     )
 
     # 3. Kind, and what the adapter has to contain: whatever its base lacks, and the whole head if that was trained
+    check_kind(peft_config, base, path)
     head, scale = base.head_name, f"{base.head_name}.scale"
+    expected = list(base.get_submodule(head).weight.shape)
+    if (found := shapes.get(f"{head}.weight", expected)) != expected:
+        raise ValueError(
+            f"{path}: {head}.weight has shape {found} in its files, where a reward model on its base model "
+            f"{peft_config.base_model_name_or_path} has {expected}; it is a classifier, or of another base model"
+        )
+    if strange := layers_without_room(base, shapes):
+        raise ValueError(
+            f"{path}: the adapter holds {first_few(strange)}, which its base model "
+            f"{peft_config.base_model_name_or_path} does not have; load it on the base model that it was trained on"
+        )
     brings_scale = any(key.startswith(f"{scale}.") for key in shapes)
     if stored is None and brings_scale and reward_family is None:
         raise ValueError(
@@ -210,12 +231,27 @@ def _load_adapter(
     # lacks is taken away while PEFT loads, and added again.
     if kind is CheckpointKind.SCALAR:
         del base.get_submodule(head).scale
-    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
+    with _refusing_half_an_adapter(path, peft_config.base_model_name_or_path):
+        model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
     if kind is CheckpointKind.SCALAR:
         base.convert_heads(base.config.disco)
     check_finite(base, path)
     keep_to_one_family(model)
     return model, kind
+
+
+@contextlib.contextmanager
+def _refusing_half_an_adapter(path: str, base: str) -> Iterator[None]:
+    """Raise a `ValueError` where PEFT warns that a model has adapted layers for which the files have no weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Found missing adapter keys", category=UserWarning)
+        try:
+            yield
+        except UserWarning as error:
+            raise ValueError(
+                f"{path}: its files lack a part of the adapter that its base model {base} is to have, as if it had "
+                f"been trained on another ({str(error)[:300]}); load it on the base model that it was trained on"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -308,15 +308,24 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         read_at: Tensor | None = None,
         **kwargs: Any,
     ) -> RewardModelOutput | tuple[Tensor, ...]:
-        if nodes is None:
-            with heads_bypassed():
-                output = stock.forward(self, *args, return_dict=True, **kwargs)
-            pooled = output.logits
-        else:
+        embeddings, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if nodes is not None:
             # A forest is not continued, so no cache is needed.
             kwargs |= {"attention_mask": as_attention_mask(nodes), "use_cache": False}
             output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
             pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]
+        elif embeddings is not None and mask is not None and self.head_name == "score":
+            # Adapters that learn a prompt pass embeddings, in which the stock pooling of a decoder does not see the
+            # padding: it reads the last position, and the reward of a text would depend on the others in its batch.
+            output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
+            hidden_states = output.last_hidden_state
+            positions = torch.arange(mask.shape[-1], device=mask.device)
+            last = (positions * mask.ne(0)).argmax(dim=-1).to(hidden_states.device)
+            pooled = hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+        else:
+            with heads_bypassed():
+                output = stock.forward(self, *args, return_dict=True, **kwargs)
+            pooled = output.logits
         head = self.reward_head(pooled, full_output=True)
         loss = None if labels is None else F.mse_loss(overall(head.location), labels.to(head.location).reshape(-1))
         handed_on = {name: output[name] for name in STOCK_OUTPUTS if name in output}

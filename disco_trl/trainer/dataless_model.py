@@ -302,7 +302,7 @@ def build(config: Any, path: str, method: str, settings: Settings) -> tuple[Any,
             peft_config = LoraConfig(
                 r=settings.lora_r, target_modules=targets if isinstance(targets, str) else [*targets]
             )
-            save_reward_head(peft_config, model.head_name, model.newly_initialized)
+            save_reward_head(peft_config, model)
             # `low_cpu_mem_usage` has PEFT create the adapters on the meta device as well.
             model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
             if method == "qlora":

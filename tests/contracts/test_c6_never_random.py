@@ -294,6 +294,29 @@ def test_an_adapter_without_its_head_on_a_reward_model(disco_dir, tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_on_a_base_with_another_number_of_layers(layers, base_model_dir, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        other = transformers.LlamaForCausalLM(tiny_config("llama", num_hidden_layers=layers))
+    other.save_pretrained(tmp_path / "base")
+    model = load(base_model_dir("llama"))
+    path = Path(save_adapter(get_peft_model(model, LoraConfig(task_type="SEQ_CLS")), tmp_path / "x"))
+    entries = json.loads((path / "adapter_config.json").read_text())
+    entries["base_model_name_or_path"] = str(tmp_path / "base")
+    (path / "adapter_config.json").write_text(json.dumps(entries))
+    message = {1: r"adapter holds model\.layers\.1\..*does not have", 3: r"lack a part of the adapter.*layers\.2\."}
+    with pytest.raises(ValueError, match=rf"{message[layers]}.*base model that it was trained on"):
+        load(path)
+
+
+def test_an_adapter_of_a_classifier(base_model_dir, tmp_path):
+    stock = AutoModelForSequenceClassification.from_pretrained(base_model_dir("llama"), num_labels=3)
+    get_peft_model(stock, LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"score\.weight has shape \[3, 64\].*has \[1, 64\]; it is a classifier"):
+        load(tmp_path)
+
+
 def test_an_adapter_that_loses_its_settings(adapter_dir, tmp_path):
     path = edited_copy(adapter_dir, tmp_path / "x")
     (Path(path) / ADAPTER_SETTINGS_FILE).unlink()
@@ -468,15 +491,36 @@ def test_a_live_model_whose_head_was_replaced(scalar_dir):
     assert not isinstance(model, DiscoRewardModel)
 
 
-def test_a_live_peft_model_whose_head_is_not_trained(scalar_dir, adapter_dir):
-    model = get_peft_model(load_stock(scalar_dir("llama")), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"neither trains nor saves the reward head.*modules_to_save=\['score'\]"):
+def test_a_live_peft_model_that_is_frozen(scalar_dir, adapter_dir):
+    model = get_peft_model(load_stock(scalar_dir("llama")), LoraConfig(task_type="SEQ_CLS", inference_mode=True))
+    with pytest.raises(ValueError, match=r"is frozen \(inference_mode=True\), so nothing would be trained"):
         upgrade(model)
     assert not isinstance(model.get_base_model(), DiscoRewardModel)
     # An adapter that was loaded for scoring only is frozen, head included.
-    with pytest.raises(ValueError, match=r"neither trains nor saves the reward head.*is_trainable=True"):
+    with pytest.raises(ValueError, match=r"is frozen .*is_trainable=True"):
         upgrade(load(adapter_dir))
     upgrade(load(adapter_dir, is_trainable=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "roberta", "deberta_v2", "eurobert"])
+def test_a_live_peft_model_whose_head_is_not_trained(architecture, base_model_dir, tmp_path):
+    """A plain LoRA config freezes the head, and layers beside it, which are random and which PEFT would not save."""
+    stock = load_stock(base_model_dir(architecture))
+    targets = ["q_proj", "query", "query_proj"]
+    model = get_peft_model(stock, LoraConfig(target_modules=targets, init_lora_weights=False))
+    inner = upgrade(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    block = inner.head_name.split(".")[0]
+    assert {name for name in trained if "lora_" not in name} == {
+        f"base_model.model.{block}.modules_to_save.default.{name}"
+        for name, _ in inner.get_submodule(block).modules_to_save["default"].named_parameters()
+    }
+    with torch.no_grad():
+        inner.reward_head.weight.mul_(3)
+    model.eval().save_pretrained(tmp_path)
+    (tmp_path / ADAPTER_SETTINGS_FILE).write_text(json.dumps(inner.config.disco))
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path).eval()(**batch(4)).logits, model(**batch(4)).logits)
 
 
 def test_a_live_peft_model_with_lora_on_its_head(scalar_dir):
