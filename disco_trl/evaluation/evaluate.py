@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from .._version import versions_of
 from ..distributions.reward_distribution import RewardDistribution
 from .bootstrap import interval, resamples
 from .held_out import HeldOut
@@ -331,4 +331,4 @@ def versions() -> dict[str, str]:
     Returns:
         `dict[str, str]`: Versions by package name.
     """
-    return {name: version(name) for name in VERSIONS}
+    return versions_of(VERSIONS)

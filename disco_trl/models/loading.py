@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -45,6 +46,38 @@ logger = logging.get_logger(__name__)
 # `disco_trl.models.modeling.disco_class`, which makes the class of a disco model from a stock classifier and its
 # config. It is an argument because that class itself imports this module.
 ClassFactory = Callable[[type[PreTrainedModel], PreTrainedConfig], Any]
+
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def check_found(path: str, hub_kwargs: dict[str, Any] | None = None) -> None:
+    """
+    Check that a model exists before any of its files is asked for, whose own error would be about that file.
+
+    Args:
+        path (`str`):
+            Directory or Hub id.
+        hub_kwargs (`dict`, *optional*):
+            Values of [`~disco_trl.models.adapters.HUB_KEYWORDS`].
+
+    Raises:
+        `FileNotFoundError`: If there is neither such a folder nor such a model on the Hub.
+    """
+    if os.path.isdir(path):
+        return
+    if os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is a file; name the folder of the model")
+    if not HUB_ID.fullmatch(path):
+        raise FileNotFoundError(f"{path}: there is no such folder")
+    names = ("config.json", "adapter_config.json", "tokenizer_config.json")
+    try:
+        if any(find_file(path, name, hub_kwargs or {}) is not None for name in names):
+            return
+        reason = "it is not in the cache, and the Hub is out of reach, or has no model of that name"
+    except OSError as error:
+        reason = " ".join(str(error).split())
+    raise FileNotFoundError(f"{path}: there is no such folder, and no such model on the Hub ({reason})")
 
 
 def load_reward_model(
@@ -83,6 +116,7 @@ def load_reward_model(
     path = os.fspath(path)
     hub_kwargs = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
     probe_kwargs = {name: value for name, value in hub_kwargs.items() if name != "force_download"}
+    check_found(path, probe_kwargs)
     if find_adapter_config_file(path, **probe_kwargs) is not None:
         return _load_adapter(path, disco_class, hub_kwargs, is_trainable, reward_family, fixed_scale, kwargs)
     return _load_full(path, disco_class, hub_kwargs, reward_family, fixed_scale, kwargs)
@@ -178,6 +212,12 @@ def _load_adapter(
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if peft_config.revision is not None:
         base_kwargs["revision"] = peft_config.revision
+    try:
+        check_found(peft_config.base_model_name_or_path, base_kwargs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: its base model cannot be found ({error}); set base_model_name_or_path in adapter_config.json"
+        ) from error
     base, base_kind = _load_full(
         peft_config.base_model_name_or_path, disco_class, base_kwargs, reward_family, fixed_scale, kwargs, stored
     )
