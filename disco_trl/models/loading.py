@@ -370,11 +370,6 @@ def stock_class(
             "cannot be a reward model; use a decoder-only language model such as Llama, Qwen, Mistral, Gemma or "
             "GPT-2, or an encoder such as BERT"
         )
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{path}: {config.model_type!r} is an encoder-decoder, which is not supported as a reward model; use a "
-            "decoder-only language model or an encoder"
-        )
     return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
 
 

@@ -37,10 +37,11 @@ from .scale_head import ScaleHead
 from .settings import resolve_settings
 
 
-# Names of the last layer in those classifiers of transformers that end in a linear map. Classifiers that apply more
-# after it (an activation, a second projection) name it differently. They are refused, because that code would receive
-# hidden states while the head is bypassed.
-HEAD_LAYER_NAMES = ("score", "classifier", "out_proj")
+# Names of the last layer in those classifiers of transformers that end in a linear map: of decoders, of most encoders,
+# of encoders and encoder-decoders with a block for a head, of Funnel, of XLNet, and of Flaubert and XLM. A classifier
+# that applies more after it (an activation, a second projection) is refused, because that code would receive hidden
+# states while the head is bypassed.
+HEAD_LAYER_NAMES = ("score", "classifier", "out_proj", "linear_out", "logits_proj", "summary")
 
 
 if TYPE_CHECKING:
@@ -291,8 +292,12 @@ class DiscoRewardModel(_Stock):
         # Without this, transformers 5 leaves parameters that a checkpoint does not contain as uninitialized memory.
         if isinstance(module, ScaleHead | ShapeHead | LikelihoodHead | EpistemicHead):
             module.init_weights()
-        else:
-            super()._init_weights(module)
+            return
+        kind = type(module)
+        if kind is DiscoHead:  # Funnel tells a linear layer by the name of its class
+            module.__class__ = nn.Linear
+        super()._init_weights(module)
+        module.__class__ = kind
 
 
 def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
@@ -391,10 +396,18 @@ def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == 1 and module not in inside
     ]
+    fault = None
     if len(heads) != 1 or heads[0].rpartition(".")[2] not in HEAD_LAYER_NAMES:
+        fault = f"it has no single last linear layer named {' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'})"
+    elif heads[0].endswith(".summary") and not isinstance(model.get_submodule(heads[0][:-8]).activation, nn.Identity):
+        fault = f"an activation follows its last linear layer {heads[0]} (summary_activation in its config.json)"
+    # Where XLNet, Flaubert and XLM read the text. Only the first position is the same in a batch and alone.
+    for module in model.modules():
+        if (place := getattr(module, "summary_type", "first")) != "first":
+            fault = f"it reads a text at {place!r} (summary_type in its config.json), padding included"
+    if fault is not None:
         raise ValueError(
-            f"{stock.__name__} cannot carry a reward distribution: it has no single last linear layer named "
-            f"{' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'}). Use a decoder-only language model, or an "
+            f"{stock.__name__} cannot carry a reward distribution: {fault}. Use a decoder-only language model, or an "
             "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
         )
     following = [name for name, child in model.named_children() if child is not backbone]

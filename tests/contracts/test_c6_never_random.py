@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from tiny_models import (
     ARCHITECTURES,
     EOS,
-    PAD,
     SCALE_STATE,
     VOCAB,
     batch,
@@ -422,32 +421,22 @@ def test_a_config_that_announces_a_head_that_the_files_do_not_hold(config, messa
         load(path)
 
 
-_SEQUENCE_TO_SEQUENCE = {"vocab_size": VOCAB, "d_model": 32, "pad_token_id": PAD, "eos_token_id": EOS}
+_FLAUBERT = {"vocab_size": VOCAB, "emb_dim": 32, "n_layers": 1, "n_heads": 2}
 UNFIT = {
-    "t5": ("T5ForConditionalGeneration", {**_SEQUENCE_TO_SEQUENCE, "d_ff": 32, "num_layers": 1, "num_heads": 2}),
-    "bart": (
-        "BartForConditionalGeneration",
-        {
-            **_SEQUENCE_TO_SEQUENCE,
-            **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
-            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
-            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
-        },
-    ),
     "mamba": ("MambaForCausalLM", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1}),
     "xlnet": ("XLNetLMHeadModel", {"vocab_size": VOCAB, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}),
-    "xlm": ("XLMWithLMHeadModel", {"vocab_size": VOCAB, "emb_dim": 32, "n_layers": 1, "n_heads": 2}),
+    "flaubert-last": ("FlaubertWithLMHeadModel", {**_FLAUBERT, "summary_type": "last"}),
+    "xlm-tanh": ("XLMWithLMHeadModel", {**_FLAUBERT, "summary_activation": "tanh"}),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("t5", "'t5' is an encoder-decoder, which is not supported"),
-        ("bart", "'bart' is an encoder-decoder, which is not supported"),
         ("mamba", "no sequence classifier for the architecture 'mamba'"),
-        ("xlnet", r"XLNetForSequenceClassification cannot carry a reward distribution.*logits_proj"),
-        ("xlm", r"XLMForSequenceClassification cannot carry a reward distribution"),
+        ("xlnet", r"XLNetForSequenceClassification cannot carry .*it reads a text at 'last'.*padding included"),
+        ("flaubert-last", r"FlaubertForSequenceClassification cannot carry .*it reads a text at 'last'"),
+        ("xlm-tanh", r"XLMForSequenceClassification cannot carry .*activation follows .*sequence_summary\.summary"),
     ],
 )
 def test_an_architecture_that_cannot_carry_a_distribution(name, message, tmp_path):
