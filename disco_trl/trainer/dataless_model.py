@@ -266,8 +266,11 @@ def build(config: Any, path: str, method: str, settings: Settings) -> tuple[Any,
         why it cannot share prefixes, `None` if it can.
 
     Raises:
-        `ValueError`: If the architecture cannot be made a reward model.
+        `ValueError`: If the architecture cannot be made a reward model, or is an encoder-decoder.
     """
+    if config.is_encoder_decoder:
+        # Its classifier picks positions by the ids, and tensors without data have none.
+        raise ValueError(f"{path}: {config.model_type!r} is an encoder-decoder, whose training cannot be estimated")
     config = copy.deepcopy(config)
     stock = stock_class(config, path, False, {})
     config.num_labels = 1
