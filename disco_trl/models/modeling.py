@@ -67,6 +67,8 @@ class DiscoRewardModel(_Stock):
             Patterns of the modules that quantization has to skip: everything after the backbone, and the pooler of an
             encoder. In a base model they are newly initialized, and a quantized layer can be neither initialized nor
             trained.
+        has_summary (`bool`):
+            Whether the classifier sums up a text as `summary_type` in its config says.
         newly_initialized (`tuple[str, ...]`):
             Names of the modules that the checkpoint did not contain, such as the head of a base model and the pooler
             of an encoder. They have to be trained, and saved whole, or rewards are random.
@@ -87,6 +89,7 @@ class DiscoRewardModel(_Stock):
     family: Family
     head_name: str
     unquantized_modules: tuple[str, ...]
+    has_summary: bool
     newly_initialized: tuple[str, ...] = ()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
@@ -362,10 +365,11 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[
         `type[DiscoRewardModel]`: Subclass of [`DiscoRewardModel`] and `stock`.
 
     Raises:
-        `ValueError`: If the classifier does not end in a single linear layer.
+        `ValueError`: If the classifier does not end in a single linear layer, or reads a text at a place that depends
+            on its batch.
     """
     if stock not in _CLASSES:
-        head_name, unquantized_modules = _find_head(stock, config)
+        head_name, unquantized_modules, has_summary = _find_head(stock, config)
         _CLASSES[stock] = type(
             stock.__name__,
             (DiscoRewardModel, stock),
@@ -374,17 +378,21 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[
                 "__doc__": DiscoRewardModel.__doc__,
                 "head_name": head_name,
                 "unquantized_modules": unquantized_modules,
+                "has_summary": has_summary,
                 "forward": _distribution_forward(stock),
                 "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), head_name},
                 # Every missing key has to be reported. TRL (1.12 to 1.16) ignores `score.weight` while it loads.
                 "_keys_to_ignore_on_load_missing": None,
             },
         )
-    return _CLASSES[stock]
+    kind = _CLASSES[stock]
+    if kind.has_summary:
+        _check_summary(stock, config, kind.head_name)
+    return kind
 
 
-def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, tuple[str, ...]]:
-    """Find the name of the layer that returns the logit, and `unquantized_modules`, in a model on the meta device."""
+def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, tuple[str, ...], bool]:
+    """Find `head_name`, `unquantized_modules` and `has_summary` in a model on the meta device."""
     # Under ZeRO-3 transformers would shard and initialize the model, which has no data. Within `set_zero3_state` it
     # leaves both to the caller.
     with torch.device("meta"), torch.random.fork_rng(devices=[]), set_zero3_state():
@@ -396,19 +404,29 @@ def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == 1 and module not in inside
     ]
-    fault = None
     if len(heads) != 1 or heads[0].rpartition(".")[2] not in HEAD_LAYER_NAMES:
-        fault = f"it has no single last linear layer named {' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'})"
-    elif heads[0].endswith(".summary") and not isinstance(model.get_submodule(heads[0][:-8]).activation, nn.Identity):
-        fault = f"an activation follows its last linear layer {heads[0]} (summary_activation in its config.json)"
-    # Where XLNet, Flaubert and XLM read the text. Only the first position is the same in a batch and alone.
-    for module in model.modules():
-        if (place := getattr(module, "summary_type", "first")) != "first":
-            fault = f"it reads a text at {place!r} (summary_type in its config.json), padding included"
-    if fault is not None:
-        raise ValueError(
-            f"{stock.__name__} cannot carry a reward distribution: {fault}. Use a decoder-only language model, or an "
-            "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
+        raise _cannot_carry(
+            stock,
+            f"it has no single last linear layer named {' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'})",
         )
     following = [name for name, child in model.named_children() if child is not backbone]
-    return heads[0], (*following, r".*\.pooler")
+    has_summary = any(hasattr(module, "summary_type") for module in model.modules())
+    return heads[0], (*following, r".*\.pooler"), has_summary
+
+
+def _check_summary(stock: type[PreTrainedModel], config: Any, head_name: str) -> None:
+    """Raise a `ValueError` if XLNet, Flaubert or XLM sum up a text in a way that a reward cannot be read in."""
+    place, activation = getattr(config, "summary_type", "last"), getattr(config, "summary_activation", None)
+    if place != "first":  # the only position that is the same in a batch and alone
+        raise _cannot_carry(stock, f"it reads a text at {place!r} (summary_type in its config.json), padding included")
+    if head_name.endswith(".summary") and activation:
+        raise _cannot_carry(
+            stock, f"the activation {activation!r} follows its last linear layer {head_name} (summary_activation)"
+        )
+
+
+def _cannot_carry(stock: type[PreTrainedModel], reason: str) -> ValueError:
+    return ValueError(
+        f"{stock.__name__} cannot carry a reward distribution: {reason}. Use a decoder-only language model, or an "
+        "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
+    )
