@@ -23,7 +23,7 @@ LANGUAGE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreT
 # Names that other tools give to a trained reward or value head, at the top of a model
 HEADS_OF_OTHERS = re.compile(r"(v_head|value_head|reward_head|rm_head|regression_(head|layer)|score|classifier)\b")
 # Buffers in old files that are computed today. transformers drops most of them from what it calls unexpected.
-OLD_BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
+OLD_BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|causal_mask|attn\.bias|attention\.bias)$")
 
 
 class CheckpointKind(enum.Enum):

@@ -212,6 +212,8 @@ def _load_adapter(
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if peft_config.revision is not None:
         base_kwargs["revision"] = peft_config.revision
+    if not isinstance(peft_config.base_model_name_or_path, str):
+        raise ValueError(f"{path}: adapter_config.json names no base model (base_model_name_or_path); add its path")
     try:
         check_found(peft_config.base_model_name_or_path, base_kwargs)
     except FileNotFoundError as error:
