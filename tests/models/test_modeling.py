@@ -86,10 +86,10 @@ def test_a_rarer_architecture_is_a_scalar_model_to_others(rarer_dir, tmp_path):
         alone = model(input_ids=IDS[1:, :3], attention_mask=MASK[1:, :3])
         stock = load_stock(tmp_path)(input_ids=IDS, attention_mask=MASK)
         again = load(tmp_path)(input_ids=IDS, attention_mask=MASK)
-    torch.testing.assert_close(stock.logits, together.logits, rtol=0, atol=1e-6)
-    torch.testing.assert_close(alone.logits, together.logits[1:], rtol=0, atol=1e-6)
-    torch.testing.assert_close(alone.scale, together.scale[1:], rtol=0, atol=1e-6)
-    torch.testing.assert_close(again.scale, together.scale, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stock.logits, together.logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone.logits, together.logits[1:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone.scale, together.scale[1:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(again.scale, together.scale, rtol=1e-6, atol=1e-6)
     assert (together.logits[0] - together.logits[1]).abs() > 1e-3
 
 
