@@ -30,13 +30,12 @@ import argparse
 import json
 import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import disco_trl
+from disco_trl._version import versions_of
 
 from .human_ratings import small_chat_lm
 from .speed_counts import peak_flops
@@ -200,8 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     result["machine"] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
-        "disco-trl": disco_trl.__version__,
-        **{name: version(name) for name in ("trl", "transformers", "torch", "datasets")},
+        **versions_of(("disco-trl", "trl", "transformers", "torch", "datasets")),
     }
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from quickstart_report import Report, plot, render
 from benchmarks import human_ratings
 from benchmarks.human_ratings import RatedText
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
+from disco_trl._version import versions_of
 from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.tokenization import tokenize, tokenize_answers
 from disco_trl.distributions.families import FAMILIES
@@ -329,7 +329,9 @@ def main(argv: list[str] | None = None) -> None:
         peak_bytes=peak,
         setup=(
             f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, bf16={settings['bf16']}; "
-            + ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch", "peft"))
+            + ", ".join(
+                f"{name} {version}" for name, version in versions_of(("trl", "transformers", "torch", "peft")).items()
+            )
         ),
     )
     metrics = {

@@ -94,6 +94,7 @@ def run(args: Arguments) -> None:
         verdict_table,
     )
     from ..evaluation.compare_run import Run, read_data
+    from ..models.loading import check_found
 
     output = Path(args.output_dir)
     common = parse_settings(args.set, "--set")
@@ -124,7 +125,8 @@ def run(args: Arguments) -> None:
         for seed in args.seeds
         for variant in variants
     ]
-    # What is wrong with the data is said before anything is trained.
+    # What is wrong with the model's path or the data is said before anything is trained.
+    check_found(args.model_name_or_path)
     _, held_out = read_data(
         runs[0][2], AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     )

@@ -46,9 +46,11 @@ def run(args: Arguments) -> int:
     from ..data.curation.survey import SHORTEST_LEAK
     from ..data.files import open_rows
     from ..data.findings import named
+    from ..models.loading import check_found
 
     tokenizer = None
     if args.model_name_or_path is not None:
+        check_found(args.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     other = None if args.against is None else _open_other(args.against, args)
     found, survey = check_dataset(open_rows(args.dataset_name, args.dataset_config, args.dataset_split), tokenizer)

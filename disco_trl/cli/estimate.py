@@ -105,6 +105,7 @@ def run(args: Arguments) -> None:
     """Estimate, and print a table."""
     from transformers import AutoConfig
 
+    from ..models.loading import check_found
     from ..trainer.dataless_model import Settings
     from ..trainer.estimate import estimate
 
@@ -122,6 +123,7 @@ def run(args: Arguments) -> None:
         device=args.device,
     )
     memory = None if args.memory is None else round(args.memory * GIB)
+    check_found(model)
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     estimates = {
         method: estimate(config, model, method, settings, args.batch_size, args.processes, args.sharding, memory)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from .._version import versions_of
 from ..distributions.reward_distribution import RewardDistribution
 from .bootstrap import interval, resamples
 from .calibration import reliability_curve
@@ -358,4 +358,4 @@ def versions() -> dict[str, str]:
     Returns:
         `dict[str, str]`: Versions by package name.
     """
-    return {name: version(name) for name in VERSIONS}
+    return versions_of(VERSIONS)

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import safe_open
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .settings import resolve_settings
+
+
+logger = logging.get_logger(__name__)
 
 
 # The file that holds the reward settings of an adapter. It is not called config.json, because with that file
@@ -25,30 +29,116 @@ ADAPTER_SETTINGS_FILE = "disco_config.json"
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-def save_reward_head(peft_config: Any, head_name: str, newly_initialized: Sequence[str]) -> None:
+# Kinds of adapters that no reward model can have, and why (PEFT 0.20 to 0.21).
+UNFIT_KINDS = {
+    "CPT": "PEFT loads it for causal language models only",
+    "LILY": "it mixes its weights by averages over a batch, so that a reward would depend on the other rows and on "
+    "padding",
+    "MULTITASK_PROMPT_TUNING": "it needs a task id with each text, which comparisons do not have",
+    "POLY": "it needs a task id with each text, which comparisons do not have",
+}
+FIT_KINDS = "use LoRA (LoraConfig) or another kind that has modules_to_save"
+
+
+def check_kind(peft_config: Any, model: Any, where: str = "peft_config") -> None:
+    """
+    Check that rewards are right with an adapter of this kind, and that it trains and saves the reward head.
+
+    Args:
+        peft_config ([`~peft.PeftConfig`]):
+            Config of the adapter.
+        model ([`~transformers.PreTrainedModel`]):
+            Classifier that has the adapter, or is to have it.
+        where (`str`, *optional*, defaults to `"peft_config"`):
+            Where the config comes from, for the error message.
+
+    Raises:
+        `ValueError`: If an adapter of this kind cannot be used.
+    """
+    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+    reason = UNFIT_KINDS.get(kind)
+    if not hasattr(peft_config, "modules_to_save"):
+        reason = "it neither trains nor saves the reward head, and the reward would be lost with it"
+        if kind == "TRAINABLE_TOKENS":
+            reason += " (LoraConfig has trainable_token_indices as well)"
+    if peft_config.is_prompt_learning and model.config.is_encoder_decoder:
+        reason = "it passes embeddings, and the classifier of an encoder-decoder finds the end of a text by its ids"
+    # PEFT passes the prefix under this name, which transformers has renamed in 5.24.
+    elif (
+        kind in ("PREFIX_TUNING", "CARTRIDGE") and "past_key_values" not in inspect.signature(model.forward).parameters
+    ):
+        reason = f"PEFT passes it as past_key_values, which this {type(model).__name__} does not take"
+    if reason is not None:
+        raise ValueError(f"{where}: a reward model cannot have an adapter of the kind {kind}: {reason}; {FIT_KINDS}")
+
+
+def save_reward_head(peft_config: Any, model: Any) -> None:
     """
     Change a PEFT config so that PEFT trains and saves the reward head, and all else that the base model lacks.
 
     Args:
         peft_config ([`~peft.PeftConfig`]):
             Config to change, in place.
-        head_name (`str`):
-            Name of the head in the model.
-        newly_initialized (`Sequence[str]`):
-            Names of the modules that the checkpoint of the base model did not contain.
+        model ([`~disco_trl.DiscoRewardModel`]):
+            Model that is to have the adapter.
+
+    Raises:
+        `ValueError`: If an adapter of this kind cannot be used; see [`check_kind`].
     """
+    check_kind(peft_config, model)
     # With any other task type PEFT expects a model that generates, and `all-linear` includes the head.
     peft_config.task_type = "SEQ_CLS"
-    if not hasattr(peft_config, "modules_to_save"):  # prompt learning, where the task type alone saves the head
-        return
+    if peft_config.inference_mode:
+        logger.warning(
+            "peft_config has inference_mode=True, as the config of a saved adapter does, under which nothing would be "
+            "trained; the adapter is trained all the same"
+        )
+        peft_config.inference_mode = False
     modules = list(peft_config.modules_to_save or [])
-    for name in (head_name, *newly_initialized):
+    for name in (model.head_name, *model.newly_initialized):
         # A head inside a block (classifier.out_proj in RoBERTa) is saved with the whole block. PEFT adds modules that
         # are called score or classifier by itself.
-        module = name.split(".")[0] if name.startswith(head_name.split(".")[0]) else name
+        block = model.head_name.split(".")[0]
+        module = block if name.startswith(block) else name
         if module not in ("score", "classifier", *modules):
             modules.append(module)
     peft_config.modules_to_save = modules or None
+
+
+def add_reward_head(model: Any) -> None:
+    """
+    Have the active adapter of a `PeftModel` train and save the reward head, if it does not yet, in place.
+
+    The head of an adapter that was made without `task_type="SEQ_CLS"` or `modules_to_save` is frozen, so that TRL
+    would train the adapter around a random head, and save it without the head. Layers beside the backbone that are
+    frozen as well, such as the pooler of an encoder, stay so, as with TRL, but are saved: they may be random, too.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Adapter around a disco model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    inner = model.get_base_model()
+    if any(head.weight.requires_grad for _, head in inner.named_reward_heads()):
+        return
+    adapter, peft_config = model.active_adapters[0], model.active_peft_config
+    block = inner.head_name.split(".")[0]
+    beside = re.compile("|".join(inner.unquantized_modules))
+    saved = {
+        name: module
+        for name, module in inner.named_modules()
+        if (name == block or beside.fullmatch(name))
+        and any(True for _ in module.parameters())
+        and not any(isinstance(part, BaseTunerLayer | ModulesToSaveWrapper) for part in module.modules())
+    }
+    for name, module in saved.items():
+        wrapper = ModulesToSaveWrapper(module, adapter)
+        wrapper.set_adapter(adapter, inference_mode=name != block)
+        inner.set_submodule(name, wrapper)
+    peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *saved]
+    peft_config.task_type = "SEQ_CLS"
 
 
 class _OneFamily:
@@ -62,7 +152,7 @@ class _OneFamily:
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
-        _check_same_settings(model.get_base_model(), os.fspath(model_id), kwargs)
+        _check_can_join(model.get_base_model(), os.fspath(model_id), kwargs)
         return cast(Any, super()).load_adapter(model_id, adapter_name, *args, **kwargs)
 
 
@@ -104,9 +194,12 @@ def save_adapter_settings(model: Any, directory: Path) -> None:
             (folder / ADAPTER_SETTINGS_FILE).write_text(settings, encoding="utf-8")
 
 
-def _check_same_settings(base: Any, path: str, kwargs: dict[str, Any]) -> None:
-    """Raise a `ValueError` if an adapter has other settings than the model that is to load it."""
+def _check_can_join(base: Any, path: str, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a model cannot load an adapter: for its kind, or because its settings are others."""
+    from peft import PeftConfig
+
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
+    check_kind(PeftConfig.from_pretrained(path, **hub_kwargs), base, path)
     own = base.config.disco
     settings_file = find_file(path, ADAPTER_SETTINGS_FILE, hub_kwargs)
     weights_file = find_file(path, "adapter_model.safetensors", hub_kwargs)

@@ -1,24 +1,22 @@
 """The loading of a model from files: a base language model, a scalar reward model, a disco checkpoint or an adapter.
 
-No reward may be random without an error. The config of a checkpoint says what it is, and what it then has to contain
-is compared with what was loaded. A reward head or scale that is missing is an error, because a warning would scroll
-away during training.
+No reward may be random without an error. `disco_trl.models.checkpoint_kind` decides from what was loaded what a
+checkpoint is, and whether it is complete. A reward head or scale that is missing is an error, because a warning would
+scroll away during training.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import enum
 import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -30,33 +28,56 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import find_adapter_config_file, logging
 
-from .adapters import ADAPTER_SETTINGS_FILE, HUB_KEYWORDS, adapter_shapes, find_file, keep_to_one_family, read_settings
-from .heads import DiscoHead
+from .adapters import (
+    ADAPTER_SETTINGS_FILE,
+    HUB_KEYWORDS,
+    adapter_shapes,
+    check_kind,
+    find_file,
+    keep_to_one_family,
+    read_settings,
+)
+from .checkpoint_kind import CheckpointKind, check_finite, first_few, kind_of_files, layers_without_room
 from .settings import merge_likelihood, resolve_settings
 
 
 logger = logging.get_logger(__name__)
 
-LANGUAGE_MODEL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 # `disco_trl.models.modeling.disco_class`, which makes the class of a disco model from a stock classifier and its
 # config. It is an argument because that class itself imports this module.
 ClassFactory = Callable[[type[PreTrainedModel], PreTrainedConfig], Any]
 
 
-class CheckpointKind(enum.Enum):
-    """
-    What the files of a checkpoint hold. For an adapter: what it and its base model hold together.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
-    A scale counts because it is there and not for its values: a disco checkpoint that was saved before the first step
-    of training, whose scale is still constant, is a disco checkpoint of its family.
-    """
 
-    BASE = "base"
-    """A language model. Its reward head is newly initialized, so its rewards are random."""
-    SCALAR = "scalar"
-    """A reward model with a location and without a scale."""
-    DISCO = "disco"
-    """A reward model with a location and a scale of a known family."""
+def check_found(path: str, hub_kwargs: dict[str, Any] | None = None) -> None:
+    """
+    Check that a model exists before any of its files is asked for, whose own error would be about that file.
+
+    Args:
+        path (`str`):
+            Directory or Hub id.
+        hub_kwargs (`dict`, *optional*):
+            Values of [`~disco_trl.models.adapters.HUB_KEYWORDS`].
+
+    Raises:
+        `FileNotFoundError`: If there is neither such a folder nor such a model on the Hub.
+    """
+    if os.path.isdir(path):
+        return
+    if os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is a file; name the folder of the model")
+    if not HUB_ID.fullmatch(path):
+        raise FileNotFoundError(f"{path}: there is no such folder")
+    names = ("config.json", "adapter_config.json", "tokenizer_config.json")
+    try:
+        if any(find_file(path, name, hub_kwargs or {}) is not None for name in names):
+            return
+        reason = "it is not in the cache, and the Hub is out of reach, or has no model of that name"
+    except OSError as error:
+        reason = " ".join(str(error).split())
+    raise FileNotFoundError(f"{path}: there is no such folder, and no such model on the Hub ({reason})")
 
 
 def load_reward_model(
@@ -95,6 +116,7 @@ def load_reward_model(
     path = os.fspath(path)
     hub_kwargs = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
     probe_kwargs = {name: value for name, value in hub_kwargs.items() if name != "force_download"}
+    check_found(path, probe_kwargs)
     if find_adapter_config_file(path, **probe_kwargs) is not None:
         return _load_adapter(path, disco_class, hub_kwargs, is_trainable, reward_family, fixed_scale, kwargs)
     return _load_full(path, disco_class, hub_kwargs, reward_family, fixed_scale, kwargs)
@@ -109,20 +131,20 @@ def _load_full(
     kwargs: dict[str, Any],
     stored_with_adapter: dict[str, Any] | None = None,
 ) -> tuple[Any, CheckpointKind]:
-    # 1. Config: what the checkpoint is, and whether it can be a reward model. These arguments say how to load and not
-    # what, so they must not become entries of the config.
+    # 1. Config: whether the architecture can be a reward model, and its settings. These arguments say how to load and
+    # not what, so they must not become entries of the config.
     names = ("dtype", "torch_dtype", "quantization_config", "device_map")
     loading = {name: kwargs.pop(name) for name in names if name in kwargs}
     trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
     kwargs.pop("num_labels", None)  # always 1
-    kwargs.pop("ignore_mismatched_sizes", None)  # a head of another shape counts as missing
+    kwargs.pop("ignore_mismatched_sizes", None)  # a head of another shape is an error
     config = copy.deepcopy(kwargs.pop("config", None))  # it is changed below, and belongs to the caller
     if config is None:
         with _naming_bad_files(path, TypeError):  # a list, say, where an object should be
             config, kwargs = AutoConfig.from_pretrained(
                 path, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **hub_kwargs, **kwargs
             )
-    is_reward_model = _is_reward_model(config, path)
+    architecture = (config.architectures or [None])[0]
     stored = getattr(config, "disco", None)
     settings = resolve_settings(stored, reward_family, fixed_scale, where=path)
     beside = stored_with_adapter or {}
@@ -141,8 +163,8 @@ def _load_full(
         skipped = loading["quantization_config"].llm_int8_skip_modules or []
         loading["quantization_config"].llm_int8_skip_modules = [*skipped, *disco.unquantized_modules]
 
-    # 3. Weights. The load report of transformers is silenced: it calls the new head of a base model a fault, too. The
-    # checks below tell the two apart.
+    # 3. Weights, and what they make of the checkpoint. The load report of transformers is silenced: it calls the new
+    # head of a base model a fault, too.
     with _quiet_transformers(), _naming_bad_files(path):
         model, info = disco.from_pretrained(
             path,
@@ -154,22 +176,9 @@ def _load_full(
             **loading,
             **kwargs,
         )
-    if info["mismatched_keys"]:
-        key, found, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"{path}: {key} has shape {list(found)} in its files, where config.json makes it {list(expected)}; the "
-            "two belong to different models: save the model again with its own config"
-        )
-    missing = set(info["missing_keys"])
-    has_scale = _check_complete(model, missing, path, is_reward_model, stored is not None, reward_family)
-    _check_finite(model, path)
-    model.newly_initialized = tuple(sorted({key.rpartition(".")[0] for key in missing}))
-
-    # 4. Kind
-    if f"{model.head_name}.weight" in missing:
-        kind = CheckpointKind.BASE
-    else:
-        kind = CheckpointKind.DISCO if has_scale else CheckpointKind.SCALAR
+    kind = kind_of_files(model, info, path, architecture, stored is not None, reward_family)
+    check_finite(model, path)
+    model.newly_initialized = tuple(sorted({key.rpartition(".")[0] for key in info["missing_keys"]}))
     return model, kind
 
 
@@ -203,12 +212,32 @@ def _load_adapter(
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if peft_config.revision is not None:
         base_kwargs["revision"] = peft_config.revision
+    if not isinstance(peft_config.base_model_name_or_path, str):
+        raise ValueError(f"{path}: adapter_config.json names no base model (base_model_name_or_path); add its path")
+    try:
+        check_found(peft_config.base_model_name_or_path, base_kwargs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: its base model cannot be found ({error}); set base_model_name_or_path in adapter_config.json"
+        ) from error
     base, base_kind = _load_full(
         peft_config.base_model_name_or_path, disco_class, base_kwargs, reward_family, fixed_scale, kwargs, stored
     )
 
     # 3. Kind, and what the adapter has to contain: whatever its base lacks, and the whole head if that was trained
+    check_kind(peft_config, base, path)
     head, scale = base.head_name, f"{base.head_name}.scale"
+    expected = list(base.get_submodule(head).weight.shape)
+    if (found := shapes.get(f"{head}.weight", expected)) != expected:
+        raise ValueError(
+            f"{path}: {head}.weight has shape {found} in its files, where a reward model on its base model "
+            f"{peft_config.base_model_name_or_path} has {expected}; it is a classifier, or of another base model"
+        )
+    if strange := layers_without_room(base, shapes):
+        raise ValueError(
+            f"{path}: the adapter holds {first_few(strange)}, which its base model "
+            f"{peft_config.base_model_name_or_path} does not have; load it on the base model that it was trained on"
+        )
     brings_scale = any(key.startswith(f"{scale}.") for key in shapes)
     if stored is None and brings_scale and reward_family is None:
         raise ValueError(
@@ -228,7 +257,7 @@ def _load_adapter(
         needed = {key for key in needed if not key.startswith(f"{scale}.")}
     if lost := sorted(needed - shapes.keys()):
         raise ValueError(
-            f"{path}: the adapter lacks {_first_few(lost)}, so its rewards would be random, or those of its base "
+            f"{path}: the adapter lacks {first_few(lost)}, so its rewards would be random, or those of its base "
             f"model {peft_config.base_model_name_or_path}; it was lost when the adapter was saved (train it with "
             "task_type='SEQ_CLS' or modules_to_save)"
         )
@@ -244,12 +273,27 @@ def _load_adapter(
     # lacks is taken away while PEFT loads, and added again.
     if kind is CheckpointKind.SCALAR:
         del base.get_submodule(head).scale
-    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
+    with _refusing_half_an_adapter(path, peft_config.base_model_name_or_path):
+        model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_kwargs)
     if kind is CheckpointKind.SCALAR:
         base.convert_heads(base.config.disco)
-    _check_finite(base, path)
+    check_finite(base, path)
     keep_to_one_family(model)
     return model, kind
+
+
+@contextlib.contextmanager
+def _refusing_half_an_adapter(path: str, base: str) -> Iterator[None]:
+    """Raise a `ValueError` where PEFT warns that a model has adapted layers for which the files have no weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Found missing adapter keys", category=UserWarning)
+        try:
+            yield
+        except UserWarning as error:
+            raise ValueError(
+                f"{path}: its files lack a part of the adapter that its base model {base} is to have, as if it had "
+                f"been trained on another ({str(error)[:300]}); load it on the base model that it was trained on"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -302,30 +346,6 @@ def _resize_vocabulary(base: Any, shapes: dict[str, list[int]], peft_config: Any
         base.resize_token_embeddings(saved_rows, mean_resizing=False)
 
 
-def _is_reward_model(config: PreTrainedConfig, path: str) -> bool:
-    """Whether the config promises a trained head (True) or only a language model to start from (False)."""
-    architecture = (config.architectures or ["Model"])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        if config.num_labels != 1:
-            raise ValueError(
-                f"{path}: {architecture} with num_labels={config.num_labels} is a classifier and not a reward model, "
-                "which has num_labels=1; start from the language model it was made of"
-            )
-        return True
-    # LlamaModel and BertModel are backbones. LlamaForRewardModel and GPTRewardModel have a head that no stock class
-    # would keep.
-    is_backbone = architecture.endswith("Model") and not re.search("For|Reward", architecture)
-    is_known = (
-        architecture == "Model" or hasattr(transformers, architecture) or getattr(config, "auto_map", None) is not None
-    )
-    if not (is_known and (is_backbone or architecture.endswith(LANGUAGE_MODEL_SUFFIXES))):
-        raise ValueError(
-            f"{path}: config.architectures names {architecture}, whose trained head would be thrown away; a reward "
-            "model starts from a language model or from a ...ForSequenceClassification with num_labels=1"
-        )
-    return False
-
-
 def stock_class(
     config: PreTrainedConfig, path: str, trust_remote_code: bool, hub_kwargs: dict[str, Any]
 ) -> type[PreTrainedModel]:
@@ -357,66 +377,7 @@ def stock_class(
             "cannot be a reward model; use a decoder-only language model such as Llama, Qwen, Mistral, Gemma or "
             "GPT-2, or an encoder such as BERT"
         )
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{path}: {config.model_type!r} is an encoder-decoder, which is not supported as a reward model; use a "
-            "decoder-only language model or an encoder"
-        )
     return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
-
-
-def _check_complete(
-    model: Any, missing: set[str], path: str, is_reward_model: bool, is_disco: bool, reward_family: str | None
-) -> bool:
-    """Raise a `ValueError` if a checkpoint of this kind must not lack these keys. Return whether it has a scale."""
-    head = model.get_submodule(model.head_name)
-    if not isinstance(head, DiscoHead) or head.weight.dtype != torch.float32:
-        raise ValueError(
-            f"{path}: the reward head {model.head_name!r} came out as {type(head).__name__} in {head.weight.dtype}; "
-            "leave it out of quantization"
-        )
-    # Everything that the head has beside the location row
-    scale_keys = {f"{model.head_name}.{name}" for name in head.state_dict() if "." in name}
-    # Of the weights of a language model itself, only the pooler of an encoder may be new.
-    backbone = f"{model.base_model_prefix}."
-    if lost := sorted(key for key in missing if key.startswith(backbone) and ".pooler." not in key):
-        raise ValueError(
-            f"{path}: its files lack {_first_few(lost)}; the language model would be random in part. Download or save "
-            "it again"
-        )
-    if is_reward_model and (lost := sorted(missing - scale_keys)):
-        raise ValueError(
-            f"{path}: config.json says {type(model).__name__}, a trained reward model, but its files lack "
-            f"{_first_few(lost)}; rewards would be random. The head was probably "
-            "lost when it was saved: save it again, or start from the language model it was made of"
-        )
-    if is_disco and (lost := sorted(missing & scale_keys)):
-        raise ValueError(
-            f"{path}: config.json says that the scale was learned, but its files lack {', '.join(lost)}; to go on "
-            "with its location alone, remove 'disco' from config.json, which makes it a scalar reward model"
-        )
-    if not is_disco and scale_keys - missing and reward_family is None:
-        raise ValueError(
-            f"{path}: its files hold a scale, but config.json does not name the family ('disco' is missing there); "
-            "pass reward_family= if you know it"
-        )
-    # A fixed scale has no keys, and is in the config.
-    return is_disco or bool(scale_keys - missing)
-
-
-def _check_finite(model: Any, path: str) -> None:
-    """Raise a `ValueError` if a reward head holds values that are not finite, which would make every reward nan."""
-    for name, head in model.named_reward_heads():
-        for key, tensor in head.state_dict().items():
-            if not tensor.is_meta and not bool(tensor.isfinite().all()):
-                raise ValueError(
-                    f"{path}: {name}.{key} holds values that are not finite, so its rewards would be none; go back to "
-                    "an earlier checkpoint of its training"
-                )
-
-
-def _first_few(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import get_config_model_id
 
+from .._version import versions_of
 from .modeling import DiscoRewardModel
 
 
@@ -69,7 +69,7 @@ def make_model_card(
         fixed_scale=reward_model.config.disco["fixed_scale"],
         is_adapter=is_adapter,
         metrics=metrics,
-        versions={name: version(name) for name in PACKAGES},
+        versions=versions_of(PACKAGES),
     )
 
 

@@ -38,10 +38,11 @@ from .scale_head import ScaleHead
 from .settings import resolve_settings
 
 
-# Names of the last layer in those classifiers of transformers that end in a linear map. Classifiers that apply more
-# after it (an activation, a second projection) name it differently. They are refused, because that code would receive
-# hidden states while the head is bypassed.
-HEAD_LAYER_NAMES = ("score", "classifier", "out_proj")
+# Names of the last layer in those classifiers of transformers that end in a linear map: of decoders, of most encoders,
+# of encoders and encoder-decoders with a block for a head, of Funnel, of XLNet, and of Flaubert and XLM. A classifier
+# that applies more after it (an activation, a second projection) is refused, because that code would receive hidden
+# states while the head is bypassed.
+HEAD_LAYER_NAMES = ("score", "classifier", "out_proj", "linear_out", "logits_proj", "summary")
 
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class DiscoRewardModel(_Stock):
             Patterns of the modules that quantization has to skip: everything after the backbone, and the pooler of an
             encoder. In a base model they are newly initialized, and a quantized layer can be neither initialized nor
             trained.
+        has_summary (`bool`):
+            Whether the classifier sums up a text as `summary_type` in its config says.
         newly_initialized (`tuple[str, ...]`):
             Names of the modules that the checkpoint did not contain, such as the head of a base model and the pooler
             of an encoder. They have to be trained, and saved whole, or rewards are random.
@@ -87,6 +90,7 @@ class DiscoRewardModel(_Stock):
     family: Family
     head_name: str
     unquantized_modules: tuple[str, ...]
+    has_summary: bool
     newly_initialized: tuple[str, ...] = ()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
@@ -298,8 +302,12 @@ class DiscoRewardModel(_Stock):
         # Without this, transformers 5 leaves parameters that a checkpoint does not contain as uninitialized memory.
         if isinstance(module, ScaleHead | ShapeHead | LikelihoodHead | EpistemicHead):
             module.init_weights()
-        else:
-            super()._init_weights(module)
+            return
+        kind = type(module)
+        if kind is DiscoHead:  # Funnel tells a linear layer by the name of its class
+            module.__class__ = nn.Linear
+        super()._init_weights(module)
+        module.__class__ = kind
 
 
 def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
@@ -315,15 +323,24 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         read_at: Tensor | None = None,
         **kwargs: Any,
     ) -> RewardModelOutput | tuple[Tensor, ...]:
-        if nodes is None:
-            with heads_bypassed():
-                output = stock.forward(self, *args, return_dict=True, **kwargs)
-            pooled = output.logits
-        else:
+        embeddings, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if nodes is not None:
             # A forest is not continued, so no cache is needed.
             kwargs |= {"attention_mask": as_attention_mask(nodes), "use_cache": False}
             output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
             pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]
+        elif embeddings is not None and mask is not None and self.head_name == "score":
+            # Adapters that learn a prompt pass embeddings, in which the stock pooling of a decoder does not see the
+            # padding: it reads the last position, and the reward of a text would depend on the others in its batch.
+            output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
+            hidden_states = output.last_hidden_state
+            positions = torch.arange(mask.shape[-1], device=mask.device)
+            last = (positions * mask.ne(0)).argmax(dim=-1).to(hidden_states.device)
+            pooled = hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+        else:
+            with heads_bypassed():
+                output = stock.forward(self, *args, return_dict=True, **kwargs)
+            pooled = output.logits
         head = self.reward_head(pooled, full_output=True)
         loss = None if labels is None else F.mse_loss(overall(head.location), labels.to(head.location).reshape(-1))
         handed_on = {name: output[name] for name in STOCK_OUTPUTS if name in output}
@@ -355,10 +372,11 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[
         `type[DiscoRewardModel]`: Subclass of [`DiscoRewardModel`] and `stock`.
 
     Raises:
-        `ValueError`: If the classifier does not end in a single linear layer.
+        `ValueError`: If the classifier does not end in a single linear layer, or reads a text at a place that depends
+            on its batch.
     """
     if stock not in _CLASSES:
-        head_name, unquantized_modules = _find_head(stock, config)
+        head_name, unquantized_modules, has_summary = _find_head(stock, config)
         _CLASSES[stock] = type(
             stock.__name__,
             (DiscoRewardModel, stock),
@@ -367,17 +385,21 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[
                 "__doc__": DiscoRewardModel.__doc__,
                 "head_name": head_name,
                 "unquantized_modules": unquantized_modules,
+                "has_summary": has_summary,
                 "forward": _distribution_forward(stock),
                 "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), head_name},
                 # Every missing key has to be reported. TRL (1.12 to 1.16) ignores `score.weight` while it loads.
                 "_keys_to_ignore_on_load_missing": None,
             },
         )
-    return _CLASSES[stock]
+    kind = _CLASSES[stock]
+    if kind.has_summary:
+        _check_summary(stock, config, kind.head_name)
+    return kind
 
 
-def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, tuple[str, ...]]:
-    """Find the name of the layer that returns the logit, and `unquantized_modules`, in a model on the meta device."""
+def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, tuple[str, ...], bool]:
+    """Find `head_name`, `unquantized_modules` and `has_summary` in a model on the meta device."""
     # Under ZeRO-3 transformers would shard and initialize the model, which has no data. Within `set_zero3_state` it
     # leaves both to the caller.
     with torch.device("meta"), torch.random.fork_rng(devices=[]), set_zero3_state():
@@ -390,10 +412,28 @@ def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[
         if isinstance(module, nn.Linear) and module.out_features == 1 and module not in inside
     ]
     if len(heads) != 1 or heads[0].rpartition(".")[2] not in HEAD_LAYER_NAMES:
-        raise ValueError(
-            f"{stock.__name__} cannot carry a reward distribution: it has no single last linear layer named "
-            f"{' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'}). Use a decoder-only language model, or an "
-            "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
+        raise _cannot_carry(
+            stock,
+            f"it has no single last linear layer named {' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'})",
         )
     following = [name for name, child in model.named_children() if child is not backbone]
-    return heads[0], (*following, r".*\.pooler")
+    has_summary = any(hasattr(module, "summary_type") for module in model.modules())
+    return heads[0], (*following, r".*\.pooler"), has_summary
+
+
+def _check_summary(stock: type[PreTrainedModel], config: Any, head_name: str) -> None:
+    """Raise a `ValueError` if XLNet, Flaubert or XLM sum up a text in a way that a reward cannot be read in."""
+    place, activation = getattr(config, "summary_type", "last"), getattr(config, "summary_activation", None)
+    if place != "first":  # the only position that is the same in a batch and alone
+        raise _cannot_carry(stock, f"it reads a text at {place!r} (summary_type in its config.json), padding included")
+    if head_name.endswith(".summary") and activation:
+        raise _cannot_carry(
+            stock, f"the activation {activation!r} follows its last linear layer {head_name} (summary_activation)"
+        )
+
+
+def _cannot_carry(stock: type[PreTrainedModel], reason: str) -> ValueError:
+    return ValueError(
+        f"{stock.__name__} cannot carry a reward distribution: {reason}. Use a decoder-only language model, or an "
+        "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
+    )

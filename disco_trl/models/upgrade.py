@@ -7,6 +7,7 @@ from typing import Any, cast
 from accelerate.utils import is_peft_model
 from torch import nn
 
+from .adapters import add_reward_head, check_kind
 from .heads import DiscoHead
 from .modeling import DiscoRewardModel, disco_class
 from .settings import merge_likelihood, resolve_settings
@@ -23,8 +24,8 @@ def upgrade(
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Stock classifier with one label, or an adapter around one that trains the head. Either may be a disco model
-            already, whose settings are then checked.
+            Stock classifier with one label, or an adapter around one, which is made to train and save the head. Either
+            may be a disco model already, whose settings are then checked.
         reward_family (`str`, *optional*):
             As in [`~disco_trl.DiscoRewardModel.from_pretrained`].
         fixed_scale (`float`, *optional*):
@@ -36,10 +37,18 @@ def upgrade(
         [`~disco_trl.DiscoRewardModel`]: The disco model; for a `PeftModel`, the one inside.
 
     Raises:
-        `ValueError`: If the model has more than one label, has no scalar head, or has a head that is quantized or that
-            the adapter would lose; or if the settings contradict those of the model.
+        `ValueError`: If the model has more than one label, has no scalar head, or has a head that is quantized or
+            adapted; if its adapter is of a kind that cannot be used, or was loaded for inference; or if the settings
+            contradict those of the model.
     """
     inner = model.get_base_model() if is_peft_model(model) else model
+    if is_peft_model(model):
+        check_kind(model.active_peft_config, inner, "this PeftModel")
+        if model.active_peft_config.inference_mode:
+            raise ValueError(
+                "the adapter of this PeftModel is frozen (inference_mode=True), so nothing would be trained; load it "
+                "with is_trainable=True, or make it from a config with inference_mode=False"
+            )
     name = type(inner).__name__
     is_disco = isinstance(inner, DiscoRewardModel)
     stored = inner.config.disco if is_disco else None
@@ -62,29 +71,22 @@ def upgrade(
         stock = type(inner)
         inner.__class__ = disco_class(stock, inner.config)
     heads = [head for _, head in inner.named_reward_heads()]
-    fault = None
     if not is_disco and {type(head) for head in heads} != {nn.Linear}:
         kind = next((type(head) for head in heads if type(head) is not nn.Linear), None)
         kind = kind or type(inner.get_submodule(inner.head_name))
-        fault = (
-            f"the head {inner.head_name!r} of this {name} is a {kind.__module__}.{kind.__name__}; a reward head must "
+        head_name = inner.head_name
+        inner.__class__ = stock  # a model that is refused is left unchanged
+        raise ValueError(
+            f"the head {head_name!r} of this {name} is a {kind.__module__}.{kind.__name__}; a reward head must "
             "stay whole and in full precision: list it in llm_int8_skip_modules when quantizing, make the PeftModel "
             "with task_type='SEQ_CLS', or pass the name or path of the model instead"
         )
-    elif is_peft_model(model) and not any(head.weight.requires_grad for head in heads):
-        fault = (
-            f"the adapter of this PeftModel neither trains nor saves the reward head, so the reward would be lost "
-            f"with it; make it with task_type='SEQ_CLS', or modules_to_save=[{inner.head_name.split('.')[0]!r}] (and "
-            "is_trainable=True when loading it to go on training)"
-        )
-    if fault is not None:
-        if not is_disco:
-            inner.__class__ = stock  # a model that is refused is left unchanged
-        raise ValueError(fault)
     if not is_disco:
         inner.convert_heads(settings)
     elif likelihood:
         for head in heads:
             cast(DiscoHead, head).add_likelihood(settings["likelihood"])
         inner.config.disco = settings
+    if is_peft_model(model):
+        add_reward_head(model)
     return inner

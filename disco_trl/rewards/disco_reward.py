@@ -29,6 +29,7 @@ from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
 from ..models.distributed import process_state
 from ..models.inference import TOKENS_PER_BATCH, check_pad_token, load_trained, run_in_batches
+from ..models.loading import check_found
 from ..models.modeling import DiscoRewardModel
 from ..models.outputs import RewardModelOutput
 from ..models.scale_head import ScaleHead
@@ -118,6 +119,7 @@ class DiscoReward(RewardFunction):
         # Options are validated before a model is loaded, which may take minutes.
         reward_transform = get_transform(transform, **options)
         if isinstance(model, str | os.PathLike):
+            check_found(os.fspath(model))
             if processing_class is None:
                 processing_class = _saved_tokenizer(os.fspath(model))
             model = load_trained(os.fspath(model), dtype=dtype).to(device or process_state().device)

@@ -183,7 +183,7 @@ class Adoption:
         if "rating_values" in self.likelihood:
             self.model.init_thresholds(self.ratings)
         if isinstance(self.peft_config, PeftConfig):  # TRL refuses any other type
-            save_reward_head(self.peft_config, self.model.head_name, self.model.newly_initialized)
+            save_reward_head(self.peft_config, self.model)
         self._head_weights = {
             name: {key: value.clone() for key, value in head.state_dict().items()}
             for name, head in self.model.named_reward_heads()

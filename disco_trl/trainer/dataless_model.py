@@ -272,8 +272,11 @@ def build(config: Any, path: str, method: str, settings: Settings) -> tuple[Any,
         why it cannot share prefixes, `None` if it can.
 
     Raises:
-        `ValueError`: If the architecture cannot be made a reward model.
+        `ValueError`: If the architecture cannot be made a reward model, or is an encoder-decoder.
     """
+    if config.is_encoder_decoder:
+        # Its classifier picks positions by the ids, and tensors without data have none.
+        raise ValueError(f"{path}: {config.model_type!r} is an encoder-decoder, whose training cannot be estimated")
     config = copy.deepcopy(config)
     stock = stock_class(config, path, False, {})
     config.num_labels = 1
@@ -308,7 +311,7 @@ def build(config: Any, path: str, method: str, settings: Settings) -> tuple[Any,
             peft_config = LoraConfig(
                 r=settings.lora_r, target_modules=targets if isinstance(targets, str) else [*targets]
             )
-            save_reward_head(peft_config, model.head_name, model.newly_initialized)
+            save_reward_head(peft_config, model)
             # `low_cpu_mem_usage` has PEFT create the adapters on the meta device as well.
             model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
             if method == "qlora":

@@ -5,7 +5,17 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    CPTConfig,
+    IA3Config,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from tiny_models import SCALE_STATE
 from tiny_training import bradley_terry_trainer, disco_trainer, furthest, preferences, reward_trainer, weights
 from transformers import AutoModelForSequenceClassification
@@ -61,6 +71,7 @@ PEFT_CONFIGS = {
     "dora": LoraConfig(use_dora=True),
     "ia3": IA3Config(),
     "prompt tuning": PromptTuningConfig(num_virtual_tokens=4),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16),
 }
 
 
@@ -88,15 +99,58 @@ def test_adapters_keep_the_head(tmp_path, tiny_llama_dir, peft_config):
     assert reward is not None and reward.family == "cauchy"
 
 
-def test_a_peft_model(tmp_path, tiny_llama_dir, tiny_tokenizer):
+@pytest.mark.parametrize(
+    ("peft_config", "message"),
+    [
+        (
+            TrainableTokensConfig(token_indices=[3]),
+            r"TRAINABLE_TOKENS.*neither trains nor saves.*trainable_token_indices",
+        ),
+        (AdaptionPromptConfig(adapter_len=3, adapter_layers=1), r"ADAPTION_PROMPT: it neither trains nor saves.*LoRA"),
+        (
+            CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3], cpt_mask=[1], cpt_tokens_type_mask=[1]),
+            r"CPT: .*causal language models only",
+        ),
+        (MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2), r"MULTITASK_PROMPT_TUNING: .*task id"),
+    ],
+    ids=lambda value: getattr(value, "peft_type", ""),
+)
+def test_kinds_that_cannot_carry_a_reward_are_refused_before_training(tmp_path, tiny_llama_dir, peft_config, message):
+    with pytest.raises(ValueError, match=rf"peft_config: a reward model cannot have .*{message}"):
+        disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=preferences(), peft_config=peft_config)
+
+
+def test_a_config_in_inference_mode_is_trained(tmp_path, tiny_llama_dir, caplog):
+    # What `PeftConfig.from_pretrained` reads from a saved adapter. TRL's trainer fails in its first backward.
+    users = LoraConfig(target_modules=["q_proj"], inference_mode=True)
+    trainer = disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=preferences(), peft_config=users)
+    assert "inference_mode=True" in caplog.text
+    start = weights(trainer.model)
+    trainer.train()
+    changed = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, start[name])}
+    assert any("lora_B" in name for name in changed) and any("score.modules_to_save" in name for name in changed)
+    assert users.inference_mode
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_a_peft_model(tmp_path, tiny_llama_dir, tiny_tokenizer, task_type):
+    """TRL trains one that was made without a task type, too, but with a frozen head, which it does not save."""
     trainers = []
-    for build in (bradley_terry_trainer, reward_trainer):
+    for build, config in (
+        (bradley_terry_trainer, LoraConfig(task_type=task_type)),
+        (reward_trainer, LoraConfig(task_type="SEQ_CLS")),
+    ):
         torch.manual_seed(1)
         stock = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1, dtype="float32")
-        model = get_peft_model(stock, LoraConfig(task_type="SEQ_CLS"))
+        model = get_peft_model(stock, config)
         arguments = {"model": model, "train_dataset": preferences(), "processing_class": tiny_tokenizer}
         trainer = build(tmp_path, **arguments)
         trainer.train()
         assert trainer.model is model
         trainers.append(trainer)
     assert furthest(*(weights(trainer.model) for trainer in trainers)) < 1e-4
+    trainers[0].save_model()
+    loaded = DiscoRewardModel.from_pretrained(tmp_path, dtype="float32").eval()
+    ids = torch.arange(12).reshape(2, 6) + 5
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trainers[1].model.eval()(ids).logits, rtol=0, atol=1e-5)

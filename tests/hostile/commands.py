@@ -246,7 +246,7 @@ COMMANDS = (
         (
             "a model out of the folder",
             Call("score ../../etc/passwd x.jsonl y.jsonl", {"x.jsonl": [PAIR]}),
-            "../../etc/passwd holds no tokenizer that can be loaded",
+            "../../etc/passwd: there is no such folder",
         ),
     ),
     *refused(

@@ -92,8 +92,8 @@ REWARDS = (
         (
             "a head of another shape",
             Checkpoint(tensors={"score.weight": filled(1.0, 3, 16)}),
-            "score.weight has shape [3, 16] in its files, where config.json makes it [1, 16]; the two"
-            " belong to different models: save the model again with its own config",
+            "score.weight has shape [3, 16] in its files, so it is a classifier with 3 labels and not a "
+            "reward model, whose head has shape [1, 16]",
         ),
         (
             "weights cut off",
@@ -151,6 +151,11 @@ REWARDS = (
             "an adapter of no base",
             Checkpoint("adapter", files={"adapter_config.json": "[]"}),
             "its configuration is not what it should be (",
+        ),
+        (
+            "an adapter whose base is not named",
+            Checkpoint("adapter", files={"adapter_config.json": '{"peft_type": "LORA"}'}),
+            "adapter_config.json names no base model (base_model_name_or_path)",
         ),
     ),
     *computed(

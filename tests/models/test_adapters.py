@@ -1,23 +1,34 @@
 """Adapters after training: their tokens and padding come back with them, and families do not mix.
 
-Each adapter here comes from the trainer, and each number is compared with the live model that was saved.
+Each adapter here comes from the trainer, and each number is compared with the live model that was saved. Before that,
+every kind of adapter that PEFT knows is tried: it is right, or refused.
 """
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_tokenizer
-from peft import LoraConfig, PeftModel
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny_models import edited_copy
 from tiny_training import disco_trainer, preferences
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from disco_trl import DiscoRewardModel
+from disco_trl import DiscoReward, DiscoRewardModel
 from disco_trl.data.tokenization import tokenize
-from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE
+from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE, save_reward_head
 from disco_trl.models.inference import score
 
 
@@ -35,6 +46,84 @@ def rewards(model, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_same_rewards(one, other, tokenizer) -> None:
     for ours, theirs in zip(rewards(one, tokenizer), rewards(other, tokenizer), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+# Every kind of adapter
+
+SMALLER = {"r": 2, "block_size": 8, "group_size": 8, "vector_length": 8, "num_vectors": 16, "n_frequency": 8}
+NEEDED = {"num_virtual_tokens": 3, "encoder_hidden_size": 8, "adapter_len": 3, "adapter_layers": 1, "num_tasks": 2}
+REFUSED = {
+    "ADAPTION_PROMPT": "neither trains nor saves the reward head",
+    "CARTRIDGE": "past_key_values",
+    "CPT": "causal language models only",
+    "LILY": "a reward would depend on the other rows",
+    "MULTITASK_PROMPT_TUNING": "task id",
+    "POLY": "task id",
+    "PREFIX_TUNING": "past_key_values",
+    "TRAINABLE_TOKENS": "neither trains nor saves the reward head",
+    "XLORA": "neither trains nor saves the reward head",
+}
+
+
+def small_config(kind: str) -> PeftConfig:
+    make = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    required = {"ADALORA": {"total_step": 10}, "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [3]}}
+    config = make(**required.get(kind, {}))
+    for name, value in (SMALLER | NEEDED).items():
+        default = getattr(config, name, 0)
+        if hasattr(config, name) and (default is None) == (name in NEEDED):
+            setattr(config, name, value)
+    if hasattr(config, "target_modules") and kind not in ("IA3", "SHADOW"):  # those target layers of other kinds
+        config.target_modules = ["q_proj"]
+    if kind == "OFT":
+        config.r = 0  # its block size, which is set, says it
+    return config
+
+
+@pytest.mark.parametrize("kind", sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+def test_a_reward_does_not_depend_on_the_other_rows(kind, tiny_llama_dir):
+    """With each kind of adapter the head is trained and saved, and a text has one reward, or the kind is refused."""
+    model, config = DiscoRewardModel.from_pretrained(tiny_llama_dir), small_config(kind)
+    takes_prefixes = "past_key_values" in inspect.signature(model.forward).parameters  # until transformers 5.23
+    if kind in REFUSED and not (takes_prefixes and REFUSED[kind] == "past_key_values"):
+        with pytest.raises(ValueError, match=rf"an adapter of the kind {kind}: .*{REFUSED[kind]}.*use LoRA"):
+            save_reward_head(config, model)
+        return
+    save_reward_head(config, model)
+    adapted = get_peft_model(model, config).eval()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.values():  # many adapters begin with no effect
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    assert any("score" in name for name in trained) and any("score" not in name for name in trained)
+    assert {"base_model.model.score.weight", "base_model.score.weight"} & get_peft_model_state_dict(adapted).keys()
+    pad = model.config.pad_token_id
+    ids = torch.tensor([[5, 6, 7, 8, 9], [11, 12, pad, pad, pad]])
+    with torch.no_grad():
+        together = adapted(input_ids=ids, attention_mask=ids.ne(pad).long())
+        alone = adapted(input_ids=ids[1:, :2], attention_mask=torch.ones(1, 2, dtype=torch.long))
+    torch.testing.assert_close(together.logits[1:], alone.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.scale[1:], alone.scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [PromptTuningConfig(num_virtual_tokens=3), PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16)],
+    ids=lambda config: config.peft_type,
+)
+def test_a_learned_prompt_gives_a_text_one_reward(peft_config, tmp_path, tiny_llama_dir):
+    trainer = disco_trainer(
+        tmp_path, model=tiny_llama_dir, train_dataset=preferences(), peft_config=peft_config, learning_rate=5e-2
+    )
+    trainer.train()
+    trainer.save_model()
+    reward = DiscoReward(str(tmp_path))
+    prompts, answers = ["the answer ", "people ", "a film "], ["is short", "like this film a lot and learn", "day"]
+    together = reward(prompts, answers)
+    alone = [reward([prompt], [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert max(together) - min(together) > 1e-2
 
 
 # Tokens that training added

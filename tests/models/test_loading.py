@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_models import edited_copy, lora, save_adapter
 from tiny_training import disco_trainer, preferences
 from transformers import AutoModelForSequenceClassification
 
-from disco_trl import DiscoReward, DiscoRewardModel
+from disco_trl import DiscoReward, DiscoRewardModel, best_of_n
 from disco_trl.cli.main import main
 from disco_trl.models.export import export
 from disco_trl.models.inference import load_trained, score
@@ -133,3 +134,55 @@ def test_a_scalar_model_is_read_as_bradley_terry(is_adapter, scalar_dir, tmp_pat
 def test_a_language_model_is_not_scored_with(base_model_dir):
     with pytest.raises(ValueError, match=r"is a language model without a reward head"):
         load_trained(base_model_dir("llama"))
+
+
+# A model that is not there
+
+NOWHERE = ["/no/such/folder", "./missing", "../missing", "runs/a/missing", "runs/missing", "missing"]
+
+
+@pytest.mark.parametrize("path", NOWHERE)
+def test_a_folder_that_does_not_exist_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for load in (DiscoReward, load_trained, DiscoRewardModel.from_pretrained, best_of_n_with):
+        with pytest.raises(FileNotFoundError, match=rf"^{re.escape(path)}: there is no such folder"):
+            load(path)
+    with pytest.raises(FileNotFoundError, match=rf"^{re.escape(path)}: there is no such folder"):
+        disco_trainer(tmp_path / "out", model=path, train_dataset=preferences())
+
+
+def best_of_n_with(path: str):
+    return best_of_n(["a prompt"], [["an answer", "another"]], model=path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate {} x.jsonl --output_dir out",
+        "export {} out --to scalar",
+        "score {} x.jsonl y.jsonl",
+        "serve {}",
+        "estimate {}",
+    ],
+)
+@pytest.mark.parametrize("path", ["runs/missing", "/no/such/folder"])
+def test_so_do_the_commands(command, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(SystemExit, match=rf"^disco-trl \w+: {path}: there is no such folder"):
+        main(command.format(path).split())
+
+
+def test_a_file_in_the_place_of_a_folder(scalar_dir):
+    path = f"{scalar_dir('llama')}/model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file; name the folder"):
+        DiscoReward(path)
+
+
+def test_an_adapter_whose_base_model_is_gone(scalar_dir, tmp_path):
+    path = Path(scalar_adapter(scalar_dir("llama"), tmp_path / "adapter", task_type="SEQ_CLS"))
+    entries = json.loads((path / "adapter_config.json").read_text())
+    entries["base_model_name_or_path"] = "/moved/away"
+    (path / "adapter_config.json").write_text(json.dumps(entries))
+    with pytest.raises(FileNotFoundError, match=r"adapter: its base model cannot be found \(/moved/away: there is no"):
+        load_trained(str(path))

@@ -1,13 +1,17 @@
 """The text of the model card. (What the trainer puts in it: `contracts/test_c4_checkpoints.py`.)"""
 
 import ast
+import importlib.metadata
 import re
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
+import disco_trl
+from disco_trl import DiscoRewardModel
+from disco_trl._version import versions_of
 from disco_trl.distributions.families import FAMILIES, get_family
-from disco_trl.models.model_card import TEMPLATE, add_evaluation
+from disco_trl.models.model_card import TEMPLATE, add_evaluation, make_model_card
 
 
 CARD = {
@@ -104,3 +108,21 @@ def test_an_evaluation_goes_into_any_card_and_needs_one(tmp_path):
         .read_text()
         .startswith("# Mine\n\n<!-- evaluation -->\n### On held-out data\n\nfigures")
     )
+
+
+def test_versions_that_cannot_be_read_are_left_out():
+    # A source tree has no metadata, which `importlib.metadata` says by an error.
+    found = versions_of(("disco-trl", "no-such-package", "torch"))
+    assert list(found) == ["disco-trl", "torch"]
+    assert found["disco-trl"] == disco_trl.__version__
+
+
+def test_the_version_of_the_package_needs_no_metadata(monkeypatch, tiny_llama_dir):
+    def without(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir)
+    card = make_model_card(model, model_name=None, hub_model_id=None, dataset_name=None, tags=set(), metrics={})
+    assert f"| disco-trl | {disco_trl.__version__} |" in card.text
+    assert "| trl |" not in card.text
