@@ -87,7 +87,7 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> floa
         return _Problem(head, family, pairs, unit)
 
     cut = 4 * len(predictions) // 5
-    early, late = problem(predictions[:cut]), problem(predictions[cut:])
+    early, late = problem(predictions[:cut].recent()), problem(predictions[cut:])
     own_weight = head.scale.weight[0].detach().cpu().double() * unit
     weights = {None: own_weight, **problem(predictions[:cut].in_hindsight()).weights()}
     best, keeps_unit, least = None, True, math.inf
@@ -111,9 +111,9 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> floa
         raise NothingToFit("the fit of the scale does not converge; lower learning_rate if the loss was unstable")
     log_factor = 0.0
     if not keeps_unit:
-        whole = problem(predictions)
-        log_factor = whole.log_factor(weight)
-        whole.check_factor(weight, log_factor)
+        recent = problem(predictions.recent())
+        log_factor = recent.log_factor(weight)
+        recent.check_factor(weight, log_factor)
     factor = math.exp(log_factor)
     states = predictions.hidden_states.flatten(0, 1)
     head.refit(states, factor, (weight / unit)[None])

@@ -132,7 +132,7 @@ class HeadFit(TrainerCallback):
             broadcast(tensor)
         self.changed = True
         if self.metrics:
-            self.log(self.metrics)
+            self.log(dict(self.metrics))  # the Trainer adds the epoch to it
 
     def _try_to_fit(self, args: Any, state: Any) -> tuple[str | None, dict[str, float]]:
         if self.memory is None:

@@ -65,6 +65,15 @@ class Predictions:
     def __getitem__(self, pairs: slice) -> Predictions:
         return Predictions(**{field.name: getattr(self, field.name)[pairs] for field in fields(self)})
 
+    def recent(self) -> Predictions:
+        """
+        The later half of the pairs.
+
+        Returns:
+            [`Predictions`]: Predictions of a model that is nearer to the last one: rewards grow as training goes on.
+        """
+        return self[slice(len(self) // 2, None)]
+
     def in_hindsight(self) -> Predictions:
         """
         Replace the prediction of each answer by its last one.
