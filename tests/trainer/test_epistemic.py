@@ -248,10 +248,9 @@ def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
     predictions = simulate(head, 300, name)
     fit_posterior(head, family, predictions)
     states = predictions.hidden_states
-    before = head.weight.detach().clone()
+    before, errors = head.weight.detach().clone(), head.epistemic(states).double()
 
     def log_posterior(factor: float) -> float:
-        errors = head.epistemic(states).double()
         with torch.no_grad():
             output = head(states, full_output=True)
             location = factor * (states @ before.T).squeeze(-1).double()
@@ -272,6 +271,8 @@ def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
     factor = recalibrate_unit(head, family, predictions)
     assert factor > 1  # the errors alone would make the probabilities more modest than the choices are
     torch.testing.assert_close(head.weight.detach(), factor * before)
+    # The posterior follows the locations, until it is fitted again.
+    torch.testing.assert_close(head.epistemic(states).double(), factor * errors, rtol=1e-4, atol=1e-5)
     assert log_posterior(factor) > max(map(log_posterior, (factor * 0.97, factor * 1.03, 1.0)))
 
 

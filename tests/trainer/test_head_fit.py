@@ -1,6 +1,15 @@
-"""What a run ends with: the head that was fitted to ratings and votes, its moments, its evaluation, and one line."""
+"""
+What a run ends with: the head that was fitted to ratings and votes, its moments, its evaluation, and one line.
+
+One test runs this file under a launcher (`torchrun --nproc_per_node 2 tests/trainer/test_head_fit.py FOLDER`). It then
+trains, and each process writes the head and the log that it ends with.
+"""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,14 +56,18 @@ def judged(pairs: int, seed: int, votes: bool) -> Dataset:
 def trained(request, tmp_path_factory, _session_tokenizer):
     """A run on one rating of each answer, with an evaluation before it ends, and with what is fitted then."""
     votes = request.param == "votes and ratings"
+    return train(tmp_path_factory.mktemp("run"), _session_tokenizer, votes, batch_size=32)
+
+
+def train(folder, tokenizer, votes: bool, batch_size: int):
     trainer = disco_trainer(
-        tmp_path_factory.mktemp("run"),
+        folder,
         model=tiny_llama(),
-        processing_class=_session_tokenizer,
+        processing_class=tokenizer,
         train_dataset=judged(2400, 0, votes),
         eval_dataset=judged(400, 1, votes),
         eval_strategy="epoch",
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=200,
         max_steps=-1,
         num_train_epochs=1,
@@ -140,3 +153,28 @@ def test_a_run_without_calibration_says_so(tiny_llama_dir, tiny_tokenizer, tmp_p
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 1
     trainer.create_model_card()
     assert "were calibrated" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_all_processes_end_with_the_head_that_the_first_has_fitted(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (head, logs), (other_head, other_logs) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, tensor in head.items():
+        assert torch.equal(other_head[name], tensor), name
+    assert head["epistemic.prior_variance"] > 0
+    for name, times in (("calibration_factor", 1), ("calibration_factor_with_errors", 1), ("eval_loss", 2)):
+        values = [[entry[name] for entry in of_one if name in entry] for of_one in (logs, other_logs)]
+        assert values[0] == values[1] and len(values[0]) == times, name
+
+
+if __name__ == "__main__":
+    from conftest import build_tokenizer  # also sets the tests' environment variables
+
+    trainer = train(Path(sys.argv[1]), build_tokenizer(), votes=False, batch_size=16)
+    result = trainer._reward_model.reward_head.state_dict(), trainer.state.log_history
+    torch.save(result, Path(sys.argv[1], f"{trainer.args.process_index}.pt"))
