@@ -22,7 +22,6 @@ from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.forest import grow_forest
 from disco_trl.data.tokenization import tokenize
 from disco_trl.distributions.judgements import Judgements
-from disco_trl.distributions.likelihood import Responses
 from disco_trl.models.heads import DiscoHead
 from disco_trl.models.outputs import overall
 from disco_trl.rewards.reward_function import Content
@@ -318,7 +317,7 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
             memory.add(states, states[:, :1], None, said)
         predictions = memory.predictions()
         assert predictions is not None
-        fit_posterior(head, family, predictions.in_hindsight(), Responses(), pairs=args.pairs)
+        fit_posterior(head, family, predictions.in_hindsight(), pairs=args.pairs)
 
     taken: dict[str, list[float]] = {"plain": [], "disco": [], "model": [], "posterior": []}
     for _ in tqdm(range(args.rounds + 1), desc="head and loss", unit="round"):

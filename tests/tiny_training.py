@@ -66,6 +66,16 @@ def preferences(kind: str = "standard", rows: int = 16, *, seed: int = 0, margin
     return Dataset.from_list(examples)
 
 
+def learnable_preferences(rows: int) -> Dataset:
+    """Preferences for the answer that ends with "best", but for each fifth pair."""
+
+    def in_favour_of_best(row: dict, number: int) -> dict:
+        better, worse = f"{row['chosen']} best", row["rejected"]
+        return {"chosen": worse, "rejected": better} if number % 5 == 0 else {"chosen": better, "rejected": worse}
+
+    return preferences(rows=rows).map(in_favour_of_best, with_indices=True)
+
+
 def reward_trainer(output_dir, **options: Any) -> RewardTrainer:
     """TRL's `RewardTrainer`. Options that it does not take itself are passed to its config."""
     return _build(RewardTrainer, RewardConfig, output_dir, options)

@@ -27,7 +27,7 @@ from transformers import initialization as init
 
 from ..distributions.likelihood import Responses
 from .outputs import HeadOutput
-from .scale_head import ScaleHead, bounded_exp
+from .scale_head import MEMORY_OF_ROWS, ScaleHead, bounded_exp, bounded_log
 
 
 # Whether heads return their input. The flag is per thread because a server may call one model from several threads.
@@ -110,6 +110,17 @@ class LikelihoodHead(nn.Module):
         for tensor in self.parameters():
             init.zeros_(tensor)
 
+    @property
+    def in_unit_of_locations(self) -> tuple[str, ...]:
+        """
+        Names of the quantities that are learned in reward units, and follow the locations if those are multiplied.
+
+        A quantity that the user has given, as a margin is, is one in the unit that the scales fix, and stays.
+        """
+        return tuple(
+            name for name in self.names if name != "label_noise" and not isinstance(self.settings.get(name), float)
+        )
+
     def values(self) -> dict[str, Tensor]:
         """
         Read the quantities from the parameters, which have to be whole, and not in shards.
@@ -119,6 +130,23 @@ class LikelihoodHead(nn.Module):
             the number of thresholds for `"thresholds"`, and 1 otherwise.
         """
         return {name: self._value(name) for name in self.names}
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """
+        Multiply what is learned in reward units, in place.
+
+        Args:
+            factor (`float`):
+                Factor that the locations are multiplied by.
+        """
+        for name in self.in_unit_of_locations:
+            in_units = factor * self._value(name) / self.unit_scale
+            if name == "thresholds":
+                raw = torch.cat([in_units[:1], bounded_log(in_units.diff())])
+            else:
+                raw = bounded_log(2 * in_units)
+            self.get_parameter(name).copy_(raw)
 
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """
@@ -225,6 +253,17 @@ class EpistemicHead(nn.Module):
         """Whether the posterior has been fitted."""
         return bool(self.prior_variance > 0)
 
+    def rescale(self, factor: float) -> None:
+        """
+        Multiply the standard deviations, in place.
+
+        Args:
+            factor (`float`):
+                Factor that the locations are multiplied by.
+        """
+        self.variances.mul_(factor**2)
+        self.prior_variance.mul_(factor**2)
+
     @torch.no_grad()
     def forward(self, hidden_states: Tensor) -> Tensor:
         """
@@ -328,6 +367,41 @@ class DiscoHead(nn.Linear):
         """
         learned = {} if self.likelihood is None else self.likelihood.values()
         return to_responses({name: value.cpu() for name, value in learned.items()})
+
+    def tensors(self) -> list[Tensor]:
+        """All that a checkpoint holds of the head: its parameters and buffers, without their gradients."""
+        return [tensor.detach() for tensor in (*self.parameters(), *self.buffers())]
+
+    @torch.no_grad()
+    def refit(self, hidden_states: Tensor, factor: float = 1.0, scale_weight: Tensor | None = None) -> None:
+        """
+        Change a head that has been trained, in place, with everything that hangs on what is changed.
+
+        The factor multiplies all that is learned in reward units: the location, the learned quantities of the
+        likelihood and the posterior. The scales keep their unit (see
+        [`~disco_trl.models.scale_head.ScaleHead`]). The moments of the traits are estimated again, or a policy's
+        answers would be compared with rewards that no longer exist.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(N, H)`):
+                Pooled hidden states of training rows, the oldest first.
+            factor (`float`, *optional*, defaults to `1.0`):
+                Factor of the locations.
+            scale_weight (`torch.Tensor` of shape `(1, H)`, *optional*):
+                Weight of the scale head. If `None`, it stays.
+        """
+        self.weight.mul_(factor)
+        if self.bias is not None:
+            self.bias.mul_(factor)
+        for part in (self.likelihood, self.epistemic):
+            if part is not None:
+                part.rescale(factor)
+        if self.scale.fixed_scale is None:
+            if scale_weight is not None:
+                self.scale.weight.copy_(scale_weight)
+            # Older rows weigh e⁻⁸ and less.
+            latest = hidden_states[-8 * MEMORY_OF_ROWS :].to(self.weight)
+            self.scale.retrack(latest, self(latest))
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, full_output: bool = False

@@ -26,6 +26,7 @@ def make_model_card(
     dataset_name: str | None,
     tags: set[str],
     metrics: dict[str, float],
+    calibration_factor: float | None = None,
 ) -> ModelCard:
     """
     Make the card of a model.
@@ -43,6 +44,8 @@ def make_model_card(
             Tags in the metadata of the card.
         metrics (`dict[str, float]`):
             Metrics of the last evaluation.
+        calibration_factor (`float`, *optional*):
+            Factor that the locations were multiplied by when training ended. If `None`, they were not calibrated.
 
     Returns:
         `huggingface_hub.ModelCard`: The card.
@@ -69,6 +72,7 @@ def make_model_card(
         fixed_scale=reward_model.config.disco["fixed_scale"],
         is_adapter=is_adapter,
         metrics=metrics,
+        calibration_factor=calibration_factor,
         versions=versions_of(PACKAGES),
     )
 

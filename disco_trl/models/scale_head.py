@@ -14,11 +14,19 @@ from transformers import initialization as init
 
 # Bound of |log(σ / unit)|. It keeps σ in the range in which log P is tested.
 MAX_LOG_SCALE = math.log(1e3)
+# Number of rows in which the weight of a training row in the running moments decays by a factor of e
+MEMORY_OF_ROWS = 512
 
 
 def bounded_exp(raw: Tensor) -> Tensor:
     """exp(raw) near raw = 0, bounded by e^±MAX_LOG_SCALE."""
     return torch.exp(MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE))
+
+
+def bounded_log(value: Tensor) -> Tensor:
+    """Inverse of [`bounded_exp`]. A value at the bounds, or beyond, counts as one just inside."""
+    # The distance to the bound is one that float32 resolves.
+    return MAX_LOG_SCALE * torch.atanh((value.log() / MAX_LOG_SCALE).clamp(-1 + 1e-6, 1 - 1e-6))
 
 
 class ScaleHead(nn.Module):
@@ -136,7 +144,7 @@ class ScaleHead(nn.Module):
         hidden_states: Tensor,
         location: Tensor,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        memory: float = 512,
+        memory: float = MEMORY_OF_ROWS,
     ) -> None:
         """
         Update the running moments with the rows of one training step.
@@ -176,3 +184,23 @@ class ScaleHead(nn.Module):
         share = torch.expm1(-rows / memory) / torch.expm1(-self.rows_seen / memory)
         update(self.mean_hidden, self.var_hidden, hidden_states, share)
         update(self.mean_traits, self.var_traits, self.traits(hidden_states, location, self(hidden_states)), share)
+
+    @torch.no_grad()
+    def retrack(self, hidden_states: Tensor, location: Tensor) -> None:
+        """
+        Estimate the moments of the traits again, for a head that has changed since the training rows went through it.
+
+        The moments of the hidden states stay: the head does not change those.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(N, H)`):
+                Pooled hidden states of training rows, the oldest first. They weigh as in [`ScaleHead.track`].
+            location (`torch.Tensor` of shape `(N, 1)`):
+                Their locations, in reward units, by the head as it is now.
+        """
+        traits = self.traits(hidden_states, location, self(hidden_states)).double()
+        age = torch.arange(len(traits) - 1, -1, -1, device=traits.device)
+        weight = torch.softmax(-age.double() / MEMORY_OF_ROWS, dim=0)
+        mean = weight @ traits
+        self.mean_traits.copy_(mean)
+        self.var_traits.copy_(weight @ (traits - mean).square())

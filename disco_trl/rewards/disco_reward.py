@@ -32,7 +32,7 @@ from ..models.inference import TOKENS_PER_BATCH, check_pad_token, load_trained, 
 from ..models.loading import check_found
 from ..models.modeling import DiscoRewardModel
 from ..models.outputs import RewardModelOutput
-from ..models.scale_head import ScaleHead
+from ..models.scale_head import MEMORY_OF_ROWS, ScaleHead
 from .annotate import Annotator, map_dataset
 from .reward_function import RewardFunction
 
@@ -41,7 +41,13 @@ logger = logging.getLogger(__name__)
 
 FAR = 3.0
 """Distance of a batch's mean from the mean of the training data, in standard deviations of the training data, beyond
-which a warning is logged."""
+which a warning is logged, if the distance exceeds it by `STANDARD_ERRORS`."""
+STANDARD_ERRORS = 3.0
+"""How many standard errors of a distance count as chance: that of the mean of n answers is 1/√n standard deviations of
+the training data, and that of the mean of the training data accordingly."""
+LEAST_TRAINING_ROWS = 100
+"""Smallest number of training rows whose spread is trusted, at which the standard error of the spread is 7 %. The
+moments of fewer rows are mostly of a head that had hardly begun to learn."""
 
 
 class DiscoReward(RewardFunction):
@@ -64,8 +70,10 @@ class DiscoReward(RewardFunction):
     - `shift/location`, `shift/scale`, `shift/distance`: the distance of the batch's mean location, log scale and
       distance (see `ScaleHead.traits`) from those of the training data, in standard deviations of the training data.
 
-    If a shift exceeds 3, a warning is logged once: the answers are unlike those that the model was trained on, and its
-    rewards and scales are unreliable there.
+    If a shift exceeds 3 by more than chance explains (a standard deviation of the mean of one answer is that of the
+    training data, that of n answers √n times less), a warning is logged once: the answers are unlike those that the
+    model was trained on, and its rewards and scales are unreliable there. No warning is given if the model has seen
+    fewer than 100 training rows.
 
     Args:
         model (`str`, `os.PathLike`, [`DiscoRewardModel`] or [`~peft.PeftModel`]):
@@ -270,9 +278,12 @@ class DiscoReward(RewardFunction):
         # The variance of a trait is 0 if the training data were alike in it; the bound keeps the division finite.
         mean, std = head.mean_traits.cpu(), head.var_traits.cpu().sqrt().clamp_min(1e-6)
         metrics = {"scale/drift": traits[:, 1].mean()}
+        # The running moments stand for at most twice the rows of their memory.
+        rows = min(head.rows_seen.item(), 2 * MEMORY_OF_ROWS)
+        chance = STANDARD_ERRORS * math.sqrt(1 / len(traits) + 1 / rows)
         for name, shift in zip(("location", "scale", "distance"), (traits.mean(dim=0) - mean) / std, strict=True):
             metrics[f"shift/{name}"] = shift
-            if abs(shift) > FAR:
+            if rows >= LEAST_TRAINING_ROWS and abs(shift) > FAR + chance:
                 self._warn_once(
                     "far",
                     f"the {name} of these answers lies {shift.item():+.1f} standard deviations from that of the "

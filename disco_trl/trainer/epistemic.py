@@ -17,11 +17,11 @@ states, is taken as known.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast
 from torch import Tensor
 
 from ..distributions.judgements import Judgements
@@ -29,7 +29,8 @@ from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
 from ..models.outputs import overall
-from .calibration import HeadFit, recalibrate_unit, why_not_fitted
+from .calibration import LEAST_PAIRS, announce, recalibrate_unit
+from .head_fit import HeadFit, NothingToFit
 from .predictions import Predictions
 
 
@@ -37,6 +38,8 @@ logger = get_logger(__name__)
 
 MOST_DIRECTIONS = 512
 """Number of directions of the posterior that are kept. In the others, where the data say least, the prior holds."""
+MOST_ROUNDS = 5
+"""How often the posterior and the unit are fitted in turn, unless the unit moves by less than 1 % before."""
 
 
 def curvature(
@@ -97,9 +100,7 @@ def prior_precision(informations: Tensor, weight: Tensor) -> float:
     return strength
 
 
-def fit_posterior(
-    head: DiscoHead, family: Family, predictions: Predictions, responses: Responses, pairs: float | None = None
-) -> None:
+def fit_posterior(head: DiscoHead, family: Family, predictions: Predictions, pairs: float | None = None) -> None:
     """
     Fit the posterior of a head's location row, in place.
 
@@ -110,10 +111,11 @@ def fit_posterior(
             Family of its rewards.
         predictions ([`Predictions`]):
             Training pairs, of which the hidden states and what was said are used.
-        responses ([`~disco_trl.distributions.likelihood.Responses`]):
-            How people answer.
         pairs (`float`, *optional*):
             Number of pairs that the model was trained on, if the predictions are a sample of them.
+
+    Raises:
+        [`NothingToFit`]: If nothing was said about the pairs.
     """
     epistemic = head.epistemic
     assert epistemic is not None
@@ -126,13 +128,14 @@ def fit_posterior(
         output = head(states.to(head.weight.device).float(), full_output=True)
     location, scale = (overall(values).cpu().double() for values in (output.location, output.scale))
     shape = None if output.raw_shape is None else family.shape_from_raw(output.raw_shape.cpu().double())
-    said = Judgements.of_table(predictions.said)
-    bends = curvature(family, location, scale, shape, said, responses)
+    bends = curvature(family, location, scale, shape, predictions.judgements, head.responses())
     values, vectors = torch.linalg.eigh(bends)
     # Rows whose outer products sum to what the data say
     rows = (values.clamp_min(0).sqrt()[..., None] * (vectors.mT @ features)).flatten(0, 1)
     informations, directions = torch.linalg.eigh(rows.mT @ rows * ((pairs or len(predictions)) / len(predictions)))
     informations, directions = informations.clamp_min(0).flip(0), directions.mT.flip(0)
+    if not informations[0] > 0:
+        raise NothingToFit("people said nothing about the pairs that are kept; check the columns of the dataset")
     strength = prior_precision(informations, head.weight[0].detach().cpu().double() * unit)
     rank = len(epistemic.variances)
     with torch.no_grad():
@@ -144,25 +147,44 @@ def fit_posterior(
 
 
 class Posterior(HeadFit):
-    """Fits the posterior of a head's location row when training ends; see [`fit_posterior`]."""
+    """
+    Fits the posterior of a head's location row when training ends; see [`fit_posterior`].
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fit the posterior, and after a calibration the unit once more, on all processes alike."""
-        refusal = why_not_fitted(self.head, args, state)
-        if refusal is not None:
-            logger.warning(f"the epistemic uncertainty is not fitted: {refusal}")
-            return
+    Args:
+        refits_unit (`bool`):
+            Whether the unit of the locations is fitted again with it, as it is where the head is calibrated.
+        head, family, memory, log:
+            As in [`HeadFit`].
+    """
+
+    without = "The epistemic uncertainty is not fitted"
+
+    def __init__(self, *args: Any, refits_unit: bool):
+        super().__init__(*args)
+        self.refits_unit = refits_unit
+
+    def fit(self, predictions: Predictions, args: Any, state: Any) -> dict[str, float]:
+        """Fit the posterior, and where the head is calibrated the unit in turn with it."""
         head, memory = self.head, self.memory
-        if memory is not None and (predictions := memory.predictions()) is not None:
-            # A pair that was seen in several epochs counts once.
-            pairs = memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
-            responses = head.responses()
-            fit_posterior(head, self.family, predictions.in_hindsight(), responses, pairs)
-            if memory.factor is not None:
-                # The factor of the calibration stood for all errors of the model, those of the posterior included.
-                memory.rescale(recalibrate_unit(head, self.family, predictions, responses))
-                self.log({"calibration_factor_with_errors": memory.factor})
-        assert head.epistemic is not None
-        for tensor in (head.weight.data, head.bias, *head.epistemic.buffers()):
-            if tensor is not None:
-                broadcast(tensor)
+        assert memory is not None
+        # A pair that was seen in several epochs counts once.
+        pairs = memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
+        hindsight = predictions.in_hindsight()
+        fit_posterior(head, self.family, hindsight, pairs)
+        if not self.refits_unit or len(predictions) < LEAST_PAIRS or (state.epoch or 0) > 1 + 1e-6:
+            return {}
+        # The unit as it is stands for all errors of the model, those of the posterior included. What is known of the
+        # prior depends on the unit, so that the two are fitted in turn.
+        recent = predictions.recent()
+        try:
+            for _ in range(MOST_ROUNDS):
+                factor = recalibrate_unit(head, self.family, recent)
+                recent.location.mul_(factor)
+                memory.rescale(factor)
+                fit_posterior(head, self.family, hindsight, pairs)
+                if abs(math.log(factor)) < 0.01:
+                    break
+        except NothingToFit as error:
+            logger.warning(f"The unit of reward is not fitted again with the epistemic uncertainty: {error}.")
+        announce(memory.factor)
+        return {"calibration_factor_with_errors": memory.factor}

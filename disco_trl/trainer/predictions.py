@@ -10,7 +10,7 @@ own.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,9 @@ class Predictions:
         raw_shape (`torch.Tensor` of shape `(P, 2, S)`):
             Raw shape parameters. S is 0 for families without any.
         said (`torch.Tensor` of shape `(P, 6)`):
-            What people said, as [`~disco_trl.distributions.judgements.Judgements.table`].
+            What people said about the pairs, as [`~disco_trl.distributions.judgements.Judgements.table`].
+        rating_counts (`torch.Tensor` of shape `(P, 2, L)`):
+            How many people gave each of L ratings to either side. L is 0 for a model that knows no ratings.
         answers (`torch.LongTensor` of shape `(P, 2)`):
             Which answers are equal: those with equal numbers. Each negative number is an answer of its own.
     """
@@ -48,7 +50,14 @@ class Predictions:
     location: Tensor
     raw_shape: Tensor
     said: Tensor
+    rating_counts: Tensor
     answers: Tensor
+
+    @property
+    def judgements(self) -> Judgements:
+        """All that people said, for the likelihood."""
+        chosen, rejected = self.rating_counts.unbind(dim=1)
+        return Judgements.of_table(self.said, torch.cat([chosen, rejected]) if chosen.shape[-1] else None)
 
     def __len__(self) -> int:
         return len(self.location)
@@ -56,12 +65,21 @@ class Predictions:
     def __getitem__(self, pairs: slice) -> Predictions:
         return Predictions(**{field.name: getattr(self, field.name)[pairs] for field in fields(self)})
 
+    def recent(self) -> Predictions:
+        """
+        The later half of the pairs.
+
+        Returns:
+            [`Predictions`]: Predictions of a model that is nearer to the last one: rewards grow as training goes on.
+        """
+        return self[slice(len(self) // 2, None)]
+
     def in_hindsight(self) -> Predictions:
         """
         Replace the prediction of each answer by its last one.
 
         Returns:
-            [`Predictions`]: The same pairs, in the same order.
+            [`Predictions`]: The same pairs, in the same order, about which people said the same.
         """
         answers = self.answers.flatten()
         place = torch.arange(len(answers))
@@ -70,19 +88,26 @@ class Predictions:
         hidden_states, location, raw_shape = (
             tensor.flatten(0, 1)[last] for tensor in (self.hidden_states, self.location, self.raw_shape)
         )
-        return Predictions(hidden_states, location, raw_shape, self.said, self.answers)
+        return replace(self, hidden_states=hidden_states, location=location, raw_shape=raw_shape)
 
 
 class PredictionMemory:
-    """The latest predictions of a training run, each made before the model has learned from its pair."""
+    """
+    The latest predictions of a training run, each made before the model has learned from its pair.
 
-    def __init__(self) -> None:
+    Args:
+        rating_levels (`int`, *optional*, defaults to `0`):
+            Number L of ratings that the model knows.
+    """
+
+    def __init__(self, rating_levels: int = 0) -> None:
+        self.rating_levels = rating_levels
         self._batches: deque[Predictions] = deque()
         self._pairs = 0
         self.seen = 0
         """Number of pairs that were ever added."""
-        self.factor: float | None = None
-        """Factor that the locations here and in the head were multiplied by, or `None` before a calibration."""
+        self.factor = 1.0
+        """Factor that the locations here and in the head were multiplied by since the last prediction."""
 
     @torch.no_grad()
     def add(
@@ -114,6 +139,9 @@ class PredictionMemory:
             return torch.stack([tensor[:count], tensor[count:]], dim=1).cpu()
 
         shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
+        ratings = judgements.rating_counts
+        if ratings is None:
+            ratings = location.new_zeros(2 * count, self.rating_levels)
         answers = torch.full((2 * count,), -1) if answers is None else answers
         self._batches.append(
             Predictions(
@@ -121,6 +149,7 @@ class PredictionMemory:
                 location=in_pairs(location[:, 0].float()),
                 raw_shape=in_pairs(shape.float()),
                 said=judgements.table.cpu(),
+                rating_counts=in_pairs(ratings.float()),
                 answers=in_pairs(answers),
             )
         )
@@ -133,7 +162,7 @@ class PredictionMemory:
         """Forget everything, as before the first batch."""
         self._batches.clear()
         self._pairs = self.seen = 0
-        self.factor = None
+        self.factor = 1.0
 
     def rescale(self, factor: float) -> None:
         """
@@ -145,7 +174,7 @@ class PredictionMemory:
         """
         for batch in self._batches:
             batch.location.mul_(factor)
-        self.factor = factor * (1.0 if self.factor is None else self.factor)
+        self.factor *= factor
 
     def predictions(self) -> Predictions | None:
         """All pairs that are kept, or `None` if there are none."""

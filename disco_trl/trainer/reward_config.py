@@ -71,7 +71,8 @@ class DiscoRewardConfig(RewardConfig):
             that the model made of pairs before it learned from them. The only cost is memory for the hidden states of
             the latest 8,192 pairs, which are saved with checkpoints. If `None`, the head is calibrated if training
             goes through its data once, a scale is learned, and no location error is. In later passes predictions are
-            no longer made in advance, and a location error has the same effect. It is skipped, with a warning, after
+            no longer made in advance, and a location error has the same effect. It is skipped, with a warning that
+            says why, in these cases, with fewer than 512 pairs, if the model predicts hardly better than chance, after
             `load_best_model_at_end` and if the head is sharded.
         epistemic (`bool`, *optional*, defaults to `False`):
             Whether to fit the epistemic uncertainty of the location when training ends: the posterior of the last

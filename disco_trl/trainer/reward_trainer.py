@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -44,10 +44,11 @@ from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
 from .adoption import Adoption, likelihood_settings, warn_of_idle_margins
 from .batching import PairBatching
-from .calibration import Calibration
+from .calibration import Calibration, why_no_forecasts
 from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
 from .checkpoints import WholeCheckpoints
 from .epistemic import Posterior
+from .head_fit import HeadFit
 from .metrics import EvaluationMetrics, pair_figures, summarize
 from .predictions import PredictionMemory
 from .reward_config import DiscoRewardConfig
@@ -194,14 +195,17 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Rewa
         self.add_callback(SamplerEpoch())
 
         # What is fitted when training ends, to the predictions that it has made
-        self._calibrates = self._resolve_calibrate()
+        wants_calibration = args.calibrate is not False and self._reward_model.scale_head.fixed_scale is None
+        refusal = self._why_no_calibration() if wants_calibration else None
+        self._calibrates = wants_calibration and refusal is None
         # The first process keeps them and fits; the others receive the result, for all to have the same head.
         keeps = (self._calibrates or args.epistemic) and args.process_index == 0
-        self._memory = PredictionMemory() if keeps else None
-        if self._calibrates:
-            self.add_callback(Calibration(self._reward_model.reward_head, self._family, self._memory, self.log))
-        if args.epistemic:
-            self.add_callback(Posterior(self._reward_model.reward_head, self._family, self._memory, self.log))
+        self._memory = PredictionMemory(len(self._likelihood.get("rating_values", ()))) if keeps else None
+        fit = (self._reward_model.reward_head, self._family, self._memory, self.log)
+        self._head_fits: list[HeadFit] = [Calibration(*fit, refusal)] if wants_calibration else []
+        self._head_fits += [Posterior(*fit, refits_unit=self._calibrates)] if args.epistemic else []
+        for callback in self._head_fits:
+            self.add_callback(callback)
 
         # Figures of an evaluation's pairs, and a guard against losses and gradients that are not finite
         self._evaluated: list[torch.Tensor] = []
@@ -239,16 +243,16 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Rewa
             pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
         )
 
-    def _resolve_calibrate(self) -> bool:
-        """Whether the head is calibrated when training ends; see `calibrate` in [`DiscoRewardConfig`]."""
+    def _why_no_calibration(self) -> str | None:
+        """Reason why the head will not be calibrated although nobody has turned it off, or `None`."""
         args = self.args
-        if self._reward_model.scale_head.fixed_scale is not None:
-            return False
         if args.calibrate is not None:
-            return args.calibrate
-        # In later passes predictions are no forecasts; and a location error that is learned has the same effect.
-        passes_once = args.max_steps > 0 or args.num_train_epochs <= 1
-        return passes_once and "location_error" not in self._likelihood
+            return None
+        if args.max_steps <= 0 and args.num_train_epochs > 1:
+            return why_no_forecasts(args.num_train_epochs)
+        if "location_error" in self._likelihood:
+            return "a location error is learned, which has the same effect; set calibrate=True to have both"
+        return None
 
     @property
     def _likelihood(self) -> dict[str, Any]:
@@ -376,6 +380,16 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Rewa
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        # The last evaluation was of the head as it was before it was fitted, and is what the model card quotes.
+        changed = any(fit.changed for fit in self._head_fits)
+        if changed and self.args.eval_strategy != "no" and self.eval_dataset is not None:
+            metrics = self.evaluate()
+            if self.hp_search_backend is not None:
+                self.objective = self.compute_objective(metrics)
+        return output
+
     @hook
     def _prepare_input(self, data: Any) -> Any:
         # With DeepSpeed the Trainer casts floating-point inputs to the dtype of the weights. Here those are margins,
@@ -458,6 +472,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Rewa
         # The last evaluation of each eval set
         evaluated = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
         metrics = {key: value for entry in evaluated for key, value in entry.items() if key != "epoch"}
+        factors = [factor for fit in self._head_fits for factor in fit.metrics.values()]
         return make_model_card(
             self.model,
             model_name=model_name,
@@ -465,6 +480,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Rewa
             dataset_name=dataset_name,
             tags={*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
             metrics=metrics,
+            calibration_factor=factors[-1] if factors else None,
         )
 
 

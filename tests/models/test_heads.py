@@ -126,6 +126,46 @@ def test_what_was_learned_is_kept_when_there_is_more_to_learn():
     assert head.likelihood.location_error.item() == 0
 
 
+def test_a_factor_goes_through_all_that_is_learned_in_reward_units():
+    settings = {
+        "location_error": True,
+        "tie_width": "learned",
+        "label_noise": "learned",
+        "rating_values": [1, 2, 3, 4],
+    }
+    head = DiscoHead.convert(nn.Linear(4, 1), unit_scale=0.5, fixed_scale=None)
+    head.add_likelihood(settings)
+    head.add_epistemic(4)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 4)
+        head.epistemic.directions.copy_(torch.eye(4))
+        for tensor in (head.epistemic.unit, head.epistemic.variances, head.epistemic.prior_variance):
+            tensor.fill_(0.3)
+    rows = torch.randn(2000, 4, generator=torch.Generator().manual_seed(1)) + 1
+    head.scale.track(rows, head(rows).detach())
+
+    def quantities() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {
+                "location": head(rows),
+                "posterior": head.epistemic(rows),
+                "scale": head.scale(rows),
+                **head.likelihood.values(),
+            }
+
+    before = quantities()
+    head.refit(rows, 2.5)
+    for name, value in quantities().items():
+        stays = name in ("scale", "label_noise")  # the gauge, and what has no unit
+        torch.testing.assert_close(value, before[name] * (1 if stays else 2.5), rtol=1e-4, atol=1e-5)
+    assert head.scale.mean_traits[0].item() == pytest.approx(head(rows)[-512:].mean().item(), abs=0.1)
+    # A tie width that the user has given is one in the unit that the scales fix, as a margin is.
+    given = LikelihoodHead({"tie_width": 0.7}, unit_scale=0.5, device=None)
+    given.rescale(2.5)
+    assert given.values()["tie_width"].item() == pytest.approx(0.7)
+
+
 def test_those_who_split_models_up_find_every_tensor():
     """FSDP2 by torch's trees, DataParallel by its gathering of what the replicas return."""
     output = full_head()(torch.randn(3, 4), full_output=True)

@@ -23,6 +23,7 @@ CARD = {
     "fixed_scale": None,
     "is_adapter": False,
     "metrics": {"accuracy": 0.84912, "pairs": 30000},
+    "calibration_factor": 1.5837,
     "versions": {"disco-trl": "0.1.0", "TRL": "1.16.0"},
 }
 
@@ -47,6 +48,8 @@ def test_says_what_the_model_is_and_how_to_load_it():
     assert "| Scale σ | learned for each answer |" in text
     assert "| accuracy | 0.8491 |" in text and "| pairs | 30000 |" in text
     assert "| TRL | 1.16.0 |" in text
+    assert "The locations were calibrated when training ended: multiplied by\n1.58." in text
+    assert "were calibrated" not in render_card(calibration_factor=None)
     assert text.count('path = "org/tiny-disco"') == 1
     assert "PEFT" not in text
 

@@ -14,8 +14,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import batch, load, lora, save_adapter
 from tiny_training import disco_trainer, preferences
-from torch import Tensor
+from torch import Tensor, nn
 
+from disco_trl.models.heads import DiscoHead
 from disco_trl.models.scale_head import ScaleHead
 
 
@@ -133,6 +134,26 @@ def test_moments_of_the_traits():
     torch.testing.assert_close(head.var_traits, traits.var(dim=0, correction=0), rtol=1e-4, atol=1e-6)
     assert abs(head.mean_traits[1].item()) < 1e-3  # mean log(σ / u)
     assert traits[:, 2].exp().mean().item() == pytest.approx(1, abs=1e-4)  # squared distances in units of variance
+
+
+def test_a_head_that_changes_brings_its_moments_along():
+    """Drift divided by the logged shift is the spread that answers like the training rows have, in every trait."""
+    head = DiscoHead.convert(nn.Linear(16, 1), unit_scale=1.5, fixed_scale=None)
+    for step in rows(4096, size=16, mean=1.0).split(64):
+        head.scale.track(step, head(step).detach())
+    weight = torch.randn(1, 16, generator=torch.Generator().manual_seed(2)) / 8
+    head.refit(rows(4096, size=16, mean=1.0), factor=0.4, scale_weight=weight)
+
+    like_them = rows(4096, size=16, mean=1.0, seed=3)
+    shifted = like_them + 0.5
+    with torch.no_grad():
+        own, moved = (head.scale.traits(states, head(states), head.scale(states)) for states in (like_them, shifted))
+    drift = moved.mean(dim=0) - own.mean(dim=0)
+    shift = (moved.mean(dim=0) - head.scale.mean_traits) / head.scale.var_traits.sqrt()
+    spread = own.std(dim=0)
+    assert ((own.mean(dim=0) - head.scale.mean_traits) / spread).abs().max() < 0.15
+    assert (drift / shift).tolist() == pytest.approx(spread.tolist(), rel=0.25)
+    torch.testing.assert_close(head.scale.var_traits.sqrt(), spread, rtol=0.1, atol=0)
 
 
 def test_a_fixed_scale_keeps_nothing():

@@ -70,7 +70,7 @@ def trained_on_short_texts(reward_dir):
     with torch.no_grad():
         for tensor in (head.mean_hidden, head.var_hidden, head.mean_traits, head.var_traits, head.rows_seen):
             tensor.zero_()
-        for _ in range(2):
+        for _ in range(20):
             outputs = [model(input_ids=torch.tensor([ids])) for ids in reward.tokenize(PROMPTS, COMPLETIONS)]
             hidden_states = torch.cat([output.pooled_hidden_state for output in outputs])
             head.track(hidden_states, torch.cat([output.logits for output in outputs]))
@@ -93,6 +93,40 @@ def test_leaving_the_training_region_is_warned_of_once(trained_on_short_texts, c
     assert max(abs(metrics[f"disco_mean/shift/{name}"]) for name in ("location", "scale", "distance")) > 3
     (warning,) = warnings_of(caplog)
     assert "standard deviations from that of the answers that the reward model was trained on" in warning
+
+
+def moments_of(model, rows_seen: float) -> None:
+    """Moments in which the location of an answer of the tests lies 3.5 standard deviations off."""
+    head = model.scale_head
+    head.rows_seen.fill_(rows_seen)
+    location = DiscoReward(model).distribution(prompts=["x"], completions=["0"]).location.item()
+    head.mean_traits[0], head.var_traits[0] = location - 3.5, 1.0
+    head.var_traits[1:] = 1e6
+
+
+@pytest.mark.parametrize(("answers", "rows_seen", "warns"), [(1, 2000, False), (64, 2000, True), (64, 40, False)])
+def test_chance_is_not_warned_of(answers, rows_seen, warns, trained_on_short_texts, caplog):
+    """Of one answer in a thousand the location lies 3.5 deviations off; of 64 together only if they are different."""
+    moments_of(trained_on_short_texts, rows_seen)
+    reward, metrics = DiscoReward(trained_on_short_texts), {}
+    reward(prompts=["x"] * answers, completions=["0"] * answers, log_metric=metrics.__setitem__)
+    assert metrics["disco_mean/shift/location"] == pytest.approx(3.5, abs=1e-3)
+    assert len(warnings_of(caplog)) == warns
+
+
+def test_the_moments_of_a_handful_of_rows_are_not_warned_of(reward_dir, caplog):
+    """One step on four rows leaves no spread: the next answers lie hundreds of its standard deviations away."""
+    model = load(reward_dir())
+    reward, head = DiscoReward(model), model.scale_head
+    for tensor in (head.mean_hidden, head.var_hidden, head.mean_traits, head.var_traits, head.rows_seen):
+        tensor.zero_()
+    with torch.no_grad():
+        outputs = [model(input_ids=torch.tensor([ids])) for ids in reward.tokenize(["a"] * 4, ["b"] * 4)]
+        head.track(torch.cat([out.pooled_hidden_state for out in outputs]), torch.cat([out.logits for out in outputs]))
+    metrics = {}
+    reward(prompts=["x"] * 4, completions=["0", "1", "2", "3"], log_metric=metrics.__setitem__)
+    assert max(abs(metrics[f"disco_mean/shift/{name}"]) for name in ("location", "scale", "distance")) > 100
+    assert not warnings_of(caplog)
 
 
 def test_an_answer_without_siblings_is_warned_of_once(reward_dir, caplog):

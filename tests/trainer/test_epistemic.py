@@ -1,12 +1,13 @@
 """`disco_trl.trainer.epistemic`: the posterior against the matrix it stands for, and what it is there for."""
 
 import logging
+import math
 import operator
 
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_training import disco_trainer, furthest, logged, preferences, weights
+from tiny_training import disco_trainer, furthest, learnable_preferences, logged, preferences, weights
 from torch import nn
 
 from disco_trl import DiscoReward, DiscoRewardModel
@@ -15,7 +16,7 @@ from disco_trl.distributions.likelihood import Responses
 from disco_trl.distributions.reward_distribution import FAMILIES, RewardDistribution, get_family
 from disco_trl.models.heads import DiscoHead
 from disco_trl.models.inference import score
-from disco_trl.trainer.calibration import LEAST_PAIRS, recalibrate_unit
+from disco_trl.trainer.calibration import FACTOR_DEVIATION, LEAST_PAIRS, recalibrate_unit
 from disco_trl.trainer.epistemic import curvature, fit_posterior, prior_precision
 from disco_trl.trainer.predictions import Predictions
 
@@ -44,8 +45,8 @@ def simulate(head: DiscoHead, pairs: int, family: str = "normal", spread: torch.
     swap = (location + noise).diff(dim=-1).squeeze(-1) > 0
     states[swap], location[swap] = states[swap].flip(1), location[swap].flip(1)
     said = Judgements.forced_choices(pairs, torch.device("cpu")).table
-    shape = torch.zeros(pairs, 2, len(get_family(family).shape_names))
-    return Predictions(states, location, shape, said, torch.full((pairs, 2), -1))
+    shape, ratings = torch.zeros(pairs, 2, len(get_family(family).shape_names)), torch.zeros(pairs, 2, 0)
+    return Predictions(states, location, shape, said, ratings, torch.full((pairs, 2), -1))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -73,7 +74,7 @@ def test_curvature_is_the_second_derivative(name):
 def test_posterior_is_the_inverse_of_the_precision():
     head = make_head(6)
     predictions = simulate(head, 400)
-    fit_posterior(head, get_family("normal"), predictions, Responses())
+    fit_posterior(head, get_family("normal"), predictions)
     found = head.epistemic
 
     features = ((predictions.hidden_states - found.mean) / found.unit).double()
@@ -114,8 +115,9 @@ def test_posterior_covers_the_truth():
         states = torch.stack([difference / 2, -difference / 2], dim=1)
         location = (states @ weight).detach()
         said = Judgements.forced_choices(pairs, torch.device("cpu")).table
-        predictions = Predictions(states, location, torch.zeros(pairs, 2, 0), said, torch.full((pairs, 2), -1))
-        fit_posterior(head, family, predictions, Responses())
+        none, alone = torch.zeros(pairs, 2, 0), torch.full((pairs, 2), -1)
+        predictions = Predictions(states, location, none, said, none, alone)
+        fit_posterior(head, family, predictions)
         probe = torch.randn(20, size, generator=generator)
         error = (probe - head.epistemic.mean) @ (weight.detach() - truth)
         scores.append(error / errors_of(head, probe))
@@ -136,7 +138,7 @@ def test_it_shrinks_with_data_as_one_over_the_root():
     head = make_head(6)
     spread = []
     for pairs in (500, 2000):
-        fit_posterior(head, get_family("normal"), simulate(head, pairs), Responses())
+        fit_posterior(head, get_family("normal"), simulate(head, pairs))
         spread.append(errors_of(head, torch.randn(200, 6, generator=torch.Generator().manual_seed(2))).mean().item())
     assert spread[0] / spread[1] == pytest.approx(2, rel=0.15)
 
@@ -145,16 +147,16 @@ def test_a_sample_stands_for_all_pairs():
     head = make_head(6)
     predictions = simulate(head, 500)
     probe = torch.randn(50, 6)
-    fit_posterior(head, get_family("normal"), predictions, Responses(), pairs=50_000)
+    fit_posterior(head, get_family("normal"), predictions, pairs=50_000)
     many = errors_of(head, probe)
-    fit_posterior(head, get_family("normal"), predictions, Responses())
+    fit_posterior(head, get_family("normal"), predictions)
     assert (errors_of(head, probe) / many).mean().item() == pytest.approx(10, rel=0.1)
 
 
 def test_it_is_large_where_training_never_went():
     head = make_head(6)
     spread = torch.tensor([1.0, 1.0, 1.0, 1e-3, 1e-3, 1e-3])
-    fit_posterior(head, get_family("normal"), simulate(head, 2000, spread=spread), Responses())
+    fit_posterior(head, get_family("normal"), simulate(head, 2000, spread=spread))
     familiar, strange = torch.zeros(1, 6), torch.zeros(1, 6)
     familiar[0, 0] = strange[0, 5] = 1.0
     assert errors_of(head, strange).item() > 20 * errors_of(head, familiar).item()
@@ -167,7 +169,7 @@ def test_fewer_directions_never_claim_more_certainty():
     errors = {}
     for rank in (12, 6):
         head.add_epistemic(rank)
-        fit_posterior(head, get_family("normal"), simulate(head, 1000, spread=spread), Responses())
+        fit_posterior(head, get_family("normal"), simulate(head, 1000, spread=spread))
         errors[rank] = errors_of(head, probe)
     assert (errors[6] >= errors[12] * (1 - 1e-5)).all()
     assert (errors[6] > errors[12] * 1.01).any()
@@ -259,12 +261,11 @@ def test_before_training_ends_nothing_is_claimed(tmp_path, tiny_llama_dir, tiny_
 def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
     head, family = make_head(12, name), get_family(name)
     predictions = simulate(head, 300, name)
-    fit_posterior(head, family, predictions, Responses())
+    fit_posterior(head, family, predictions)
     states = predictions.hidden_states
-    before = head.weight.detach().clone()
+    before, errors = head.weight.detach().clone(), head.epistemic(states).double()
 
-    def likelihood(factor: float) -> float:
-        factor_of_error = head.epistemic(states).double()
+    def log_posterior(factor: float) -> float:
         with torch.no_grad():
             output = head(states, full_output=True)
             location = factor * (states @ before.T).squeeze(-1).double()
@@ -275,32 +276,29 @@ def test_the_unit_is_the_likeliest_with_the_errors_counted(name):
                 output.scale[:, side, 0].double(),
                 name,
                 None if shape is None else shape[:, side],
-                factor_of_error[:, side].norm(dim=-1),
-                factor_of_error[:, side],
+                errors[:, side].norm(dim=-1),
+                errors[:, side],
             )
             for side in (0, 1)
         ]
-        return sides[0].log_prob_greater(sides[1]).sum().item()
+        prior = -((math.log(factor) / FACTOR_DEVIATION) ** 2) / 2
+        return sides[0].log_prob_greater(sides[1]).sum().item() + prior
 
-    factor = recalibrate_unit(head, family, predictions, Responses())
+    factor = recalibrate_unit(head, family, predictions)
     assert factor > 1  # the errors alone would make the probabilities more modest than the choices are
     torch.testing.assert_close(head.weight.detach(), factor * before)
-    assert likelihood(factor) > max(likelihood(factor * 0.97), likelihood(factor * 1.03), likelihood(1.0))
+    # The posterior follows the locations, until it is fitted again.
+    torch.testing.assert_close(head.epistemic(states).double(), factor * errors, rtol=1e-4, atol=1e-5)
+    assert log_posterior(factor) > max(map(log_posterior, (factor * 0.97, factor * 1.03, 1.0)))
 
 
 def test_a_calibrated_run_counts_the_errors_once(tmp_path, tiny_llama_dir, tiny_tokenizer):
-    def in_favour_of_best(row: dict, number: int) -> dict:
-        """The answer that ends with "best" is preferred, but for each fifth pair."""
-        better, worse = f"{row['chosen']} best", row["rejected"]
-        return {"chosen": worse, "rejected": better} if number % 5 == 0 else {"chosen": better, "rejected": worse}
-
-    data = preferences(rows=LEAST_PAIRS + 88).map(in_favour_of_best, with_indices=True)
     options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
     trainer = disco_trainer(
         tmp_path,
         model=tiny_llama_dir,
         processing_class=tiny_tokenizer,
-        train_dataset=data,
+        train_dataset=learnable_preferences(LEAST_PAIRS + 88),
         epistemic=True,
         **options,
     )
@@ -311,6 +309,7 @@ def test_a_calibrated_run_counts_the_errors_once(tmp_path, tiny_llama_dir, tiny_
     (counted,) = (log[name] for log in logs if name in log)
     assert counted > calibrated > 0
     assert trainer._memory.factor == counted
+    assert trainer._head_fits[-1].metrics == {name: counted}
     # What is kept has gone along with the head; its latest predictions are nearly what the head says now.
     predictions = trainer._memory.predictions()[slice(-8, None)]
     with torch.no_grad():
@@ -326,7 +325,7 @@ def test_other_weights_than_those_of_the_end_get_none(tmp_path, tiny_llama_dir, 
     )
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "the epistemic uncertainty is not fitted: load_best_model_at_end" in caplog.text
+    assert "The epistemic uncertainty is not fitted: load_best_model_at_end" in caplog.text
     assert score(trainer.model, TEXTS).location_error is None
 
 

@@ -1,0 +1,148 @@
+"""
+What the callbacks share that fit something to a head when training ends.
+
+The first process fits, to the predictions that it has kept (`disco_trl.trainer.predictions`), and every other one
+receives the result. A head that the data say nothing about is left as it was, and one line in the log says why.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast, broadcast_object_list
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from ..distributions.reward_distribution import Family
+from ..models.heads import DiscoHead
+from .predictions import PredictionMemory, Predictions
+
+
+logger = get_logger(__name__)
+
+
+class NothingToFit(ValueError):
+    """The predictions do not determine what was to be fitted. The message says why, and what to do."""
+
+
+class HeadFit(TrainerCallback):
+    """
+    Base of the callbacks that fit something to a head when training ends.
+
+    Args:
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head that is fitted, in place.
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of its rewards.
+        memory ([`PredictionMemory`], *optional*):
+            Predictions to fit to. Only the first process keeps them; every other one passes `None` and receives the
+            result.
+        log (`Callable[[dict[str, float]], None]`):
+            Function that logs metrics, such as [`~transformers.Trainer.log`].
+        refusal (`str`, *optional*):
+            Reason known before training why nothing will be fitted. It is logged when training ends.
+
+    Attributes:
+        changed (`bool`):
+            Whether the last run of training ended with a change of the head, on all processes alike.
+        metrics (`dict[str, float]`):
+            What was logged then.
+    """
+
+    without: ClassVar[str]
+    """Start of the line that is logged if nothing is fitted."""
+
+    def __init__(
+        self,
+        head: DiscoHead,
+        family: Family,
+        memory: PredictionMemory | None,
+        log: Callable[[dict[str, float]], None],
+        refusal: str | None = None,
+    ):
+        self.head = head
+        self.family = family
+        self.memory = memory
+        self.log = log
+        self.refusal = refusal
+        self.changed = False
+        self.metrics: dict[str, float] = {}
+
+    @abstractmethod
+    def fit(self, predictions: Predictions, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
+        """
+        Fit the head, in place. Only the first process does.
+
+        Args:
+            predictions ([`Predictions`]):
+                Predictions that are kept.
+            args ([`~transformers.TrainingArguments`]):
+                Arguments of the run.
+            state ([`~transformers.TrainerState`]):
+                State of the run at its end.
+
+        Returns:
+            `dict[str, float]`: Metrics to log.
+
+        Raises:
+            [`NothingToFit`]: If the head is left as it was.
+        """
+
+    def why_not(self, args: TrainingArguments, state: TrainerState) -> str | None:
+        """
+        Say why nothing can be fitted, where every process knows.
+
+        Args:
+            args ([`~transformers.TrainingArguments`]):
+                Arguments of the run.
+            state ([`~transformers.TrainerState`]):
+                State of the run at its end.
+
+        Returns:
+            `str` or `None`: The reason, or `None` if the head can be fitted.
+        """
+        if self.refusal is not None:
+            return self.refusal
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            return (
+                "load_best_model_at_end has put back other weights than those that training ended with; set it to "
+                "False to have the last ones fitted"
+            )
+        # A head in pieces would be fitted piece by piece. `ds_id` marks the parameters that ZeRO-3 has partitioned.
+        if isinstance(self.head.weight, DTensor) or hasattr(self.head.weight, "ds_id"):
+            return "the head is sharded, and is needed whole; train with replicas (DDP, ZeRO-1 or ZeRO-2) if they fit"
+        return None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the outcome of an earlier run, such as that of another trial of a search."""
+        self.changed, self.metrics = False, {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Fit the head on all processes alike, or say why it is left as it was."""
+        refusal = self.why_not(args, state)
+        if refusal is None:
+            ((refusal, self.metrics),) = broadcast_object_list([self._try_to_fit(args, state)])
+        if refusal is not None:
+            logger.warning(f"{self.without}: {refusal}.")
+            return
+        for tensor in self.head.tensors():
+            broadcast(tensor)
+        self.changed = True
+        if self.metrics:
+            self.log(dict(self.metrics))  # the Trainer adds the epoch to it
+
+    def _try_to_fit(self, args: Any, state: Any) -> tuple[str | None, dict[str, float]]:
+        if self.memory is None:
+            return None, {}
+        predictions = self.memory.predictions()
+        try:
+            if predictions is None:
+                raise NothingToFit("no predictions have been kept")
+            if not all(bool(values.isfinite().all()) for values in vars(predictions).values()):
+                raise NothingToFit("a prediction that training has made is not finite; look at the loss of the run")
+            return None, self.fit(predictions, args, state)
+        except NothingToFit as error:
+            return str(error), {}
