@@ -201,7 +201,7 @@ def calibration_error_interval(
 
     Simulated with 200 to 3,000 comparisons of perfect, mildly and badly calibrated forecasts of three degrees of
     sharpness, with single votes, several votes, soft labels, shared prompts and shared answers, it contains the error
-    of the true probabilities in 90 to 99 % of the data sets. If fewer than about thirty answers make up all
+    of the true probabilities in 89 to 100 % of the data sets. If fewer than about thirty answers make up all
     comparisons, it may be fewer (83 % was seen).
 
     Args:
