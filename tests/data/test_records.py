@@ -64,4 +64,5 @@ def test_rankings_without_prompt_among_pairs_are_prepared(make, tiny_tokenizer):
     assert [prepared[0]["chosen_ids"], prepared[0]["rejected_ids"]] == tokenize_record(
         record_of(EXPLICIT), tiny_tokenizer
     )
-    assert not list(finish_preferences(streamed(prepared), "train", max_length=3))
+    with pytest.raises(ValueError, match="no pair is left of 2: 2 have a side of more than max_length=3 tokens"):
+        list(finish_preferences(streamed(prepared), "train", max_length=3))
