@@ -1,5 +1,6 @@
 """Output in `disco_trl.data.files`: it appears when complete, never through a link, and from one process at a time."""
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -91,13 +92,15 @@ def test_rows_that_cannot_be_written_leave_no_file(tmp_path):
 # and with another number.
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow beyond 20,000 bytes."""
+    """No file may grow beyond 20,000 bytes; only around the code under test, as pytest itself may print to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # Python ignores the signal
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def incompressible(rows: int) -> list[dict]:
@@ -106,9 +109,10 @@ def incompressible(rows: int) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 @pytest.mark.parametrize("rows", [15, 60])  # buffered until the file is closed, and not
-def test_a_full_disk_leaves_nothing_and_is_named(name, rows, small_files, tmp_path):
+def test_a_full_disk_leaves_nothing_and_is_named(name, rows, tmp_path):
     features = Features({"text": Value("string")}) if name.endswith("parquet") else None
-    with pytest.raises(OSError, match=rf"{name} is not written, and nothing is left of it; make space") as raised:
+    said = rf"{name} is not written, and nothing is left of it; make space"
+    with small_files(), pytest.raises(OSError, match=said) as raised:
         with RowWriter(tmp_path / name, features) as writer:
             for _ in range(3):
                 writer.write(incompressible(rows))
@@ -116,10 +120,11 @@ def test_a_full_disk_leaves_nothing_and_is_named(name, rows, small_files, tmp_pa
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_leaves_what_was_there(small_files, tmp_path):
+def test_a_full_disk_leaves_what_was_there(tmp_path):
     (tmp_path / "output").write_text("whole")
-    with pytest.raises(OSError, match="nothing is left"), written_at_once(tmp_path / "output") as unfinished:
-        unfinished.write_bytes(bytes(30_000))
+    with small_files(), pytest.raises(OSError, match="nothing is left"):
+        with written_at_once(tmp_path / "output") as unfinished:
+            unfinished.write_bytes(bytes(30_000))
     assert names(tmp_path) == ["output"] and read(tmp_path / "output") == "whole"
 
 

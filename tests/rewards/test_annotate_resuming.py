@@ -167,43 +167,43 @@ def test_killed_while_it_tidied_up(reward_dir, tmp_path, capsys):
 # A full disk. A limit to the size of files gives the same error at the same calls.
 
 
-@pytest.fixture
-def largest_file():
-    """Sets the limit, in bytes."""
+@contextlib.contextmanager
+def largest_file(size: int):
+    """A limit in bytes. What a test and pytest itself print may go to a file, too, and must not come within it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    hf_logging.disable_progress_bar()  # what a test prints is in a file, too
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    hf_logging.enable_progress_bar()
+    hf_logging.disable_progress_bar()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        hf_logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_a_full_disk_keeps_the_scores_and_no_half_a_file(suffix, reward_dir, tmp_path, largest_file):
+def test_a_full_disk_keeps_the_scores_and_no_half_a_file(suffix, reward_dir, tmp_path):
     # The scores of 4 rows take 2 KB, and the rows themselves 40.
     rows = [{**row, "note": os.urandom(5000).hex()} for row in preferences(rows=20).to_list()]
     dataset = Dataset.from_list(rows)
     annotator = Annotator(DiscoReward(reward_dir(), device="cpu"))
     out = tmp_path / f"scored{suffix}"
-    largest_file(50_000)
     said = (
         rf"{out.name} is not complete. The scores of 5 parts of 4 rows are kept in .*{out.name}\.parts: make space "
         "and run the same command again to go on from there"
     )
-    with pytest.raises(OSError, match=said) as raised:
+    with largest_file(50_000), pytest.raises(OSError, match=said) as raised:
         annotate_file(dataset, out, annotator, rows_per_part=4)
     assert raised.value.errno == errno.EFBIG
     assert [path.name for path in tmp_path.iterdir()] == [f"{out.name}.parts"]
     assert len([*tmp_path.glob("*.parts/*")]) == 5 + 1
-    largest_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert annotate_file(dataset, out, annotator, rows_per_part=4) == (20, 20)
     assert [row["note"] for row in read(out)] == [row["note"] for row in rows]
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_a_disk_that_was_full_from_the_start(reward_dir, tmp_path, largest_file):
+def test_a_disk_that_was_full_from_the_start(reward_dir, tmp_path):
     annotator = Annotator(DiscoReward(reward_dir(), device="cpu"))
-    largest_file(100)
-    with pytest.raises(OSError, match="is not complete"):
+    with largest_file(100), pytest.raises(OSError, match="is not complete"):
         annotate_file(preferences(rows=4), tmp_path / "scored.jsonl", annotator)
     assert [*tmp_path.iterdir()] == []
 
