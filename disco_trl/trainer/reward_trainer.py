@@ -52,7 +52,7 @@ from .head_fit import HeadFit
 from .metrics import EvaluationMetrics, pair_figures, summarize
 from .predictions import PredictionMemory
 from .reward_config import DiscoRewardConfig
-from .search import Beginning, mean_nll, space_around
+from .search import SearchFromHere
 from .upstream_checks import UpstreamChecks, hook
 
 
@@ -62,7 +62,7 @@ LIKELIHOOD_LEARNING_RATE = 0.02
 """Learning rate of what the likelihood learns beside the rewards, such as the tie width and the rating thresholds."""
 
 
-class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, RewardTrainer):
+class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, SearchFromHere, RewardTrainer):
     """
     Trainer for distributional reward models.
 
@@ -395,45 +395,6 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Rewa
         # With DeepSpeed the Trainer casts floating-point inputs to the dtype of the weights. Here those are margins,
         # weights and soft labels, which the model never sees and bfloat16 would round.
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
-
-    def hyperparameter_search(  # type: ignore[override]  # the rest goes through `kwargs`
-        self,
-        hp_space: Callable[[Any], dict[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Launches a hyperparameter search, as in transformers, but without a `model_init`.
-
-        Each trial begins with the weights that the model has now. After the search it has them again.
-
-        Args:
-            hp_space (`Callable[[optuna.Trial], dict[str, Any]]`, *optional*):
-                Function that defines the search space. Defaults to learning rates and batch sizes around those in
-                `args`; see [`~disco_trl.trainer.search.space_around`].
-            compute_objective (`Callable[[dict[str, float]], float]`, *optional*):
-                Function that computes the objective from the metrics of an evaluation. Defaults to `eval_nll`, or its
-                mean over several eval sets.
-            **kwargs:
-                `n_trials`, `direction`, `backend`, `hp_name`, and arguments of the backend.
-        """
-        heads = [head for _, head in self._reward_model.named_reward_heads()]
-        beginning = Beginning(
-            self.model,
-            heads,
-            self._memory,
-            lambda model: self.accelerator.unwrap_model(model, keep_fp32_wrapper=False),
-        )
-        self.model_init = beginning  # type: ignore[assignment]
-        try:
-            return super().hyperparameter_search(
-                hp_space or space_around(self.args.learning_rate, self.args.per_device_train_batch_size),
-                compute_objective or mean_nll,
-                **kwargs,
-            )
-        finally:
-            self.model_init = None  # type: ignore[assignment]
-            self.model = self.model_wrapped = beginning()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
+from ..models.modeling import DiscoRewardModel
 from .predictions import PredictionMemory
 
 
@@ -99,3 +101,54 @@ def space_around(learning_rate: float, batch_size: int) -> Callable[[Any], dict[
         }
 
     return space
+
+
+class SearchFromHere(Trainer):
+    """
+    A trainer that searches from the weights that its model has.
+
+    It is inherited beside one of TRL's trainers and before it, so that `super()` here reaches that one's methods.
+    """
+
+    model: Any
+    _reward_model: DiscoRewardModel
+    _memory: PredictionMemory | None
+
+    def hyperparameter_search(  # type: ignore[override]  # the rest goes through `kwargs`
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Launches a hyperparameter search, as in transformers, but without a `model_init`.
+
+        Each trial begins with the weights that the model has now. After the search it has them again.
+
+        Args:
+            hp_space (`Callable[[optuna.Trial], dict[str, Any]]`, *optional*):
+                Function that defines the search space. Defaults to learning rates and batch sizes around those in
+                `args`; see [`~disco_trl.trainer.search.space_around`].
+            compute_objective (`Callable[[dict[str, float]], float]`, *optional*):
+                Function that computes the objective from the metrics of an evaluation. Defaults to `eval_nll`, or its
+                mean over several eval sets.
+            **kwargs:
+                `n_trials`, `direction`, `backend`, `hp_name`, and arguments of the backend.
+        """
+        heads = [head for _, head in self._reward_model.named_reward_heads()]
+        beginning = Beginning(
+            self.model,
+            heads,
+            self._memory,
+            lambda model: self.accelerator.unwrap_model(model, keep_fp32_wrapper=False),
+        )
+        self.model_init = beginning  # type: ignore[assignment]
+        try:
+            return super().hyperparameter_search(
+                hp_space or space_around(self.args.learning_rate, self.args.per_device_train_batch_size),
+                compute_objective or mean_nll,
+                **kwargs,
+            )
+        finally:
+            self.model_init = None  # type: ignore[assignment]
+            self.model = self.model_wrapped = beginning()
