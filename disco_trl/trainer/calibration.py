@@ -29,6 +29,7 @@ import torch
 from accelerate.logging import get_logger
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from transformers import TrainerState
 
 from ..distributions.likelihood import log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
@@ -300,6 +301,11 @@ def announce(factor: float) -> None:
     )
 
 
+def has_repeated(state: TrainerState) -> bool:
+    """Whether training went on to a second pass, after which the latest predictions are no forecasts."""
+    return (state.epoch or 0) > 1 + 1e-6
+
+
 def why_no_forecasts(epochs: float) -> str:
     """
     Say why a head cannot be calibrated after several passes, and what to do.
@@ -322,7 +328,7 @@ class Calibration(HeadFit):
 
     def why_not(self, args: Any, state: Any) -> str | None:
         reason = super().why_not(args, state)
-        return why_no_forecasts(state.epoch) if reason is None and (state.epoch or 0) > 1 + 1e-6 else reason
+        return why_no_forecasts(state.epoch) if reason is None and has_repeated(state) else reason
 
     def fit(self, predictions: Predictions, args: Any, state: Any) -> dict[str, float]:
         assert self.memory is not None

@@ -29,7 +29,7 @@ from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
 from ..models.outputs import overall
-from .calibration import LEAST_PAIRS, announce, recalibrate_unit
+from .calibration import LEAST_PAIRS, announce, has_repeated, recalibrate_unit
 from .head_fit import HeadFit, NothingToFit
 from .predictions import Predictions
 
@@ -171,7 +171,7 @@ class Posterior(HeadFit):
         pairs = memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
         hindsight = predictions.in_hindsight()
         fit_posterior(head, self.family, hindsight, pairs)
-        if not self.refits_unit or len(predictions) < LEAST_PAIRS or (state.epoch or 0) > 1 + 1e-6:
+        if not self.refits_unit or len(predictions) < LEAST_PAIRS or has_repeated(state):
             return {}
         # The unit as it is stands for all errors of the model, those of the posterior included. What is known of the
         # prior depends on the unit, so that the two are fitted in turn.
