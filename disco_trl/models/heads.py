@@ -72,6 +72,11 @@ class ShapeHead(nn.Module):
         return F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype))
 
 
+def label_noise_from_raw(raw: Tensor) -> Tensor:
+    """Map raw parameters of any shape to label noise, from 0 to ½. Training starts at zeros, which stand for 0.06."""
+    return torch.sigmoid(raw - 2) / 2
+
+
 class LikelihoodHead(nn.Module):
     """
     The few numbers that the likelihood learns beside the rewards, one set for the whole model.
@@ -173,7 +178,7 @@ class LikelihoodHead(nn.Module):
         parameter = self.get_parameter(name)
         raw = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         if name == "label_noise":
-            return torch.sigmoid(raw - 2) / 2
+            return label_noise_from_raw(raw)
         if name == "thresholds":
             return self.unit_scale * torch.cat([raw[:1], raw[:1] + bounded_exp(raw[1:]).cumsum(dim=0)])
         return 0.5 * self.unit_scale * bounded_exp(raw)

@@ -24,6 +24,7 @@ from trl import RewardTrainer
 from ..data.judgements import MOST_RATING_VALUES, SURVEYED_OF_STREAM, Survey, why_not_a_scale
 from ..distributions.reward_distribution import Family
 from ..models.adapters import save_reward_head
+from ..models.heads import label_noise_from_raw
 from ..models.lending import lend
 from ..models.modeling import DiscoRewardModel
 from ..models.upgrade import upgrade
@@ -34,8 +35,6 @@ from .upstream_checks import upstream_error
 
 logger = get_logger(__name__)
 
-LEARNED_LABEL_NOISE = 0.06
-"""Label noise from which a learned one starts."""
 IDLE = 0.01
 """Share of a pair's likelihood, and of the pairs, below which what is lost is not worth a warning."""
 MODEL_CLASS = "AutoModelForSequenceClassification"
@@ -104,13 +103,15 @@ def warn_of_idle_margins(dataset: Dataset | IterableDataset, family: Family, lik
     noise = likelihood.get("label_noise")
     if noise is None or "margin" not in (dataset.column_names or ()):
         return
-    rows = dataset.take(SURVEYED_OF_STREAM) if isinstance(dataset, IterableDataset) else dataset.with_format(None)
-    margins = [float(row["margin"]) for row in rows.select_columns(["margin"])]
-    unit, margin = torch.tensor(family.unit_scale), torch.tensor(margins)
-    shape = family.shape_from_raw(torch.zeros(len(margins), len(family.shape_names))) if family.shape_names else None
+    if isinstance(dataset, IterableDataset):
+        margins = [row["margin"] for row in dataset.take(SURVEYED_OF_STREAM)]
+    else:
+        margins = dataset.with_format("numpy")["margin"][:]
+    unit, margin = torch.tensor(family.unit_scale), torch.as_tensor(margins, dtype=torch.float32)
+    shape = family.shape_from_raw(torch.zeros(len(margin), len(family.shape_names))) if family.shape_names else None
     prob = family.log_prob_greater(torch.zeros_like(margin), unit, margin, unit, shape, shape).exp()
     # At the start of training, where a learned one is 0.06
-    noise = LEARNED_LABEL_NOISE if noise == "learned" else float(noise)
+    noise = label_noise_from_raw(torch.zeros(())).item() if noise == "learned" else float(noise)
     idle = (1 - noise) * prob < IDLE * noise
     if idle.float().mean() > IDLE:
         logger.warning(
