@@ -105,6 +105,13 @@ def test_reward_bench_2_credits_the_best_of_four():
     assert found == pytest.approx({"Factuality": (1 + 1 / 2 + 0) / 3, "Math": 1, "score": (0.5 + 1) / 2})
 
 
+def test_reward_bench_2_credits_the_first_answer_alone():
+    # Outside of Ties its code compares the rewards with the first one, however many answers are called right.
+    items = read("reward-bench-2", *[{"chosen": ["red", "blue"], "rejected": ["six", "seven"]}] * 3)
+    found = score("reward-bench-2", items, [(2, 3, 1, 0), (3, 3, 1, 0), (3, 2, 1, 3)])
+    assert found["Factuality"] == pytest.approx((0 + 1 / 2 + 1 / 2) / 3)
+
+
 def test_reward_bench_2_ties():
     tied = {"subset": "Ties", "chosen": ["red", "blue"], "rejected": ["seven"], "num_correct": 2}
     reference = {"subset": "Ties", "chosen": ["Paris"], "rejected": ["Rome"]}

@@ -244,11 +244,16 @@ def halted(arguments):
             process.kill()
 
 
-@pytest.mark.slow
-def test_a_second_command_on_one_output_is_refused(reward_dir, tmp_path):
+@pytest.fixture
+def of_twelve_rows(reward_dir, tmp_path) -> list:
+    """Arguments of `disco-trl score`, which writes `scored.jsonl`."""
     data = write_jsonl(tmp_path / "a.jsonl", preferences(rows=12))
-    out = tmp_path / "scored.jsonl"
-    arguments = [reward_dir(), data, out, "--rows_per_part", "4", "--device", "cpu"]
+    return [reward_dir(), data, tmp_path / "scored.jsonl", "--rows_per_part", "4", "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_a_second_command_on_one_output_is_refused(of_twelve_rows, tmp_path):
+    arguments, out = of_twelve_rows, tmp_path / "scored.jsonl"
     with halted(arguments) as first:
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         second = run(arguments)
@@ -264,15 +269,12 @@ def test_a_second_command_on_one_output_is_refused(reward_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_command_holds_no_lock(reward_dir, tmp_path):
-    data = write_jsonl(tmp_path / "a.jsonl", preferences(rows=12))
-    out = tmp_path / "scored.jsonl"
-    arguments = [reward_dir(), data, out, "--rows_per_part", "4", "--device", "cpu"]
-    with halted(arguments) as first:
+def test_a_killed_command_holds_no_lock(of_twelve_rows, tmp_path):
+    with halted(of_twelve_rows) as first:
         first.kill()
         first.wait()
-    main(["score", *map(str, arguments)])
-    assert len(read(out)) == 12
+    main(["score", *map(str, of_twelve_rows)])
+    assert len(read(tmp_path / "scored.jsonl")) == 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "scored.jsonl"]
 
 
