@@ -178,14 +178,16 @@ class Scorer:
         prompts = request.prompts or [None] * len(request.query)
         keys = [None if prompt is None else prompt_key(prompt) for prompt in prompts]
         group = self._group("query", self.reward.transform, keys)
-        texts = list(zip(request.query, prompts, strict=True))
-        sequences = self._tokenize("query", texts, lambda text: self._encode_rendered(*text))
+        sequences = self._tokenize("query", request.query, self._encode_rendered, prompts)
         return Question("query", sequences, self.reward.transform, group)
 
     # All of a request is tokenized before any of it is queued, so that an invalid text costs no time of the model.
-    def _tokenize(self, name: str, contents: Sequence[Any], encode: Callable[[Any], list[int]]) -> list[list[int]]:
+    def _tokenize(
+        self, name: str, contents: Sequence[Any], encode: Callable[..., list[int]], *further: Sequence[Any]
+    ) -> list[list[int]]:
+        """Token ids of contents. `encode` gets each with its part of what else there is, as from `map`."""
         sequences = []
-        for index, content in enumerate(contents):
+        for index, (content, *rest) in enumerate(zip(contents, *further, strict=True)):
             place = f"{name}[{index}]"
             # A megabyte takes seconds to tokenize, in which no other request is read.
             characters = _characters(content)
@@ -193,7 +195,7 @@ class Scorer:
                 reason = f"{characters} characters are more than {self.max_tokens} tokens, the most in one text"
                 raise RefusalError(422, reason, place)
             try:
-                ids = encode(content)
+                ids = encode(content, *rest)
             except Exception as error:  # A template may raise anything, and its only input is the client's.
                 raise RefusalError(422, f"cannot be tokenized: {error}", place) from None
             if len(ids) > self.max_tokens:
@@ -346,9 +348,7 @@ def _characters(content: Any) -> int:
         content = content.model_dump(exclude_unset=True)
     if isinstance(content, dict):
         return sum(map(_characters, (*content, *content.values())))
-    if isinstance(content, list | tuple):
-        return sum(map(_characters, content))
-    return 0 if content is None else 1
+    return sum(map(_characters, content)) if isinstance(content, list) else 1
 
 
 def _group_key(item: str | list[Message] | Answer) -> Any:

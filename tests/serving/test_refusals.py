@@ -80,6 +80,13 @@ def url(reward):
         ),
         ("/score", {"items": [[{"role": "a"}] * 30_000]}, 422, "items[0]", "150000 characters"),
         ("/get_reward", {"query": ["a" * (64 * 2048 + 1)]}, 422, "query[0]", "131073 characters"),
+        (  # a prompt beside it is not tokenized, and does not count
+            "/get_reward",
+            {"query": ["a" * 64 * 2048], "prompts": ["b" * 64 * 2048]},
+            422,
+            "query[0]",
+            "tokens, and 2048 are the most",
+        ),
         ("/score", {"items": ["a"] * 1025}, 413, "items", "1024 are the most"),
         # Limits come before validation, and validation ends at the first error.
         ("/score", {"items": [1] * 500_000}, 413, "items", "1024 are the most"),
