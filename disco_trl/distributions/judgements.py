@@ -27,6 +27,9 @@ class Judgements:
         rating_counts (`torch.Tensor` of shape `(2 * P, L)`, *optional*):
             How many people gave each of L ratings, to the chosen sides first and then to the rejected ones. If `None`,
             the dataset has no ratings.
+        strength_counts (`torch.Tensor` of shape `(P, 2 * L)`, *optional*):
+            How many of the wins were said to be of strength 1 to L, and after them how many of the losses. The other
+            wins and losses were said without a strength. If `None`, all were.
     """
 
     wins: Tensor
@@ -36,6 +39,7 @@ class Judgements:
     margin: Tensor
     weight: Tensor
     rating_counts: Tensor | None = None
+    strength_counts: Tensor | None = None
 
     @classmethod
     def forced_choices(cls, count: int, device: torch.device, margin: Tensor | None = None) -> Judgements:

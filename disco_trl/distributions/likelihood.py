@@ -1,5 +1,5 @@
 """
-The likelihood of what people say: votes, ties, soft labels and ratings, all from the same random rewards.
+The likelihood of what people say: votes, ties, strengths, soft labels and ratings, all from the same random rewards.
 
 The reward of an answer is R = μ + τη + σε: the location μ, people's disagreement σε, which is drawn anew for each
 judgement, and the model's own error τη with η ~ N(0, 1), which all judgements about the answer share. With
@@ -7,13 +7,19 @@ judgement, and the model's own error τη with η ~ N(0, 1), which all judgement
 
     P(a wins)      = (1 − ν) P(R_a − R_b > m + δ) + ν P(R_a − R_b < m − δ)      (P(b wins) with the two exchanged)
     P(tie)         = P(m − δ < R_a − R_b < m + δ)
+    P(a by k)      = P(m + c_k < R_a − R_b < m + c_(k+1))      with boundaries δ = c_1 < c_2 < ... < c_(L+1) = ∞
     P(rating ≤ k)  = P(R ≤ t_k)      with ordered thresholds t_1 < t_2 < ...
 
 The error η is integrated out for all judgements of a pair, or of an answer, together. Hence votes of one pair agree
 with each other more than those of different pairs do, which is what distinguishes the model's error from people's
 disagreement.
 
-Sources: ties, P. V. Rao, L. L. Kupper, 1967; ratings, P. McCullagh, 1980, here with a scale for each answer.
+Strengths say how much better an answer is. A preference that is often strong, in either direction, comes from wide
+rewards, and one that is weak from narrow ones; a vote cannot tell them apart. Label noise exchanges "a by k" and "b by
+k". Summed over k, the probabilities are those of the votes.
+
+Sources: ties, P. V. Rao, L. L. Kupper, 1967; strengths, A. Agresti, 1992, here with a scale for each answer; ratings,
+P. McCullagh, 1980, the same.
 """
 
 from __future__ import annotations
@@ -42,11 +48,15 @@ class Responses:
             ν, the probability below ½ that a vote says the opposite of what was meant. If `None`, there is none.
         thresholds (`torch.Tensor` of shape `(L - 1,)`, *optional*):
             Thresholds between L ratings, ascending, in reward units. If `None`, there are no ratings.
+        strength_boundaries (`torch.Tensor` of shape `(L - 1,)`, *optional*):
+            Boundaries c_2 to c_L between L strengths of a preference, ascending, above the tie width, in reward units.
+            If `None`, preferences have no strengths.
     """
 
     tie_width: Tensor | None = None
     label_noise: Tensor | None = None
     thresholds: Tensor | None = None
+    strength_boundaries: Tensor | None = None
 
 
 def log_likelihood(
@@ -74,7 +84,8 @@ def log_likelihood(
         multiplied by the weights.
 
     Raises:
-        `ValueError`: If there are ties or ratings, but no tie width or thresholds, or if the families differ.
+        `ValueError`: If there are ties, ratings or strengths, but no tie width, thresholds or boundaries, or if the
+            families differ.
     """
     chosen, rejected = chosen.map(to_float64), rejected.map(to_float64)
     judgements = Judgements(**_all_in_float64(judgements))
@@ -96,36 +107,54 @@ def _all_in_float64(record: Judgements | Responses) -> dict[str, Any]:
 def _comparisons(
     chosen: RewardDistribution, rejected: RewardDistribution, judgements: Judgements, responses: Responses
 ) -> Tensor:
-    wins, losses, ties = judgements.wins, judgements.losses, judgements.ties
+    wins, losses, ties, strengths = judgements.wins, judgements.losses, judgements.ties, judgements.strength_counts
     has_ties = bool((ties > 0).any())
     if has_ties and responses.tie_width is None:
         raise ValueError("there are ties, but no tie width to read them by")
     no_band = torch.zeros_like(judgements.margin)
     band = no_band if responses.tie_width is None else responses.tie_width * judgements.tie_allowed
     beyond_margin = chosen - rejected - judgements.margin
+    if strengths is not None:
+        if responses.strength_boundaries is None:
+            raise ValueError("there are strengths of preference, but no boundaries to read them by")
+        won, lost = strengths.unflatten(-1, (2, -1)).unbind(dim=-2)
+        wins, losses = wins - won.sum(dim=-1), losses - lost.sum(dim=-1)
+
+    def noisy(win: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """What is said, from what is meant: log-probabilities of two judgements that label noise exchanges."""
+        if responses.label_noise is None:
+            return win, loss
+        kept, swapped = torch.log1p(-responses.label_noise), responses.label_noise.log()
+        return torch.logaddexp(kept + win, swapped + loss), torch.logaddexp(kept + loss, swapped + win)
 
     def given(error: Tensor) -> Tensor:
         """From an error `(..., P)` of the difference of the locations to the log-likelihood, of the same shape."""
         difference = beyond_margin + error
-        win, loss = difference.log_prob_exceeds(band), (-difference).log_prob_exceeds(band)
-        if responses.label_noise is not None:
-            kept, swapped = torch.log1p(-responses.label_noise), responses.label_noise.log()
-            win, loss = (
-                torch.logaddexp(kept + win, swapped + loss),
-                torch.logaddexp(kept + loss, swapped + win),
-            )
+        win, loss = noisy(difference.log_prob_exceeds(band), (-difference).log_prob_exceeds(band))
         total = wins * win + losses * loss
         if has_ties:
             # Of rows without a tie the band may have no width, whose log-probability of −∞ turns gradients into NaN,
             # also where it is multiplied by no ties.
             tie_band = torch.where(ties > 0, band, torch.ones_like(band))
             total = total + ties * difference.log_prob_within(tie_band)
+        if strengths is not None:
+            bounds = [band, *responses.strength_boundaries]
+            for k, (counts_won, counts_lost) in enumerate(zip(won.unbind(-1), lost.unbind(-1), strict=True)):
+                by_k = [
+                    side.log_prob_between(bounds[k], bounds[k + 1])
+                    if k + 1 < len(bounds)
+                    else side.log_prob_exceeds(bounds[k])
+                    for side in (difference, -difference)
+                ]
+                win_by_k, loss_by_k = noisy(*by_k)
+                total = total + counts_won * win_by_k + counts_lost * loss_by_k
         return total
 
     error = chosen.error_of_difference(rejected)
     if error is None:
         return given(no_band)
-    bends = torch.stack([edge - beyond_margin.location for edge in (-band, band)])
+    edges = [band, *(() if strengths is None else responses.strength_boundaries.expand(len(band), -1).unbind(-1))]
+    bends = torch.stack([side * edge - beyond_margin.location for edge in edges for side in (-1, 1)])
     width = chosen.kind.difference_scale(chosen.scale, rejected.scale)
     return log_marginal(given, error, bends, width)
 

@@ -258,3 +258,141 @@ def test_gradients(name, has_error):
         assert torch.autograd.gradcheck(total, inputs, eps=1e-5, atol=1e-5)
     else:
         assert torch.autograd.gradcheck(lambda *args: total(*args[:2], None, *args[3:]), inputs, atol=1e-7)
+
+
+# Strengths of a preference
+
+BOUNDARIES = [0.9, 2.0]  # c_2 and c_3; c_1 is the tie width, 0.4
+
+
+def graded(strength: int, tie_allowed: float = 1.0, margin: float = 0.0, count: float = 1.0) -> Judgements:
+    """`count` judgements of one pair, of a strength from −3 to 3."""
+    counts = torch.zeros(1, 6)
+    if strength:
+        counts[0, abs(strength) - 1 + 3 * (strength < 0)] = count
+    numbers = (count * (strength > 0), count * (strength < 0), count * (strength == 0), tie_allowed, margin, 1.0)
+    return Judgements(*(torch.tensor([float(x)]) for x in numbers), strength_counts=counts)
+
+
+def levels(noise: float | None = None, width: float = 0.4) -> Responses:
+    return Responses(
+        tie_width=number(width),
+        label_noise=None if noise is None else number(noise),
+        strength_boundaries=torch.tensor(BOUNDARIES, dtype=torch.float64),
+    )
+
+
+@all_families
+@pytest.mark.parametrize("delta", [-40.0, -0.3, 1.1, 40.0])
+@pytest.mark.parametrize(("tie_allowed", "margin", "noise"), [(1, 0, None), (0, 0, 0.1), (1, 0.7, 0.2)], ids=str)
+def test_strengths_divide_the_votes(name, delta, tie_allowed, margin, noise):
+    a, b = reward(name, delta, 0.6), reward(name, 0, 0.8)
+    found = {
+        k: log_likelihood(a, b, graded(k, tie_allowed, margin), levels(noise)).item()
+        for k in range(-3, 4)
+        if k or tie_allowed
+    }
+    for sign in (-1, 1):
+        vote = said(sign > 0, sign < 0, tie_allowed=tie_allowed, margin=margin)
+        whole = log_likelihood(a, b, vote, levels(noise)).item()
+        of_strengths = torch.tensor([found[sign * k] for k in (1, 2, 3)], dtype=torch.float64)
+        assert torch.logsumexp(of_strengths, 0).item() == pytest.approx(whole, rel=1e-9, abs=1e-12)
+    assert sum(map(mpmath.exp, found.values())) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("delta", [-60.0, -3.0, 0.2, 5.0, 60.0])
+@pytest.mark.parametrize("strength", [-3, -2, -1, 0, 1, 2, 3])
+def test_a_strength_is_the_probability_of_an_interval_in_both_tails(delta, strength):
+    found = log_likelihood(reward("normal", delta, 0.6), reward("normal", 0, 0.8), graded(strength), levels())
+    limits = [*map(mpmath.mpf, (-mpmath.inf, -2, "-0.9", "-0.4", "0.4", "0.9", 2, mpmath.inf))]
+    # D ~ N(Δ, 0.6² + 0.8² = 1); from the side on which both probabilities are small
+    low, high = (limit - delta for limit in limits[strength + 3 : strength + 5])
+    if low + high > 0:
+        low, high = -high, -low
+    with mpmath.workdps(60):
+        exact = mpmath.log(mpmath.ncdf(high) - mpmath.ncdf(low))
+    assert found.item() == pytest.approx(float(exact), rel=1e-5, abs=1e-20)
+
+
+@all_families
+def test_one_strength_is_a_vote(name):
+    a, b = reward(name, 0.7, 0.4, 0.5), reward(name, -0.2, 1.3, 0.5)
+    one = Judgements(
+        *(torch.tensor([x]) for x in (2.0, 1.0, 0.0, 0.0, 0.0, 1.0)), strength_counts=torch.tensor([[2.0, 1.0]])
+    )
+    responses = Responses(strength_boundaries=torch.empty(0, dtype=torch.float64))
+    torch.testing.assert_close(log_likelihood(a, b, one, responses), log_likelihood(a, b, said(2, 1)))
+
+
+def test_judgements_of_a_pair_may_have_a_strength_or_none():
+    a, b = reward("normal", 0.7, 0.4), reward("normal", -0.2, 1.3)
+    both = Judgements(
+        *(torch.tensor([x]) for x in (3.0, 1.0, 0.0, 1.0, 0.0, 1.0)),
+        strength_counts=torch.tensor([[0.0, 2.0, 0.0, 1.0, 0.0, 0.0]]),
+    )
+    parts = [graded(2, count=2.0), graded(-1), said(1, 0, tie_allowed=1)]
+    expected = sum(log_likelihood(a, b, part, levels()) for part in parts)
+    torch.testing.assert_close(log_likelihood(a, b, both, levels()), expected)
+
+
+def test_strengths_without_boundaries_are_refused():
+    with pytest.raises(ValueError, match="no boundaries to read them by"):
+        log_likelihood(reward("normal", 0, 1), reward("normal", 0, 1), graded(1), Responses(tie_width=number(0.4)))
+
+
+@all_families
+@pytest.mark.parametrize("has_error", [False, True])
+def test_gradients_of_strengths(name, has_error):
+    counts = torch.tensor([[1.0, 0, 0, 0, 2, 0], [0, 0, 3, 0, 0, 1]])
+    table = [[3.0, 4.0], [2.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.1, 0.0], [1.0, 1.0]]
+
+    def total(location, scale, error, width, noise, boundaries):
+        shape = SHAPES[name].expand(4, 2) if name in SHAPES else None
+        rewards = RewardDistribution(location, scale, name, shape, error.expand(4) if has_error else None)
+        judgements = Judgements(*map(torch.tensor, table), strength_counts=counts)
+        responses = Responses(width, noise, strength_boundaries=boundaries)
+        return log_likelihood(rewards[:2], rewards[2:], judgements, responses)
+
+    arguments = ([0.3, -1.0, 0.5, 0.9], [0.5, 1.2, 0.8, 2.0], [0.7], 0.4, 0.1, BOUNDARIES)
+    inputs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in arguments]
+    if has_error:
+        assert torch.autograd.gradcheck(total, inputs, eps=1e-5, atol=1e-5)
+    else:
+        assert torch.autograd.gradcheck(
+            lambda *args: total(*args[:2], None, *args[3:]), [*inputs[:2], *inputs[2:]], atol=1e-7
+        )
+
+
+def test_strengths_tell_what_votes_cannot():
+    """Two groups of pairs with P(a ≻ b) alike, one with twice the scale: only the strengths know which is which."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, 2.0]).repeat(20_000).double()
+    d = scale * (0.5 + torch.randn(40_000, generator=generator, dtype=torch.float64))
+    strength = (d.sign() * (1 + (d.abs() > 0.9).int() + (d.abs() > 2).int())).int()
+    counts = torch.zeros(40_000, 6)
+    place = (strength.abs() - 1 + 3 * (strength < 0)).long()
+    counts[torch.arange(40_000), place] = 1
+    numbers = (strength > 0, strength < 0, strength == 0, 0 * strength, 0 * strength, 0 * strength + 1)
+    judgements = Judgements(*(x.float() for x in numbers), strength_counts=counts)
+    free = torch.zeros(4, dtype=torch.float64, requires_grad=True)  # log scale ratio, log scale, boundaries
+    optimizer = torch.optim.LBFGS([free], max_iter=60, line_search_fn="strong_wolfe")
+
+    def parameters():
+        wide = torch.exp(free[1]) * torch.where(scale > 1, torch.exp(free[0]), torch.ones(()).double())
+        return wide, torch.cumsum(torch.exp(free[2:]), 0)
+
+    def loss():
+        optimizer.zero_grad()
+        wide, boundaries = parameters()
+        half = wide / 2**0.5
+        a = RewardDistribution(0.5 * wide, half, "normal")
+        b = RewardDistribution(torch.zeros_like(wide), half, "normal")
+        value = -log_likelihood(a, b, judgements, Responses(strength_boundaries=boundaries)).mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    wide, boundaries = parameters()
+    # Up to the unit of reward, which nothing here fixes
+    assert (wide[1] / wide[0]).item() == pytest.approx(2, rel=0.05)
+    assert (boundaries / wide[0]).tolist() == pytest.approx(BOUNDARIES, rel=0.05)

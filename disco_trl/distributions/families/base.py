@@ -324,6 +324,19 @@ class Difference:
         tail = self._less_likely_side()
         return log_difference(tail.log_prob_exceeds(-half_width), tail.log_prob_exceeds(half_width))
 
+    def log_prob_between(self, low: Tensor, high: Tensor) -> Tensor:
+        """
+        Evaluates log P(low < D < high).
+
+        Args:
+            low, high (`torch.Tensor`):
+                Ends with `low < high`, in reward units; they broadcast with `location`.
+
+        Returns:
+            `torch.Tensor` of the broadcast shape: In nats, at most 0.
+        """
+        return (self - (low + high) / 2).log_prob_within((high - low) / 2)
+
     def _less_likely_side(self) -> Difference:
         """D or −D, elementwise, whichever has its location at or below 0."""
         is_swapped = self.location > 0
