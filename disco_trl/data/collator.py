@@ -38,6 +38,8 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
             As in [`DiscoRewardConfig`].
         rating_values (`Sequence[float]`, *optional*):
             Ratings that the model knows, in order. Without them ratings are not read.
+        strength_levels (`int`, *optional*):
+            Number of levels of strength that the model knows. Without it strengths are read as votes.
         pairs_per_row (`int`, *optional*):
             If set, each example stands for this many comparisons, some of them repeated with a part of their weight,
             so that the batches of all processes have the same size. (With prefix sharing, repetitions cost nothing.)
@@ -46,6 +48,7 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
     share_prefixes: bool = False
     weigh_by: str = "pair"
     rating_values: Sequence[float] | None = None
+    strength_levels: int | None = None
     pairs_per_row: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
         # (Python's hash of integers, and of tuples of them, is the same in all processes.)
         batch[ANSWERS] = torch.tensor([hash(tuple(sequence)) & (2**63 - 1) for sequence in sequences])
         if has_judgements(examples[0]):
-            batch |= to_tensors(records, comparisons, self.rating_values)
+            batch |= to_tensors(records, comparisons, self.rating_values, self.strength_levels)
         if ROW_COLUMN in examples[0]:
             batch[ROW_COLUMN] = torch.tensor([int(example[ROW_COLUMN]) for example in examples])
         return batch

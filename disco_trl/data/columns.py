@@ -23,10 +23,12 @@ RANKED_IDS = "completion_ids"
 VOTES = ("chosen_votes", "rejected_votes")
 RATINGS = ("chosen_rating", "rejected_rating")
 RANKING = ("completions", "ranks")
-JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", "tie", "margin", *RATINGS, "weight")
+STRENGTH = "preference_strength"
+JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", STRENGTH, "tie", "margin", *RATINGS, "weight")
 READINGS = {
     VOTES: "numbers of votes for each answer",
     ("preference_probability",): "soft labels, P(chosen ≻ rejected)",
+    (STRENGTH,): "how much better the chosen answer is, below 0 if it is worse",
     ("tie",): "whether the two were called equal",
     RATINGS: "ratings of each answer",
     RANKING: "ranked answers",

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from .columns import JUDGEMENT_COLUMNS, RANKING, RATINGS, READINGS, leave_out
+from .columns import JUDGEMENT_COLUMNS, RANKING, RATINGS, READINGS, STRENGTH, leave_out
 from .records import Comparison, Feedback, Record, read_feedback
 from .values import BadRow, Row
 
@@ -53,6 +53,8 @@ class Survey:
             Columns of judgements that are filled in some row, other than TRL's `margin`.
         has_comparisons (`bool`, *optional*, defaults to `False`):
             Whether somebody compared two answers, rather than only rating them.
+        strengths (`Counter`, *optional*):
+            How often a preference of each strength was given, whatever its direction, ties apart.
     """
 
     has_ties: bool = False
@@ -61,6 +63,7 @@ class Survey:
     pairs_of_rows: set[int] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
     has_comparisons: bool = False
+    strengths: Counter = field(default_factory=Counter)
 
     @property
     def ratings_on_a_scale(self) -> Counter:
@@ -73,6 +76,8 @@ class Survey:
         self.pairs_of_rows.add(len(feedback.comparisons))
         self.said |= feedback.said - {"margin"}
         self.has_comparisons |= any(comparison.people for comparison in feedback.comparisons)
+        for comparison in feedback.comparisons:
+            self.strengths.update(map(abs, comparison.strengths))
         for ratings in feedback.ratings:
             self.has_several_ratings |= len(ratings) >= 2
             self.ratings.update(map(float, ratings))
@@ -282,6 +287,7 @@ def to_tensors(
     records: Sequence[Record],
     comparisons: Sequence[Sequence[tuple[Comparison, float]]],
     rating_values: Sequence[float] | None,
+    strength_levels: int | None = None,
 ) -> dict[str, Tensor]:
     """
     The judgements of a batch, for [`~disco_trl.distributions.judgements.Judgements`].
@@ -293,14 +299,17 @@ def to_tensors(
             What `in_turn` makes of each, P comparisons in all.
         rating_values (`Sequence[float]`, *optional*):
             The L ratings that the model knows, in order; None if ratings are not read.
+        strength_levels (`int`, *optional*):
+            Number of levels of strength that the model knows; None if strengths are read as votes.
 
     Returns:
         `dict[str, torch.Tensor]`: `judgements`, of shape `(P, 6)`: wins, losses, ties, whether a tie was allowed,
         margin (in units of reward) and weight. With `rating_values` also `rating_counts`, of shape `(2 * P, L)`: how
-        many people gave each rating to the first answers and then to the second ones.
+        many people gave each rating to the first answers and then to the second ones. With `strength_levels` also
+        `strength_counts`, of shape `(P, 2 * strength_levels)`: how many wins are of each strength, and how many losses.
 
     Raises:
-        `ValueError`: If a rating is not among `rating_values`.
+        `ValueError`: If a rating is not among `rating_values`, or a strength beyond `strength_levels`.
     """
     table: list[tuple[float, ...]] = []
     levels = {value: level for level, value in enumerate(rating_values or ())}
@@ -317,7 +326,23 @@ def to_tensors(
     tensors = {"judgements": tensor}
     if rating_values is not None:
         tensors["rating_counts"] = torch.tensor([*counts[0], *counts[1]], dtype=torch.float32)
+    if strength_levels is not None:
+        compared = [one for of_record in comparisons for one, _ in of_record]
+        tensors["strength_counts"] = torch.tensor([_count_strengths(one, strength_levels) for one in compared])
     return tensors
+
+
+def _count_strengths(comparison: Comparison, levels: int) -> list[float]:
+    """How often the first answer won by each strength, and how often the second."""
+    counts = [0.0] * (2 * levels)
+    for strength in comparison.strengths:
+        if abs(strength) > levels:
+            raise ValueError(
+                f"column {STRENGTH!r}: the strength {strength} is beyond the {levels} levels that the model knows; "
+                "pass strength_levels= with the largest there can be"
+            )
+        counts[abs(strength) - 1 + levels * (strength < 0)] += 1
+    return counts
 
 
 def _count_ratings(record: Record, levels: dict[float, int]) -> list[list[float]]:

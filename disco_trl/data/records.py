@@ -21,6 +21,8 @@ A row is one person's forced choice of `chosen`, unless its columns say more:
 
 - `chosen_votes`, `rejected_votes`: how many people preferred which (0 and 0: nobody compared the two);
 - `preference_probability`: a soft label, P(chosen ≻ rejected);
+- `preference_strength`: how much better `chosen` is, a whole number or a list of several people's: below 0 if it is
+  worse, 0 if the two are equal;
 - `tie`: true if the two were called equal, false if they could have been, and absent for a forced choice;
 - `margin`: TRL's, by how much the chosen answer has to be better, in units of reward;
 - `chosen_rating`, `rejected_rating`: a number, or a list of several people's numbers;
@@ -43,6 +45,7 @@ from .columns import (
     RANKED_IDS,
     RANKING,
     RATINGS,
+    STRENGTH,
     TEMPLATE_COLUMNS,
     TEXT_PAIR,
     VOTES,
@@ -57,6 +60,9 @@ from .values import BadRow, Row, as_list, as_number, as_ratings, as_truth, is_mi
 MOST_RANKED = 256
 """Most answers of a ranking: its 32,640 pairs are rows and columns of a batch, and grow with the square."""
 
+MOST_LEVELS = 20
+"""Most levels of strength: each has a boundary to learn, and a number beyond it is no grade."""
+
 _COLUMNS = (*JUDGEMENT_COLUMNS, "ranks")
 
 
@@ -70,6 +76,8 @@ class Comparison:
             Positions of the answers in the record.
         wins, losses, ties (`float`):
             How often the first answer won, lost and tied. A soft label is a part of a win and the rest of a loss.
+        strengths (`tuple[int, ...]`):
+            How strong some of the wins (above 0) and losses (below 0) are, one number for each.
         tie_allowed (`bool`):
             Whether a tie could have been said.
         margin (`float`):
@@ -86,6 +94,7 @@ class Comparison:
     tie_allowed: bool = False
     margin: float = 0.0
     weight: float = 1.0
+    strengths: tuple[int, ...] = ()
 
     @property
     def people(self) -> float:
@@ -293,7 +302,8 @@ def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
     if not with_answers and row.keys().isdisjoint(_COLUMNS):
         return FORCED_CHOICE
     said = frozenset(name for name in _COLUMNS if not is_missing(row.get(name)))
-    wins, losses, ties = _counts(row, said)
+    strengths = _strengths(row, said)
+    wins, losses, ties = _counts(row, said) if strengths is None else _by_sign(strengths)
     # A margin has to be in every row, as in TRL; a weight need not.
     margin = _number(row, "margin", "0.0 for no margin") if "margin" in row else 0.0
     weight = _number(row, "weight", "1.0 for an ordinary row") if "weight" in said else 1.0
@@ -307,7 +317,10 @@ def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
     if with_answers:
         _check_ranking(row)
     if "ranks" not in said:
-        comparison = Comparison(0, 1, wins, losses, ties, "tie" in said, margin, weight)
+        # A strength of 0 is a tie, so a scale of strengths offers one.
+        allowed = "tie" in said or strengths is not None
+        graded = tuple(filter(None, strengths or ()))
+        comparison = Comparison(0, 1, wins, losses, ties, allowed, margin, weight, graded)
         return Feedback(comparisons=(comparison,), ratings=ratings if any(ratings) else (), said=said)
 
     _check_number("ranks", as_list(row["ranks"]))
@@ -316,7 +329,7 @@ def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
         if rank is None:
             wrong = f"{shown(as_list(row['ranks'])[position])} is not a rank"
             raise BadRow("ranks", wrong, "give finite numbers, 1 for the best")
-    of_pairs = [name for name in (*VOTES, "preference_probability", "tie", *RATINGS) if name in said]
+    of_pairs = [name for name in (*VOTES, "preference_probability", STRENGTH, "tie", *RATINGS) if name in said]
     if of_pairs:
         wrong = "speaks of a chosen and a rejected answer in a row of ranked ones"
         raise BadRow(of_pairs[0], wrong, "put pairs and rankings into different rows")
@@ -339,6 +352,33 @@ def _number(row: Row, column: str, example: str) -> float:
         wrong = f"{shown(row[column])} is not a finite number"
         raise BadRow(column, wrong, f"give every row a number ({example})")
     return float(number)
+
+
+def _strengths(row: Row, said: frozenset[str]) -> list[int] | None:
+    """How much better each person found the chosen side; None if the row does not say."""
+    if STRENGTH not in said:
+        return None
+    strengths = []
+    for value in as_ratings(row[STRENGTH]):
+        number = as_number(value)
+        if number is None or number != int(number) or abs(number) > MOST_LEVELS:
+            wrong = f"{shown(value)} is not a strength of preference"
+            fix = f"give a whole number from -{MOST_LEVELS} to {MOST_LEVELS}, or a list of them; 0 is a tie"
+            raise BadRow(STRENGTH, wrong, fix)
+        strengths.append(int(number))
+    if others := [name for name in (*VOTES, "preference_probability") if name in said]:
+        wrong = f"given together with {others[0]!r}, which says the same thing"
+        raise BadRow(STRENGTH, wrong, "remove one of the two from this row")
+    if "tie" in said and as_truth(row["tie"]) is not (0 in strengths):
+        wrong = f"{shown(row['tie'])} in a row of the strength {shown(row[STRENGTH])}"
+        raise BadRow("tie", wrong, "remove it: a strength of 0 is a tie")
+    return strengths
+
+
+def _by_sign(strengths: Sequence[int]) -> tuple[float, float, float]:
+    """Wins, losses and ties of the chosen side, by the strengths that people gave."""
+    won, lost = sum(strength > 0 for strength in strengths), sum(strength < 0 for strength in strengths)
+    return float(won), float(lost), float(len(strengths) - won - lost)
 
 
 def _counts(row: Row, said: frozenset[str]) -> tuple[float, float, float]:

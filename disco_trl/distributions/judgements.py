@@ -67,22 +67,24 @@ class Judgements:
 
         Args:
             batch (`dict[str, Any]`):
-                The batch. The entries `judgements` and `rating_counts` are removed from it, as models do not take
-                them.
+                The batch. The entries `judgements`, `rating_counts` and `strength_counts` are removed from it, as
+                models do not take them.
 
         Returns:
             [`Judgements`] or `None`: `None` if the dataset has none of the columns.
         """
-        table, rating_counts = batch.pop("judgements", None), batch.pop("rating_counts", None)
-        return None if table is None else cls.of_table(table, rating_counts)
+        table, *counts = (batch.pop(name, None) for name in ("judgements", "rating_counts", "strength_counts"))
+        return None if table is None else cls.of_table(table, *counts)
 
     @classmethod
-    def of_table(cls, table: Tensor, rating_counts: Tensor | None = None) -> Judgements:
-        """Makes judgements of a [`Judgements.table`], `(P, 6)`, and of ratings, `(2 * P, L)`."""
+    def of_table(
+        cls, table: Tensor, rating_counts: Tensor | None = None, strength_counts: Tensor | None = None
+    ) -> Judgements:
+        """Makes judgements of a [`Judgements.table`], `(P, 6)`, and of the counts of ratings and strengths."""
         wins, losses, ties, tie_allowed, margin, weight = table.unbind(dim=-1)
-        return cls(wins, losses, ties, tie_allowed, margin, weight, rating_counts)
+        return cls(wins, losses, ties, tie_allowed, margin, weight, rating_counts, strength_counts)
 
     @property
     def table(self) -> Tensor:
-        """All but the ratings as one tensor of shape `(P, 6)`, which processes and files can hold."""
+        """All but the ratings and strengths as one tensor of shape `(P, 6)`, which processes and files can hold."""
         return torch.stack([self.wins, self.losses, self.ties, self.tie_allowed, self.margin, self.weight], dim=-1)
