@@ -306,7 +306,8 @@ def to_tensors(
         `dict[str, torch.Tensor]`: `judgements`, of shape `(P, 6)`: wins, losses, ties, whether a tie was allowed,
         margin (in units of reward) and weight. With `rating_values` also `rating_counts`, of shape `(2 * P, L)`: how
         many people gave each rating to the first answers and then to the second ones. With `strength_levels` also
-        `strength_counts`, of shape `(P, 2 * strength_levels)`: how many wins are of each strength, and how many losses.
+        `strength_counts`, of shape `(P, 2 * strength_levels)`: how many wins are of each strength, and how many
+        losses.
 
     Raises:
         `ValueError`: If a rating is not among `rating_values`, or a strength beyond `strength_levels`.
