@@ -16,12 +16,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -169,6 +171,9 @@ class DiscoRewardModel(_Stock):
         errors, factor = [], None
         if output.likelihood is not None and "location_error" in output.likelihood:
             errors.append(overall(output.likelihood["location_error"]))
+        if self.scale_head.has_location_error:
+            location = overall(cast(Tensor, output.logits))
+            errors.append(self.scale_head.location_error.to(location).expand_as(location))
         if self._fitted_epistemic is not None:
             factor = self._fitted_epistemic(cast(Tensor, output.pooled_hidden_state))
             errors.append(factor.norm(dim=-1))
@@ -201,7 +206,8 @@ class DiscoRewardModel(_Stock):
     @property
     def has_location_error(self) -> bool:
         """Whether the rewards of this model have a `location_error`."""
-        return "location_error" in self.config.disco.get("likelihood", {}) or self._fitted_epistemic is not None
+        is_learned = "location_error" in self.config.disco.get("likelihood", {})
+        return is_learned or self.scale_head.has_location_error or self._fitted_epistemic is not None
 
     @property
     def _fitted_epistemic(self) -> EpistemicHead | None:
@@ -297,6 +303,31 @@ class DiscoRewardModel(_Stock):
             if not likelihood.get_parameter("thresholds").any():
                 counts = [ratings.get(value, 0) for value in likelihood.settings["rating_values"]]
                 likelihood.init_thresholds(counts, lambda levels: family.quantile(levels, shape))
+
+    def init_strengths(self, strengths: Mapping[int, int]) -> None:
+        """
+        Place the boundaries between strengths where equal rewards for all answers would give the training data's.
+
+        Boundaries that a checkpoint has learned are kept.
+
+        Args:
+            strengths (`Mapping[int, int]`):
+                How often a preference of each strength occurs, in either direction; 0 stands for a tie.
+        """
+        family, zero = self.family, torch.zeros((), dtype=torch.float64)
+        shape = family.shape_from_raw(zero.new_zeros(len(family.shape_names))) if family.shape_names else None
+        rewards = RewardDistribution(zero, zero + family.unit_scale, family, shape)
+        difference = rewards - rewards
+
+        def quantile(level: float) -> float:
+            above = math.log1p(-level)
+            return brentq(lambda x: difference.log_prob_exceeds(zero + x).item() - above, 0, 1e3 * family.unit_scale)
+
+        for _, head in self.named_reward_heads():
+            likelihood = cast(LikelihoodHead, head.likelihood)
+            if not likelihood.get_parameter("strength_boundaries").any():
+                levels = range(likelihood.settings["strength_levels"] + 1)
+                likelihood.init_strengths([strengths.get(level, 0) for level in levels], quantile)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Without this, transformers 5 leaves parameters that a checkpoint does not contain as uninitialized memory.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..data.judgements import MOST_RATING_VALUES
+from ..data.records import MOST_LEVELS
 from ..data.values import as_number, shown
 from ..distributions.reward_distribution import get_family
 
@@ -66,7 +67,9 @@ def _check_stored(stored: Any, where: str) -> None:
             and 2 <= len(ratings) <= MOST_RATING_VALUES
             and all(map(is_number, ratings))
             and ratings == sorted({*ratings})
-            and value.keys() <= {"location_error", "tie_width", "label_noise", "rating_values"}
+            and value.keys() <= {"location_error", "tie_width", "label_noise", "rating_values", "strength_levels"}
+            and value.get("strength_levels", 2) in range(2, MOST_LEVELS + 1)
+            and type(value.get("strength_levels", 2)) is int
             and value.get("location_error", True) is True
             and all(is_number(value.get(name, 0)) or value[name] == "learned" for name in ("tie_width", "label_noise"))
         )
@@ -98,7 +101,7 @@ def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) 
         stored (`dict`):
             Settings of the [`~disco_trl.models.heads.LikelihoodHead`] of the checkpoint.
         asked (`dict`):
-            Settings that training asks for. They take precedence, except for the rating values.
+            Settings that training asks for. They take precedence, except for the rating values and the strengths.
         where (`str`):
             Path of the checkpoint, for error messages.
 
@@ -106,7 +109,7 @@ def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) 
         `dict`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
 
     Raises:
-        `ValueError`: If `asked` has a rating value that the checkpoint does not know.
+        `ValueError`: If `asked` has a rating value or a strength that the checkpoint does not know.
     """
     merged = stored | asked
     known = stored.get("rating_values")
@@ -116,5 +119,13 @@ def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) 
             raise ValueError(
                 f"{where}: the data have the rating {strange[0]:g}, but the checkpoint knows only "
                 f"{', '.join(f'{value:g}' for value in known)}; convert the ratings to these"
+            )
+    levels, asked_levels = stored.get("strength_levels"), asked.get("strength_levels", 0)
+    if levels is not None:
+        merged["strength_levels"] = levels
+        if asked_levels > levels:
+            raise ValueError(
+                f"{where}: the data have preferences of the strength {asked_levels}, but the checkpoint knows only "
+                f"strengths up to {levels}; map preference_strength to these"
             )
     return merged

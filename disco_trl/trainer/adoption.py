@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +73,9 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
             f"rating_values has {len(settings['rating_values'])} different ratings, where 2 to {MOST_RATING_VALUES} "
             "can be told apart; round them"
         )
+    levels = max(found.strengths, default=0) if args.strength_levels is None else args.strength_levels
+    if levels > 1:  # preferences of one strength are votes
+        settings["strength_levels"] = levels
     several = found.has_several_ratings and "rating_values" in settings
     if args.location_error or (args.location_error is None and several):
         settings["location_error"] = True
@@ -131,8 +134,8 @@ class Adoption:
             Configuration of the trainer.
         likelihood (`dict[str, Any]`):
             What is learned of how people answer, the settings of a `disco_trl.models.heads.LikelihoodHead`.
-        ratings (`Mapping[float, int]`):
-            How often the training data hold each rating, for the thresholds to start from.
+        found ([`~disco_trl.data.judgements.Survey`]):
+            What the training data hold, for the thresholds and the boundaries between strengths to start from.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The user's PEFT configuration. It is copied, as the head has to be added to it.
 
@@ -148,12 +151,12 @@ class Adoption:
         self,
         args: DiscoRewardConfig,
         likelihood: dict[str, Any],
-        ratings: Mapping[float, int],
+        found: Survey,
         peft_config: PeftConfig | None,
     ):
         self.args = args
         self.likelihood = likelihood
-        self.ratings = ratings
+        self.found = found
         self.peft_config = copy.deepcopy(peft_config)
         self._model: DiscoRewardModel | None = None
         self._head_weights: dict[str, dict[str, torch.Tensor]] = {}
@@ -182,7 +185,9 @@ class Adoption:
         if self.args.epistemic:
             self.model.add_epistemic(MOST_DIRECTIONS)
         if "rating_values" in self.likelihood:
-            self.model.init_thresholds(self.ratings)
+            self.model.init_thresholds(self.found.ratings)
+        if "strength_levels" in self.likelihood:
+            self.model.init_strengths(self.found.strengths)
         if isinstance(self.peft_config, PeftConfig):  # TRL refuses any other type
             save_reward_head(self.peft_config, self.model)
         self._head_weights = {

@@ -116,6 +116,9 @@ class HeadFit(TrainerCallback):
             return "the head is sharded, and is needed whole; train with replicas (DDP, ZeRO-1 or ZeRO-2) if they fit"
         return None
 
+    def give_up(self) -> None:
+        """Change the head where nothing can be fitted, on each process. By default it is left as it was."""
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the outcome of an earlier run, such as that of another trial of a search."""
         self.changed, self.metrics = False, {}
@@ -127,6 +130,7 @@ class HeadFit(TrainerCallback):
             ((refusal, self.metrics),) = broadcast_object_list([self._try_to_fit(args, state)])
         if refusal is not None:
             logger.warning(f"{self.without}: {refusal}.")
+            self.give_up()
             return
         for tensor in self.head.tensors():
             broadcast(tensor)
