@@ -57,6 +57,8 @@ LARGEST_FACTOR = 100.0
 """Largest factor, and the inverse of the smallest. A head that is further off has not been trained."""
 SHARES = tuple(np.linspace(0, 0.95, 6).tolist())
 """Shares of the variance that may be the model's own error. Beyond the last the scale hardly acts."""
+LEAST_EVIDENCE = 8.0
+"""By how many nats predictions have to be better than a coin (4 standard errors of a single parameter)."""
 MOST_SIGNS = 4096
 """Number of latest preferences that the dials are fitted to."""
 
@@ -193,7 +195,7 @@ class Signs:
         best = min(found, key=lambda result: result.fun)
         return of(float(best.x)), float(self.losses_of(of(float(best.x))).sum())
 
-    def fit(self, is_constant: bool) -> Dials:
+    def fit(self, is_constant: bool) -> tuple[Dials, float]:
         """
         Fit the dials.
 
@@ -203,10 +205,10 @@ class Signs:
                 of the variance counts as the latter.
 
         Returns:
-            [`Dials`]: The factor, and the share of the model's own error.
+            `tuple[Dials, float]`: The factor, with the share of the model's own error, and their loss, in nats.
         """
         if is_constant:
-            return self.fit_factor(Dials())[0]
+            return self.fit_factor(Dials())
 
         def of(share: float) -> Dials:
             # The error of a location is a normal one, with a unit of its own.
@@ -214,7 +216,21 @@ class Signs:
 
         logs = np.array([-self.fit_factor(of(share))[1] for share in SHARES])
         posterior = np.exp(logs - logs.max())
-        return self.fit_factor(of(float(posterior @ SHARES / posterior.sum())))[0]
+        return self.fit_factor(of(float(posterior @ SHARES / posterior.sum())))
+
+    def check(self, dials: Dials, loss: float) -> None:
+        """Raise [`NothingToFit`] if the forecasts are worth nothing, or if no factor suits them."""
+        worth = (self.wins + self.losses).sum().item() * math.log(2) - loss
+        if not worth > LEAST_EVIDENCE:
+            raise NothingToFit(
+                f"{len(self)} predictions are hardly better than chance (by {max(worth, 0.0):.1f} nats), and say next "
+                "to nothing about the unit of reward; change learning_rate, or train on more pairs"
+            )
+        if dials.factor > 0.99 * LARGEST_FACTOR:
+            raise NothingToFit(
+                f"the factor of the rewards that fits best is {LARGEST_FACTOR:g} or more, as if every prediction were "
+                "right, or training had hardly begun; train on more pairs, or raise learning_rate"
+            )
 
 
 def _comparisons_of_ratings(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +259,8 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> dict
             predicts what people say about other answers better than a constant one, in nats.
 
     Raises:
-        [`NothingToFit`]: If there are too few predictions, in which case the head is left as it was.
+        [`NothingToFit`]: If there are too few predictions, or they are worth nothing, in which case the head is left
+            as it was.
     """
     if len(predictions) < LEAST_PAIRS:
         raise NothingToFit(
@@ -254,7 +271,10 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> dict
     signs = Signs(head, family, predictions.recent(), scale.log_scale[len(predictions) // 2 :])
     # An error that is learned takes the part of the second dial.
     has_one_dial = scale.weight is None or learned_error(head) > 0
-    dials = signs.fit(is_constant=has_one_dial) if len(signs) else Dials()
+    dials = Dials()
+    if len(signs):
+        dials, loss = signs.fit(is_constant=has_one_dial)
+        signs.check(dials, loss)
     weight = torch.zeros_like(head.scale.weight) if scale.weight is None else scale.weight[None].to(head.scale.weight)
     head.refit(predictions.scale_states.flatten(0, 1), predictions.location.flatten(), dials.factor, weight)
     head.scale.level.fill_(dials.scale_level)
@@ -351,7 +371,7 @@ class Calibration(HeadFit):
     Arguments are those of [`HeadFit`].
     """
 
-    without = "The rewards are not calibrated, and the scale is the same for every answer"
+    without = "The rewards are not calibrated"
 
     def why_not(self, args: Any, state: Any) -> str | None:
         reason = super().why_not(args, state)
@@ -366,8 +386,15 @@ class Calibration(HeadFit):
             logger.warning(f"The scale is the same for every answer: {why_constant(metrics)}.")
         return metrics
 
-    def give_up(self) -> None:
+    def give_up(self) -> str:
+        if self.head.scale.is_constant:
+            return ""
         self.head.scale.make_constant()
+        self.changed = True
+        return (
+            " The scale, which nothing supports then, is made the same for every answer. Checkpoints that were saved "
+            "during training have the one that was learned, and so has a model trained with calibrate=False."
+        )
 
 
 def why_constant(metrics: dict[str, float]) -> str:

@@ -169,7 +169,7 @@ class Posterior(HeadFit):
         pairs = memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
         hindsight = predictions.in_hindsight()
         fit_posterior(head, self.family, hindsight, pairs)
-        if self.calibration is None or not self.calibration.changed:
+        if self.calibration is None or not self.calibration.is_fitted:
             return {}
         # The unit as it is stands for all errors of the model, those of the posterior included. What is known of the
         # prior depends on the unit, so that the two are fitted in turn.

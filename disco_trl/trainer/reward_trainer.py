@@ -454,7 +454,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         # The last evaluation of each eval set
         evaluated = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
         metrics = {key: value for entry in evaluated for key, value in entry.items() if key != "epoch"}
-        factors = [factor for fit in self._head_fits for factor in fit.metrics.values()]
+        fitted = {name: value for fit in self._head_fits for name, value in fit.metrics.items()}
+        factors = [value for name, value in fitted.items() if name.startswith("calibration_factor")]
         return make_model_card(
             self.model,
             model_name=model_name,
