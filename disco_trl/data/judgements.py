@@ -78,7 +78,7 @@ class Survey:
         self.has_comparisons |= any(comparison.people for comparison in feedback.comparisons)
         for comparison in feedback.comparisons:
             self.strengths.update(map(abs, comparison.strengths))
-            if STRENGTH in feedback.said and comparison.ties:
+            if comparison.ties:
                 self.strengths[0] += int(comparison.ties)
         for ratings in feedback.ratings:
             self.has_several_ratings |= len(ratings) >= 2

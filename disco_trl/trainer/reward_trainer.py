@@ -356,8 +356,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         if self.args.center_rewards_coefficient is not None:
             center = torch.mean((chosen.location + rejected.location)[real] ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
-        penalty = width_penalty(outputs.likelihood or {}, self._family.unit_scale) if mode == "train" else None
-        if penalty is not None:
+        learned = {name: value[0] for name, value in (outputs.likelihood or {}).items()}
+        penalty = width_penalty(learned, self._family.unit_scale)
+        if mode == "train" and penalty is not None:
             # The loss is a mean over the pairs of a step, and the prior counts once in the whole run.
             loss = loss + penalty / (self._pairs_per_step * max(self.state.max_steps, 1))
         if mode == "train" and self._pairs_per_batch is not None:
