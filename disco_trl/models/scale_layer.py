@@ -279,8 +279,8 @@ def mean_over_paths(states: Tensor, is_read: Tensor) -> Tensor:
     """
     dtype = _precise(states)
     with torch.autocast(states.device.type, enabled=False):
-        weights = is_read.to(states.device, dtype) / is_read.sum(dim=1, keepdim=True).to(states.device, dtype)
-        return weights @ states[0].to(dtype)
+        is_read = is_read.to(states.device)
+        return is_read.to(dtype) @ states[0].to(dtype) / is_read.sum(dim=1, keepdim=True)
 
 
 def running_means(states: Tensor, attention_mask: Tensor | None) -> Tensor:

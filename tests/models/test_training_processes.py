@@ -70,8 +70,8 @@ def train(folder: Path, rows: Any = ROWS, **options: Any) -> Run:
     seen = []
     forward = DiscoHead.forward
 
-    def watch(self, hidden_states, full_output=False):
-        result = forward(self, hidden_states, full_output)
+    def watch(self, hidden_states, full_output=False, scale_states=None):
+        result = forward(self, hidden_states, full_output, scale_states)
         if full_output:
             tensors = (self.weight, self.scale.weight, hidden_states, result.location, result.scale)
             seen.append([str(tensor.dtype) for tensor in tensors])
