@@ -1,7 +1,7 @@
 """Export: a reward model of any kind as files that other tools load as they are.
 
-- `to="scalar"` writes the stock class with one label, the location. Any tool that loads a scalar reward model loads it,
-  strict ones too.
+- `to="scalar"` writes the stock class with one label, the location. Any tool that loads a scalar reward model, however
+  strict, loads it.
 - `to="two-logit"` writes the stock class with two labels, the location and the raw scale, for engines (vLLM, SGLang,
   ONNX Runtime) whose clients compute the scale with [`from_two_logits`].
 - `to="disco"` writes a disco checkpoint, which other tools load as a scalar reward model.
@@ -31,8 +31,7 @@ location, scale = logits[0], constants["unit_scale"] * exp(constants["max_log_sc
 ```
 
 Both logits read the pooled last hidden state. A scale that reads a middle layer (`scale_layer`) cannot be exported in
-this form. One that is the same for all answers can, whatever it reads: its logit is 0 everywhere, and the formula gives
-the constant.
+this form. One that is the same for all answers can: its logit is 0 everywhere, and the formula gives the constant.
 
 A learned location error (`score.likelihood`) is not included. Probabilities from a two-logit model use σ alone, and
 are overconfident by that much.
@@ -287,11 +286,11 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
         )
     if to == "two-logit" and scale.layer is not None and not scale.is_constant:
         raise ValueError(
-            f"{path}: its scale reads the mean hidden state of layer {scale.layer} (scale_layer), and the second of two "
-            "logits reads what the first one does, the last hidden state; use --to scalar or --to disco"
+            f"{path}: its scale reads the mean hidden state of layer {scale.layer} (scale_layer), and the second of "
+            "two logits reads what the first one does, the last hidden state; use --to scalar or --to disco"
         )
-    # A scale that training has left or made constant is an honest result. One that no training has seen is none: a file
-    # that promises a scale would mislead.
+    # A scale that training has left or made constant is an honest result. One that no training has seen is none, and a
+    # file that promises a scale would mislead.
     if to != "scalar" and scale.fixed_scale is None and scale.is_constant and not scale.rows_seen:
         raise ValueError(
             f"{path}: its scale is the same for all answers, because its weight is zero and no answers have trained "

@@ -441,8 +441,8 @@ class DiscoHead(nn.Linear):
             if scale_states is None:
                 if self.scale.layer is not None:
                     raise ValueError(
-                        f"the scale reads layer {self.scale.layer} (scale_layer), so that its head needs scale_states, "
-                        "which disco_trl.models.scale_layer computes"
+                        f"the scale reads layer {self.scale.layer} (scale_layer), so that its head needs "
+                        "scale_states, which disco_trl.models.scale_layer computes"
                     )
                 scale_states = hidden_states
             if self.scale.reads_detached:

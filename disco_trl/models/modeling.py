@@ -381,7 +381,7 @@ class DiscoRewardModel(_Stock):
 def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
     """Make the `forward` of a disco class. `nodes` and `read_at` come from `disco_trl.data.forest.pack`."""
 
-    signature = inspect.signature(stock.forward)
+    positional = [*inspect.signature(stock.forward).parameters][1:]
 
     @functools.wraps(stock.forward)
     def forward(
@@ -393,8 +393,8 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         read_at: Tensor | None = None,
         **kwargs: Any,
     ) -> RewardModelOutput | tuple[Tensor, ...]:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        tokens, embeddings, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        given: dict[str, Any] = {**dict(zip(positional, args, strict=False)), **kwargs}
+        tokens, embeddings, mask = map(given.get, ("input_ids", "inputs_embeds", "attention_mask"))
         last = None  # where the reward of each row is read, if it is at one of its tokens
         with reading() as states:
             if nodes is not None:
@@ -404,8 +404,8 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
                 output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
                 pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]
             elif embeddings is not None and mask is not None and self.head_name == "score":
-                # Adapters that learn a prompt pass embeddings, in which the stock pooling of a decoder does not see the
-                # padding: it reads the last position, and the reward of a text would depend on the others in its batch.
+                # Adapters that learn a prompt pass embeddings, in which the stock pooling of a decoder does not see
+                # the padding: it reads the last position, and the reward of a text would depend on its batch.
                 output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
                 hidden_states = output.last_hidden_state
                 last = last_places(mask.ne(0)).to(hidden_states.device)

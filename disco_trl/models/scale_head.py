@@ -74,8 +74,8 @@ class ScaleHead(nn.Module):
             Layer whose mean hidden state the scale reads (see `disco_trl.models.scale_layer`). `None` for the pooled
             last hidden state, which the location reads.
         reads_detached (`bool`):
-            Whether no gradient of the scale goes on to the hidden states, so that it trains the weight alone. A trainer
-            sets it; it is not saved.
+            Whether the gradient of the scale ends at the weight, and does not go on to the hidden states. It is for a
+            trainer to set, and is not saved.
     """
 
     # Not an `nn.Linear`: quantizers and `target_modules="all-linear"` would take it for a layer of the backbone.

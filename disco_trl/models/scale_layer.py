@@ -5,9 +5,9 @@ them: what layer k returns, and for the last k what the backbone returns, after 
 the tokens of a text. Middle layers say more about how much people disagree than the last token of the last layer does
 (see `docs/method.md`); the location is read as ever.
 
-A text is the same text in a padded batch, in a forest (`disco_trl.data.forest`) and token by token in PPO. In a decoder
-its tokens are those that are attended to, up to and including the one at which the reward is read. In an encoder they
-are all that are attended to.
+The mean of a text is the same in a padded batch, in a forest (`disco_trl.data.forest`) and token by token in PPO. In a
+decoder it is over the tokens that are attended to, up to and including the one at which the reward is read. In an
+encoder it is over all that are attended to.
 
 The states are the *input* of the layer that follows, and not the output of layer k. The two are the same tensor, but
 with reentrant gradient checkpointing an output that is seen within the layer has no gradient.
@@ -31,9 +31,9 @@ from torch.utils.hooks import RemovableHandle
 # because registering one is not safe where several threads call a model.
 _READING: ContextVar[list[Tensor] | None] = ContextVar("disco_trl_scale_layer", default=None)
 
-# Architectures in which `hidden_states[k]` is not what a module gets with shape (batch, tokens, hidden size): XLNet has
-# the tokens before the rows, Funnel pools them, ALBERT calls the same layers again and again, and XLM and Flaubert have
-# no modules that are layers.
+# Architectures in which `hidden_states[k]` is not what a module gets with shape (batch, tokens, hidden size): XLNet
+# has the tokens before the rows, Funnel pools them, ALBERT calls the same layers again and again, and XLM and Flaubert
+# have no modules that are layers.
 LAYERS_OF_THEIR_OWN = ("albert", "flaubert", "funnel", "xlm", "xlnet")
 
 
@@ -83,7 +83,7 @@ def layers_of(model: Any) -> nn.ModuleList:
     if model.config.is_encoder_decoder:
         reason = "it has the layers of an encoder and those of a decoder"
     elif config.model_type in LAYERS_OF_THEIR_OWN or len(found) != 1:
-        reason = f"its backbone has no single list of {count} layers, each of which is called once with all hidden states"
+        reason = f"its backbone has no single list of {count} layers, each called once with the states of all tokens"
     elif size != model.reward_head.in_features:
         reason = f"its layers have hidden size {size}, and its reward head reads {model.reward_head.in_features}"
     else:
@@ -179,8 +179,8 @@ def latest(kept: list[Tensor], model: Any, shape: torch.Size) -> Tensor:
     if not kept or kept[0].shape != expected:
         found = f"were of shape {tuple(kept[0].shape)}" if kept else "did not come by"
         raise ValueError(
-            f"{_name_of(model)}: the hidden states after layer {model.scale_layer}, which the scale reads (scale_layer),"
-            f" {found}, where {expected} was expected; {type(model).__name__} cannot have a scale_layer"
+            f"{_name_of(model)}: the hidden states after layer {model.scale_layer}, which the scale reads "
+            f"(scale_layer), {found}, where {expected} was expected; {type(model).__name__} cannot have a scale_layer"
         )
     return kept[0]
 

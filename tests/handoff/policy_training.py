@@ -134,12 +134,9 @@ def by_hand(
     stock = load_stock(directory)
     outputs = [stock(torch.tensor([ids]), output_hidden_states=True) for ids in sequences]
     location = torch.cat([output.logits[:, 0] for output in outputs])
-    hidden_states = torch.stack(
-        [
-            output.hidden_states[-1][0, -1] if scale_layer is None else output.hidden_states[scale_layer][0].mean(dim=0)
-            for output in outputs
-        ]
-    )
+    hidden_states = torch.stack([output.hidden_states[-1][0, -1] for output in outputs])
+    if scale_layer is not None:
+        hidden_states = torch.stack([output.hidden_states[scale_layer][0].mean(dim=0) for output in outputs])
 
     (weights,) = Path(directory).glob("*model.safetensors")
     state = load_file(weights)

@@ -302,7 +302,7 @@ def test_a_scale_of_a_middle_layer(architecture, with_layer, tmp_path):
     report = export(source, tmp_path / "disco", to="disco")
     assert report.constant_scale is None
     torch.testing.assert_close(expected(tmp_path / "disco").scale, reward.scale, rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match=r"its scale reads the mean hidden state of layer 1 .*--to scalar or --to disco"):
+    with pytest.raises(ValueError, match=r"its scale reads the mean hidden state of layer 1 .*--to disco"):
         export(source, tmp_path / "two", to="two-logit")
 
 

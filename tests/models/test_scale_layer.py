@@ -1,4 +1,4 @@
-"""What the scale reads in a model with a `scale_layer`: hidden states as transformers counts them, averaged over a text.
+"""What the scale reads with a `scale_layer`: hidden states as transformers counts them, averaged over a text.
 
 The layer is compared with `output_hidden_states=True`, and means with a loop over rows. Stock loading is in contract
 C1, PPO itself in `handoff/test_ppo.py`.
@@ -13,7 +13,19 @@ import torch
 import transformers
 from forests import padded, pairs, prefixes_by_place, random_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny_models import ARCHITECTURES, DECODERS, EOS, PAD, VOCAB, batch, head_of, load, lora, randomize_heads, tiny_config
+from tiny_models import (
+    ARCHITECTURES,
+    DECODERS,
+    EOS,
+    PAD,
+    VOCAB,
+    batch,
+    head_of,
+    load,
+    lora,
+    randomize_heads,
+    tiny_config,
+)
 from tiny_training import disco_trainer, furthest, preferences, weights
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
