@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
@@ -103,7 +102,7 @@ class DiscoRewardModel(_Stock):
     unquantized_modules: tuple[str, ...]
     has_summary: bool
     newly_initialized: tuple[str, ...] = ()
-    _scale_layer_hooks: Sequence[RemovableHandle] = ()
+    _scale_layer_hooks: Sequence[Any] = ()  # handles of hooks
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -275,7 +274,7 @@ class DiscoRewardModel(_Stock):
             if "epistemic" in settings:
                 head.add_epistemic(settings["epistemic"])
         self.config.disco = settings
-        self._read_scale_layer()
+        self._apply_scale_layer()
         ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
         stock = [key for key in ignored if key not in OWN_OUTPUTS]
         self.config.keys_to_ignore_at_inference = [*stock, *OWN_OUTPUTS]
@@ -319,16 +318,16 @@ class DiscoRewardModel(_Stock):
         if layer is not None:
             self.config.disco["scale_layer"] = layer
         try:
-            self._read_scale_layer()
+            self._apply_scale_layer()
         except ValueError:
             self.config.disco = before
-            self._read_scale_layer()
+            self._apply_scale_layer()
             raise
         for head in heads:  # a constant scale may have seen rows, of which the moments are those of other states
             for moments in head.scale.buffers():
                 moments.zero_()
 
-    def _read_scale_layer(self) -> None:
+    def _apply_scale_layer(self) -> None:
         for hook in self._scale_layer_hooks:
             hook.remove()
         self._scale_layer_hooks = () if self.scale_layer is None else hook_layer(self, self.scale_layer)
@@ -394,7 +393,8 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         **kwargs: Any,
     ) -> RewardModelOutput | tuple[Tensor, ...]:
         given: dict[str, Any] = {**dict(zip(positional, args, strict=False)), **kwargs}
-        tokens, embeddings, mask = map(given.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        tokens, embeddings, mask = (cast(Any, given.get(name)) for name in names)
         last = None  # where the reward of each row is read, if it is at one of its tokens
         with reading() as states:
             if nodes is not None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 # Where the hook on a layer puts the states: a list while a forward pass of this thread wants them, and `None`
@@ -94,7 +93,7 @@ def layers_of(model: Any) -> nn.ModuleList:
     )
 
 
-def hook_layer(model: Any, layer: int) -> list[RemovableHandle]:
+def hook_layer(model: Any, layer: int) -> list[Any]:
     """
     Have a model show its hidden states after a layer to [`reading`], and its backbone hand them on to [`states_of`].
 
@@ -105,7 +104,7 @@ def hook_layer(model: Any, layer: int) -> list[RemovableHandle]:
             Number of the layer, from 1.
 
     Returns:
-        `list[torch.utils.hooks.RemovableHandle]`: Handles that undo it.
+        `list`: Handles of the hooks, whose `remove` undoes it.
 
     Raises:
         `ValueError`: If the model has no such layer; see [`layers_of`].
