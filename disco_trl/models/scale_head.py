@@ -31,7 +31,7 @@ def bounded_log(value: Tensor) -> Tensor:
 
 class ScaleHead(nn.Module):
     """
-    Scale of a reward as a function of its hidden state h.
+    Scale of a reward as a function of a hidden state h of its answer.
 
     ```text
     raw = weight · (h - mean_hidden)
@@ -68,7 +68,7 @@ class ScaleHead(nn.Module):
         weight (`torch.nn.Parameter` of shape `(1, H)`):
             Weight of the raw scale.
         mean_hidden, var_hidden (`torch.Tensor` of shape `(H,)`):
-            Running moments of the pooled hidden states of the training rows.
+            Running moments of the hidden states that it has read of the training rows.
         mean_traits, var_traits (`torch.Tensor` of shape `(3,)`):
             Running moments of the traits of the training rows.
         rows_seen (`torch.Tensor` of shape `()`):
@@ -78,6 +78,12 @@ class ScaleHead(nn.Module):
         location_error (`torch.Tensor` of shape `()`):
             Standard deviation of the model's own error, which every location has, in reward units. 0 until the head is
             calibrated.
+        layer (`int`, *optional*):
+            Layer whose mean hidden state the scale reads (see `disco_trl.models.scale_layer`). `None` for the pooled
+            last hidden state, which the location reads.
+        reads_detached (`bool`):
+            Whether the gradient of the scale ends at the weight, and does not go on to the hidden states. It is for a
+            trainer to set, and is not saved.
     """
 
     # Not an `nn.Linear`: quantizers and `target_modules="all-linear"` would take it for a layer of the backbone.
@@ -89,6 +95,8 @@ class ScaleHead(nn.Module):
     rows_seen: Tensor
     level: Tensor
     location_error: Tensor
+    layer: int | None = None
+    reads_detached: bool = False
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
         super().__init__()
@@ -108,13 +116,28 @@ class ScaleHead(nn.Module):
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             init.ones_(tensor) if name == "level" else init.zeros_(tensor)
 
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Forget the training rows, and what calibration has found."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_(1 if name == "level" else 0)
+
+    @property
+    def is_constant(self) -> bool:
+        """
+        Whether every answer has the same scale: the fixed one, or the unit, because the weight is zero.
+
+        The weight has to be whole, and not in shards.
+        """
+        return self.fixed_scale is not None or not bool(self.weight.any())
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """
         Compute scales.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., H)`):
-                Pooled hidden states, or those of every token.
+                What the scale reads of each answer, or at each token.
 
         Returns:
             `torch.Tensor` of shape `(..., 1)`: Scales, positive, in reward units.
@@ -127,11 +150,6 @@ class ScaleHead(nn.Module):
         weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
         raw = F.linear(hidden_states - self.mean_hidden.to(dtype), weight.to(dtype))
         return self.unit_scale * self.level.to(dtype) * bounded_exp(raw)
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether all answers have the same scale."""
-        return self.fixed_scale is not None or not bool(self.weight.any())
 
     @property
     def has_location_error(self) -> bool:
@@ -153,7 +171,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, H)`):
-                Pooled hidden states.
+                What the scale reads of each row.
             location (`torch.Tensor` of shape `(B, 1)`):
                 Locations, in reward units.
             scale (`torch.Tensor` of shape `(B, 1)`):
@@ -185,7 +203,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, H)`):
-                Pooled hidden states of the rows of this process.
+                What the scale has read of the rows of this process.
             location (`torch.Tensor` of shape `(B, 1)`):
                 Their locations, in reward units.
             gather (`Callable`, *optional*, defaults to the identity):
@@ -225,7 +243,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Pooled hidden states of training rows, the oldest first. They weigh as in [`ScaleHead.track`].
+                What the scale reads of training rows, the oldest first. They weigh as in [`ScaleHead.track`].
             location (`torch.Tensor` of shape `(N, 1)`):
                 Their locations, in reward units, by the head as it is now.
         """

@@ -27,6 +27,7 @@ from ..models.adapters import save_reward_head
 from ..models.heads import label_noise_from_raw
 from ..models.lending import lend
 from ..models.modeling import DiscoRewardModel
+from ..models.scale_layer import default_scale_layer
 from ..models.upgrade import upgrade
 from .epistemic import MOST_DIRECTIONS
 from .reward_config import DiscoRewardConfig
@@ -182,6 +183,7 @@ class Adoption:
             `ValueError`: If the model cannot carry a reward distribution, or its checkpoint contradicts `args`.
         """
         self._model = upgrade(model, self.args.reward_family, self.args.fixed_scale, self.likelihood)
+        self._choose_what_the_scale_reads()
         if self.args.epistemic:
             self.model.add_epistemic(MOST_DIRECTIONS)
         if "rating_values" in self.likelihood:
@@ -194,6 +196,26 @@ class Adoption:
             name: {key: value.clone() for key, value in head.state_dict().items()}
             for name, head in self.model.named_reward_heads()
         }
+
+    def _choose_what_the_scale_reads(self) -> None:
+        """Set the layer that the scale reads, as the user says, or by default in a model that is new to training."""
+        scale, layer = self.model.scale_head, self.args.scale_layer
+        for _, head in self.model.named_reward_heads():
+            head.scale.reads_detached = self.args.scale_training == "split"
+        if layer is not None:
+            self.model.set_scale_layer(layer or None)
+        elif scale.fixed_scale is None and self.model.scale_layer is None and not scale.rows_seen:
+            default = default_scale_layer(self.model.config)
+            try:
+                self.model.set_scale_layer(default)
+                reason = None if default else "it has no layers that each see all tokens once"
+            except ValueError as error:
+                reason = str(error)
+            if reason is not None:
+                logger.warning(
+                    f"The scale of this {type(self.model).__name__} reads the last hidden state, and no middle layer, "
+                    f"which as a rule says more about disagreement: {reason}"
+                )
 
     def load(self, path: str, **kwargs: Any) -> Any:
         """

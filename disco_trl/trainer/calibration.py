@@ -34,6 +34,7 @@ import torch
 from accelerate.logging import get_logger
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
 from ..distributions.families import Normal
@@ -387,9 +388,11 @@ class Calibration(HeadFit):
         return metrics
 
     def give_up(self) -> str:
-        if self.head.scale.is_constant:
+        scale = self.head.scale
+        is_whole = not isinstance(scale.weight, DTensor) and not hasattr(scale.weight, "ds_id")
+        if is_whole and scale.is_constant:
             return ""
-        self.head.scale.make_constant()
+        scale.make_constant()
         self.changed = True
         return (
             " The scale, which nothing supports then, is made the same for every answer. Checkpoints that were saved "

@@ -44,6 +44,10 @@ class DiscoRewardConfig(RewardConfig):
             Scale of every reward, in reward units, in place of a learned one. `reward_family="logistic"` with
             `fixed_scale=2**-0.5` is Bradley–Terry, the loss of TRL. If `None`, a disco checkpoint keeps its own
             setting, and any other model learns a scale for each answer.
+        scale_layer (`int`, *optional*):
+            Layer whose mean hidden state over the tokens of a text the scale reads, from 1; 0 stands for the last
+            hidden state of the last token, which the location reads. If `None`, a disco checkpoint keeps its own
+            setting, and any other model reads the layer at two thirds of its depth.
 
         > Parameters that control the likelihood
 
@@ -128,6 +132,14 @@ class DiscoRewardConfig(RewardConfig):
             "help": "Scale of every reward, in reward units, in place of a learned one. `reward_family='logistic'` "
             "with `fixed_scale=0.7071067811865476` is Bradley-Terry, the loss of TRL. If `None`, a disco checkpoint "
             "keeps its own setting, and any other model learns a scale for each answer."
+        },
+    )
+    scale_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layer whose mean hidden state over the tokens of a text the scale reads, from 1; 0 stands for the "
+            "last hidden state of the last token. If `None`, a disco checkpoint keeps its own setting, and any other "
+            "model reads the layer at two thirds of its depth."
         },
     )
     location_error: bool | None = field(
