@@ -35,7 +35,7 @@ class ScaleHead(nn.Module):
 
     ```text
     raw = weight · (h - mean_hidden)
-    σ   = unit_scale · level · exp(L · tanh(raw / L)),    L = MAX_LOG_SCALE
+    σ   = unit_scale · exp(log_level + L · tanh(raw / L)),    L = MAX_LOG_SCALE
     ```
 
     Near the unit, log(σ / unit_scale) = raw. The weight starts at zero, so a new model gives every answer the scale
@@ -48,8 +48,8 @@ class ScaleHead(nn.Module):
     one logit. No penalty acts on the scale of a single row, and the result depends neither on the batch size nor on
     the number of processes.
 
-    `level` is 1 while the head is trained. Calibration lowers it where some of the variance of a reward is the model's
-    own error, see `disco_trl.trainer.calibration`.
+    `log_level` is 0 while the head is trained. Calibration lowers it where some of the variance of a reward is the
+    model's own error, see `disco_trl.trainer.calibration`.
 
     The other buffers describe the training rows, so that a warning can be given when a policy's answers look different
     from them (see [`ScaleHead.traits`]).
@@ -73,8 +73,8 @@ class ScaleHead(nn.Module):
             Running moments of the traits of the training rows.
         rows_seen (`torch.Tensor` of shape `()`):
             Number of rows that the moments were computed from.
-        level (`torch.Tensor` of shape `()`):
-            Factor of all scales.
+        log_level (`torch.Tensor` of shape `()`):
+            Log of a factor of all scales.
         location_error (`torch.Tensor` of shape `()`):
             Standard deviation of the model's own error, which every location has, in reward units. 0 until the head is
             calibrated.
@@ -93,7 +93,7 @@ class ScaleHead(nn.Module):
     mean_traits: Tensor
     var_traits: Tensor
     rows_seen: Tensor
-    level: Tensor
+    log_level: Tensor
     location_error: Tensor
     layer: int | None = None
     reads_detached: bool = False
@@ -107,20 +107,19 @@ class ScaleHead(nn.Module):
             self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
             for name, size in shapes.items():
                 self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
-            for name in ("rows_seen", "location_error"):
+            for name in ("rows_seen", "log_level", "location_error"):
                 self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device))
-            self.register_buffer("level", torch.ones((), dtype=torch.float32, device=device))
 
     def init_weights(self) -> None:
         """Set to zero what a checkpoint did not load. (`transformers.initialization` skips what it did.)"""
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            init.ones_(tensor) if name == "level" else init.zeros_(tensor)
+        for tensor in (*self.parameters(), *self.buffers()):
+            init.zeros_(tensor)
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
         """Forget the training rows, and what calibration has found."""
-        for name, buffer in self.named_buffers():
-            buffer.fill_(1 if name == "level" else 0)
+        for buffer in self.buffers():
+            buffer.zero_()
 
     @property
     def is_constant(self) -> bool:
@@ -149,7 +148,7 @@ class ScaleHead(nn.Module):
         # then the weight is still sharded.
         weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
         raw = F.linear(hidden_states - self.mean_hidden.to(dtype), weight.to(dtype))
-        return self.unit_scale * self.level.to(dtype) * bounded_exp(raw)
+        return self.unit_scale * self.log_level.exp().to(dtype) * bounded_exp(raw)
 
     @property
     def has_location_error(self) -> bool:
@@ -184,7 +183,7 @@ class ScaleHead(nn.Module):
         """
         deviation = hidden_states.float() - self.mean_hidden
         distance = (deviation.square() / self.var_hidden.clamp_min(1e-12)).mean(dim=-1, keepdim=True)
-        log_scale = (scale / (self.unit_scale * self.level)).log()
+        log_scale = (scale / self.unit_scale).log() - self.log_level
         return torch.cat([location, log_scale, distance.clamp_min(1e-12).log()], dim=-1).float()
 
     @torch.no_grad()

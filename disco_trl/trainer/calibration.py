@@ -278,7 +278,7 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> dict
         signs.check(dials, loss)
     weight = torch.zeros_like(head.scale.weight) if scale.weight is None else scale.weight[None].to(head.scale.weight)
     head.refit(predictions.scale_states.flatten(0, 1), predictions.location.flatten(), dials.factor, weight)
-    head.scale.level.fill_(dials.scale_level)
+    head.scale.log_level.fill_(math.log(dials.scale_level))
     head.scale.location_error.fill_(dials.location_error)
     evidence = Evidence(head, family, predictions.recent(), torch.ones_like(head.scale.mean_hidden).cpu().double())
     evidence.settle(head, weight[0].cpu().double(), dials.factor, dials.scale_level, dials.location_error)
@@ -313,9 +313,9 @@ def recalibrate_unit(head: DiscoHead, family: Family, predictions: Predictions) 
     errors = head.epistemic(predictions.hidden_states.to(head.weight.device)).cpu().double()  # [P, 2, H]
     with torch.no_grad():
         scale = head.scale(predictions.scale_states.to(head.weight.device))[..., 0].cpu().double()
-    log_scale = bounded_log(scale / (head.scale.unit_scale * head.scale.level.item()))
+    log_scale = bounded_log(scale / (head.scale.unit_scale * head.scale.log_level.exp().item()))
     signs = Signs(head, family, predictions, log_scale, errors)
-    dials = Dials(1.0, head.scale.level.item(), head.scale.location_error.item())
+    dials = Dials(1.0, head.scale.log_level.exp().item(), head.scale.location_error.item())
     factor = signs.fit_factor(dials)[0].factor if len(signs) else 1.0
     head.refit(predictions.scale_states.flatten(0, 1), predictions.location.flatten(), factor)
     return factor

@@ -137,7 +137,7 @@ class DiscoRewardConfig(RewardConfig):
     scale_layer: int | None = field(
         default=None,
         metadata={
-            "help": "Layer whose mean hidden state over the tokens of a text the scale reads, from 1; 0 stands for the "
+            "help": "Layer whose mean hidden state over the tokens of a text the scale reads, from 1; 0 is for the "
             "last hidden state of the last token. If `None`, a disco checkpoint keeps its own setting, and any other "
             "model reads the layer at two thirds of its depth."
         },
