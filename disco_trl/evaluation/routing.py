@@ -79,7 +79,7 @@ def judge_of_people(held_out: HeldOut) -> np.ndarray:
             Held-out data.
 
     Returns:
-        `np.ndarray` of shape `(N,)`: 1 where the judge prefers the first answer, 0 for the second, and 0.5 if undecided.
+        `np.ndarray` of shape `(N,)`: 1 where the judge prefers the first answer, 0 where the second, 0.5 if undecided.
     """
     answer = np.sign(held_out.target - 0.5)
     ratings = held_out.ratings()
@@ -105,8 +105,7 @@ def judge_of_rewards(rewards: RewardDistribution, held_out: HeldOut) -> np.ndarr
             Held-out data.
 
     Returns:
-        `np.ndarray` of shape `(N,)`: 1 where it prefers the first answer, 0 for the second, and 0.5 if both rewards are
-            equal.
+        `np.ndarray` of shape `(N,)`: 1 where it prefers the first answer, 0 where the second, 0.5 for equal rewards.
     """
     return 0.5 + np.sign(held_out.forecasts(rewards).margin) / 2
 
