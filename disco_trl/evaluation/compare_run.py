@@ -280,7 +280,8 @@ def train_and_evaluate(
         "minutes": minutes,
         "peak_gib": peak / 2**30,
         "history": [[entry["epoch"], float(entry.get("nll", entry["loss"]))] for entry in logs],
-        **as_json(evaluate(rewards, held_out, DRAWS)),
+        # A member is evaluated as a part of its ensemble only.
+        **(as_json(evaluate(rewards, held_out, DRAWS)) if run.member is None else {}),
     }
 
 
