@@ -361,12 +361,12 @@ def routing(args: argparse.Namespace) -> str:
                 of_rules = doubts(result.rewards[data.first], result.rewards[data.second])
                 runs.append((data.forecasts(result.rewards), {rule: of_rules[rule] for rule in rules}))
             figures = routing_figures(runs, judge)
-            for place, rule in enumerate(rules):
+            for rule in rules:
                 curves = [routing_curve(forecasts, judge, of_rules[rule]) for forecasts, of_rules in runs]
                 curve = np.mean([np.interp(grid, *points) for points in curves], axis=0)
-                color = f"C{list(SENT_BY).index(rule)}"
-                style = ("-", "--", "-.", ":", "-")[place]
-                axis.plot(grid, curve, label=SENT_BY[rule], color=color, linestyle=style, linewidth=1.2)
+                place = list(SENT_BY).index(rule)
+                style = {"color": f"C{place}", "linestyle": ("-", "--", "-.", ":", (0, (1, 3)))[place]}
+                axis.plot(grid, curve, label=SENT_BY[rule], linewidth=1.2, **style)
                 areas = [area_under_routing(forecasts, judge, of_rules[rule]) for forecasts, of_rules in runs]
                 _, gain = figures[rule]
                 cells = [f"{np.interp(share, grid, curve):.3f}" for share in SHARES]
@@ -374,7 +374,8 @@ def routing(args: argparse.Namespace) -> str:
                 cells.append("" if rule == "margin" else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})")
                 of_rule = SENT_BY[rule].replace("|", "&#124;")
                 lines.append(f"| {votes} | {TITLES[variant]} | {of_rule} | " + " | ".join(cells) + " |")
-            axis.set(title=f"{TITLES[variant]}, {votes} votes", xlabel="share of pairs sent to the judge")
+            axis.set_title(f"{TITLES[variant]}, {votes} votes", fontsize="medium")
+            axis.set_xlabel("share of pairs sent to the judge")
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("accuracy")
     axes[0, -1].legend(frameon=False, loc="lower right")
