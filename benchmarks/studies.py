@@ -2,7 +2,7 @@
 
 Run as:
 
-    python -m benchmarks.studies supervision movies efficiency noise context best-of-n --output runs/studies
+    python -m benchmarks.studies supervision movies efficiency noise context best-of-n routing --output runs/studies
 
 - `supervision`: 30,000 single votes, ten votes on each of 9,600 pairs, or ten ratings of each text of as many pairs.
 - `movies`: 9,600 single votes on sentences of film reviews instead of tweets.
@@ -10,6 +10,9 @@ Run as:
 - `noise`: up to 40 % of 1,000 training votes reversed, with the share of wrong votes learned or not.
 - `context`: half of each text's ratings reversed, as if by people who want the opposite.
 - `best-of-n`: the best of N held-out texts by each rule, with models trained on few votes, judged by the ratings.
+- `routing`: accuracy of the same models if the pairs that they doubt most are decided by the majority of the raters.
+
+The last two have Bradley–Terry with the same posterior and an ensemble of it as controls.
 
 Each study runs `disco-trl compare`. Held-out texts and votes are the same in all. Bradley–Terry is trained by our
 trainer, in the same batches. Finished runs are not repeated. The studies end with tables, and a chart for each.
@@ -26,6 +29,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 from transformers import AutoTokenizer
 
 from disco_trl.cli.main import main as disco_trl
@@ -35,13 +39,27 @@ from disco_trl.distributions.transforms import get_transform
 from disco_trl.evaluation import compare
 from disco_trl.evaluation.compare import Result, Variant
 from disco_trl.evaluation.held_out import HeldOut
+from disco_trl.evaluation.routing import area_under_routing, doubts, judge_of_people, routing_curve, routing_figures
 
 from . import human_ratings
 
 
 BRADLEY_TERRY, NORMAL, NOISE_LEARNED = "bradley-terry", "normal", "normal:label_noise=null"
-TITLES = {BRADLEY_TERRY: "Bradley–Terry", NORMAL: "disco, normal", NOISE_LEARNED: "disco, noise learned"}
-COLORS = {BRADLEY_TERRY: "#c4571b", NORMAL: "#2463b4", NOISE_LEARNED: "#2e8049"}
+EPISTEMIC, ENSEMBLE = "bradley-terry-epistemic", "bradley-terry-ensemble"
+TITLES = {
+    BRADLEY_TERRY: "Bradley–Terry",
+    EPISTEMIC: "Bradley–Terry, posterior",
+    ENSEMBLE: "Bradley–Terry, ensemble of 4",
+    NORMAL: "disco, normal",
+    NOISE_LEARNED: "disco, noise learned",
+}
+COLORS = {
+    BRADLEY_TERRY: "#c4571b",
+    EPISTEMIC: "#8746a6",
+    ENSEMBLE: "#5f6b1f",
+    NORMAL: "#2463b4",
+    NOISE_LEARNED: "#2e8049",
+}
 SETTINGS = [
     *("per_device_train_batch_size=16", "num_train_epochs=1", "learning_rate=4e-4", "lr_scheduler_type=cosine"),
     *("warmup_steps=0.1", "gradient_checkpointing=false", "train_sampling_strategy=sequential", "epistemic=true"),
@@ -117,22 +135,28 @@ FIGURES = {
 }
 
 
-def run(world: World, variants: Sequence[str], args: argparse.Namespace) -> dict[str, list[Result]]:
-    """Draws the votes, trains what is not trained yet, and loads it: for each variant a result for each seed."""
-    folder = args.output / world.name
-    for seed in args.seeds:
+SEEDS = (0, 1, 2)
+
+
+def run(
+    world: World, variants: Sequence[str], args: argparse.Namespace, seeds: Sequence[int] = SEEDS
+) -> dict[str, list[Result]]:
+    """Draws the votes, trains what is not trained yet, and loads it: for each variant a result for each seed, of those
+    of the command line or of the study.
+    """
+    folder, seeds = args.output / world.name, args.seeds or seeds
+    for seed in seeds:
         data = folder / f"data-{seed}"
         if not (data / "test.jsonl").exists():
             human_ratings.main(
                 [*world.arguments(), "--block", "8", "16", "--seed", str(seed + 1), "--output", str(data)]
             )
     command = ["compare", args.model, str(folder / "data-{seed}"), str(folder), "--dtype", args.dtype]
-    command += ["--variants", *variants, "--seeds", *map(str, args.seeds), "--bradley_terry", "disco"]
+    command += ["--variants", *variants, "--seeds", *map(str, seeds), "--bradley_terry", "disco"]
     disco_trl([*command, "--set", *SETTINGS, f"bf16={args.dtype == 'bfloat16'}"])
     return {
         name: [
-            Result.load(Variant.parse(name), seed, folder / f"{Variant.parse(name).folder}-{seed}")
-            for seed in args.seeds
+            Result.load(Variant.parse(name), seed, folder / f"{Variant.parse(name).folder}-{seed}") for seed in seeds
         ]
         for name in variants
     }
@@ -140,7 +164,7 @@ def run(world: World, variants: Sequence[str], args: argparse.Namespace) -> dict
 
 def held_out(world: World, args: argparse.Namespace) -> HeldOut:
     """The held-out votes of a world, which are the same for all seeds."""
-    rows = open_rows(str(args.output / world.name / f"data-{args.seeds[0]}"), split="test")
+    rows = open_rows(str(args.output / world.name / f"data-{(args.seeds or SEEDS)[0]}"), split="test")
     return HeldOut.read(rows, AutoTokenizer.from_pretrained(args.model))
 
 
@@ -201,52 +225,81 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "certainty equivalent, β = 1": ("certainty_equivalent", {"beta": 1.0}),
     "win rate": ("win_rate", {}),
 }
+RULES_OF = {
+    BRADLEY_TERRY: ("location",),
+    EPISTEMIC: ("μ − total σ", "win rate"),  # Its locations are those of Bradley–Terry.
+    ENSEMBLE: ("location", "μ − total σ", "win rate"),
+    NORMAL: tuple(RULES),
+}
+STYLES = dict(zip(RULES, (("o", "-"), ("v", ":"), ("s", "--"), ("D", ":"), ("P", ":"), ("^", "-.")), strict=True))
+BUDGETS = {250: range(10), 1000: range(3)}
+"""Training votes of the studies of uncertainty, and seeds. With few votes, models know least and differ most."""
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 GROUPS = 2000
 GOLD = ("mean rating", "10th percentile of the ratings", "regret")
 
 
+def uncertain(args: argparse.Namespace) -> dict[int, tuple[dict[str, list[Result]], HeldOut]]:
+    """The models whose uncertainty is put to use, and the held-out votes, by number of training votes."""
+    worlds = {votes: World(votes) for votes in BUDGETS if votes <= args.most_votes}
+    if not worlds:
+        raise ValueError(f"--most-votes {args.most_votes} leaves nothing to do; pass {min(BUDGETS)} or more")
+    return {
+        votes: (run(world, tuple(RULES_OF), args, BUDGETS[votes]), held_out(world, args))
+        for votes, world in worlds.items()
+    }
+
+
 def best_of_n(args: argparse.Namespace) -> str:
     """Chooses among N held-out texts by each rule. Returns the table for N = 256, and draws a chart of all N."""
-    lines = ["| training votes | rule | " + " | ".join(f"{name}, N = {SIZES[-1]}" for name in GOLD)]
-    lines[0] += " | mean rating less the location's, of each seed |"
-    lines.append("| ---: | --- |" + " ---: |" * (len(GOLD) + 1))
-    budgets = (250, 1000)
-    figure, axes = plt.subplots(len(budgets), 3, figsize=(12, 7), layout="constrained", sharex=True, squeeze=False)
-    for row, votes in zip(axes, budgets, strict=True):
-        world = World(votes)
-        results = run(world, (BRADLEY_TERRY, NORMAL), args)
-        data = held_out(world, args)
+    lines = ["| training votes | model | rule | " + " | ".join(f"{name}, N = {SIZES[-1]}" for name in GOLD)]
+    lines[0] += " | mean rating less its own location's | less that of Bradley–Terry's location |"
+    lines.append("| ---: | --- | --- |" + " ---: |" * (len(GOLD) + 2))
+    found = uncertain(args)
+    size = (12, 3.5 * len(found) + 1)
+    figure, axes = plt.subplots(len(found), 3, figsize=size, layout="constrained", sharex=True, squeeze=False)
+    for row, (votes, (results, data)) in zip(axes, found.items(), strict=True):
         ratings = data.ratings()
         texts = np.array(sorted(ratings))
         gold = np.array([[ratings[text].mean(), np.quantile(ratings[text], 0.1)] for text in texts])
-        chosen = {
-            "Bradley–Terry": [_choose(result.rewards[texts], gold, "mean", {}) for result in results[BRADLEY_TERRY]]
+        by_location = {
+            variant: np.stack([_choose(result.rewards[texts], gold, "mean", {}) for result in of_variant])
+            for variant, of_variant in results.items()
         }
-        for rule, (name, options) in RULES.items():
-            chosen[f"disco, {rule}"] = [
-                _choose(result.rewards[texts], gold, name, options) for result in results[NORMAL]
-            ]
-        for place, (rule, of_seeds) in enumerate(chosen.items()):
-            values = np.stack(of_seeds)  # [seeds, sizes, gold]
-            style = {"color": f"C{place}", "marker": "os^DvPX"[place], "linestyle": ("-", "--")[place % 2]}
+        for variant, rule in ((variant, rule) for variant, rules in RULES_OF.items() for rule in rules):
+            name, options = RULES[rule]
+            values = by_location[variant]  # [seeds, sizes, gold]
+            if name != "mean":
+                values = np.stack([_choose(result.rewards[texts], gold, name, options) for result in results[variant]])
+            marker, line = STYLES[rule]
+            style = {"color": COLORS[variant], "marker": marker, "linestyle": line}
             for axis, column in zip(row, values.transpose(2, 0, 1), strict=True):
-                axis.plot(SIZES, column.mean(axis=0), label=rule, markersize=4, linewidth=1.2, **style)
-                if place == 0:  # The ranges of the other rules are as wide; the table has them.
+                label = f"{TITLES[variant]}: {rule}"
+                axis.plot(SIZES, column.mean(axis=0), label=label, markersize=4, linewidth=1.2, **style)
+                if variant == BRADLEY_TERRY:  # The ranges of the other rules are as wide; the table has them.
                     axis.fill_between(SIZES, column.min(axis=0), column.max(axis=0), color="0.5", alpha=0.12)
-            last = values[:, -1]
-            cells = [f"{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})" for v in last.T]
-            of_location = np.stack(chosen["disco, location"])[:, -1]
-            cells.append(", ".join(f"{gain:+.2f}" for gain in (last - of_location)[:, 0]))
-            lines.append(f"| {votes} | {rule} | " + " | ".join(cells) + " |")
+            cells = [f"{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})" for v in values[:, -1].T]
+            for reference in (variant, BRADLEY_TERRY):
+                gain = (values - by_location[reference])[:, -1, 0]
+                is_itself = rule == "location" and reference == variant
+                cells.append("" if is_itself else mean_over_seeds(gain))
+            lines.append(f"| {votes} | {TITLES[variant]} | {rule} | " + " | ".join(cells) + " |")
         for axis, title in zip(row, GOLD, strict=True):
             axis.set(title=f"{title}, {votes} votes", xlabel="N")
             axis.set_xscale("log", base=2)
             axis.set_xticks(SIZES, map(str, SIZES))
             axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(args.output / "best-of-n.png", dpi=160)
     return "\n".join(lines)
+
+
+def mean_over_seeds(values: np.ndarray) -> str:
+    """Mean of differences of shape `(seeds,)`, with Student's 95 % interval if there are several."""
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():+.2f} ({values.mean() - half:+.2f} to {values.mean() + half:+.2f})"
 
 
 def _choose(rewards: RewardDistribution, gold: np.ndarray, name: str, options: dict[str, Any]) -> np.ndarray:
@@ -268,12 +321,77 @@ def _choose(rewards: RewardDistribution, gold: np.ndarray, name: str, options: d
     return np.array(found)
 
 
-def main() -> None:
+# Judge routing
+
+
+SENT_BY = {
+    "error": "τ of the difference",
+    "margin": "|Δμ|",
+    "probability": "P nearest ½",
+    "scale": "σ",
+    "random": "random",
+}
+SENT_BY_OF = {  # With a constant scale and no error, P orders pairs as |Δμ| does, and σ none.
+    BRADLEY_TERRY: ("margin", "random"),
+    EPISTEMIC: ("error", "margin", "probability", "random"),
+    ENSEMBLE: ("error", "margin", "probability", "random"),
+    NORMAL: tuple(SENT_BY),
+}
+SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
+
+
+def routing(args: argparse.Namespace) -> str:
+    """Sends the pairs that a model doubts most to a judge, the majority of the raters. Returns the table of accuracies
+    and areas, and draws a chart of the curves.
+    """
+    lines = ["| training votes | model | sent by | " + " | ".join(f"{share:.0%} sent" for share in SHARES)]
+    lines[0] += " | area, mean and range over seeds | area less that by &#124;Δμ&#124;, 95 % over pairs |"
+    lines.append("| ---: | --- | --- |" + " ---: |" * (len(SHARES) + 2))
+    found = uncertain(args)
+    size = (13, 3.2 * len(found) + 0.5)
+    figure, axes = plt.subplots(
+        len(found), len(SENT_BY_OF), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    grid = np.linspace(0, 1, 201)
+    for row, (votes, (results, data)) in zip(axes, found.items(), strict=True):
+        judge = judge_of_people(data)
+        for axis, (variant, rules) in zip(row, SENT_BY_OF.items(), strict=True):
+            runs = []
+            for result in results[variant]:
+                of_rules = doubts(result.rewards[data.first], result.rewards[data.second])
+                runs.append((data.forecasts(result.rewards), {rule: of_rules[rule] for rule in rules}))
+            figures = routing_figures(runs, judge)
+            for rule in rules:
+                curves = [routing_curve(forecasts, judge, of_rules[rule]) for forecasts, of_rules in runs]
+                curve = np.mean([np.interp(grid, *points) for points in curves], axis=0)
+                place = list(SENT_BY).index(rule)
+                style = {"color": f"C{place}", "linestyle": ("-", "--", "-.", ":", (0, (1, 3)))[place]}
+                axis.plot(grid, curve, label=SENT_BY[rule], linewidth=1.2, **style)
+                areas = [area_under_routing(forecasts, judge, of_rules[rule]) for forecasts, of_rules in runs]
+                _, gain = figures[rule]
+                cells = [f"{np.interp(share, grid, curve):.3f}" for share in SHARES]
+                cells.append(f"{np.mean(areas):.4f} ({min(areas):.4f} to {max(areas):.4f})")
+                cells.append("" if rule == "margin" else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})")
+                of_rule = SENT_BY[rule].replace("|", "&#124;")
+                lines.append(f"| {votes} | {TITLES[variant]} | {of_rule} | " + " | ".join(cells) + " |")
+            axis.set_title(f"{TITLES[variant]}, {votes} votes", fontsize="medium")
+            axis.set_xlabel("share of pairs sent to the judge")
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("accuracy")
+    axes[0, -1].legend(frameon=False, loc="lower right")
+    figure.savefig(args.output / "routing.png", dpi=160)
+    return "\n".join(lines)
+
+
+OTHERS = {"best-of-n": best_of_n, "routing": routing}
+
+
+def main(argv: list[str] | None = None) -> None:
     """Runs the studies of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("studies", nargs="+", choices=[*STUDIES, "best-of-n"], help="Studies to run.")
+    parser.add_argument("studies", nargs="+", choices=[*STUDIES, *OTHERS], help="Studies to run.")
     parser.add_argument(
         "--model", help="Hub id or folder of the language model (default: a small chat LM from the package index)."
     )
@@ -290,13 +408,16 @@ def main() -> None:
         help="Leave out budgets of more votes than this (default: %(default)s).",
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of the training runs (default: 0 1 2)."
+        "--seeds",
+        nargs="+",
+        type=int,
+        help="Seeds of the training runs (default: 0 1 2; 0 to 9 for 250 votes of best-of-n and routing).",
     )
     parser.add_argument("--output", type=Path, required=True, help="Folder for runs, tables and charts.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.model = args.model or str(human_ratings.small_chat_lm())
     for name in args.studies:
-        table = best_of_n(args) if name == "best-of-n" else study(name, args)
+        table = OTHERS[name](args) if name in OTHERS else study(name, args)
         (args.output / f"{name}.md").write_text(table + "\n", encoding="utf-8")
         print(f"\n## {name}\n\n{table}")
 

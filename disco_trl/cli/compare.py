@@ -1,9 +1,10 @@
 """Train Bradley–Terry with TRL's trainer, and variants of ours, alike; tell which is better.
 
-DATA has a split to train on and one to test on; {seed} in its name stands for the seed. A variant is bradley-terry or
-a reward family (--reward_family of `disco-trl train`), perhaps with settings of its own: normal,
-normal:prefix_sharing=false, logistic:label_noise=0.05. OUTPUT_DIR gets a folder for each run, a table and a report. A
-comparison that was interrupted goes on with the runs that are missing if the same command is run again.
+DATA has a split to train on and one to test on; {seed} in its name stands for the seed. A variant is bradley-terry, a
+control of it (bradley-terry-epistemic, bradley-terry-ensemble:members=4, bradley-terry-soft) or a reward family
+(--reward_family of `disco-trl train`), perhaps with settings of its own: normal, normal:prefix_sharing=false,
+logistic:label_noise=0.05. OUTPUT_DIR gets a folder for each run, a table and a report. A comparison that was
+interrupted goes on with the runs that are missing if the same command is run again.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def run(args: Arguments) -> None:
         verdict_table,
     )
     from ..evaluation.compare_run import Run, read_data
+    from ..evaluation.controls import check_labels
     from ..models.loading import check_found
 
     output = Path(args.output_dir)
@@ -106,7 +108,7 @@ def run(args: Arguments) -> None:
             Run(
                 base=variant.base,
                 bradley_terry=args.bradley_terry,
-                settings=common | variant.settings,
+                settings=variant.applied(common),
                 seed=seed,
                 model=args.model_name_or_path,
                 data=args.dataset_name.replace("{seed}", str(seed)),  # Other braces are part of the name.
@@ -120,6 +122,7 @@ def run(args: Arguments) -> None:
                 keep_model=args.keep_models,
                 search=0,
                 output=str(output / f"{variant.folder}-{seed}"),
+                **variant.of_control,
             ),
         )
         for seed in args.seeds
@@ -127,9 +130,11 @@ def run(args: Arguments) -> None:
     ]
     # What is wrong with the model's path or the data is said before anything is trained.
     check_found(args.model_name_or_path)
-    _, held_out = read_data(
+    train, held_out = read_data(
         runs[0][2], AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     )
+    for _, _, run in runs[: len(variants)]:
+        check_labels(train, run.labels)
     if args.search:
         runs = find_settings(runs, args.search)
     results, failures = run_all(runs)
@@ -153,7 +158,7 @@ def _report(
     held_out: HeldOut,
 ) -> Path:
     from ..evaluation.compare import mean_and_range, mean_over_seeds
-    from ..evaluation.compare_run import BRADLEY_TERRY
+    from ..evaluation.controls import CONTROLS
     from ..evaluation.evaluate import versions
     from ..evaluation.report import Model, write_report
 
@@ -161,7 +166,7 @@ def _report(
     for result in results:
         by_variant.setdefault(result.variant.name, []).append(result)
     # Ours first: the examples are of the first model.
-    order = sorted(by_variant, key=lambda name: by_variant[name][0].variant.base == BRADLEY_TERRY)
+    order = sorted(by_variant, key=lambda name: by_variant[name][0].variant.base in CONTROLS)
     settings = {variant.name: run.settings for variant, _, run in runs}
     models = [
         Model(

@@ -12,6 +12,7 @@ from Bradley–Terry over comparisons and seeds → table, verdicts and report.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.numpy import load_file
 from transformers.utils import logging
+from trl import RewardConfig
 
 from ..distributions.reward_distribution import FAMILIES, RewardDistribution
 from ..trainer.reward_config import DiscoRewardConfig
 from .child import run_child
 from .clusters import paired_difference
-from .compare_run import BRADLEY_TERRY, FIGURES_FILE, REWARDS_FILE, UNTIL_INPUT_ENDS, Run
+from .compare_run import FIGURES_FILE, UNTIL_INPUT_ENDS, Run, load_rewards, read_figures
+from .controls import BRADLEY_TERRY, CONTROLS, GRADES, SIGN
 from .held_out import HeldOut
 from .metrics import METRICS
 from .report import EXPLAINED, Verdict, note_on_seeds
@@ -38,26 +39,35 @@ OF_EACH = {"nll": "nll", "accuracy": "right", "brier": "squared_error"}
 [`~disco_trl.evaluation.forecasts.Forecasts`] that each is the mean of."""
 COMPARED = tuple(OF_EACH)
 LOWER_IS_BETTER = {"nll": True, "brier": True, "accuracy": False}
+DEFINE_FAMILY = ("reward_family",)
+DEFINE_BRADLEY_TERRY = (*DEFINE_FAMILY, "fixed_scale", "location_error")
+OF_CONTROL = ("labels", "members")
+OF_BATCHES = ("weigh_by", "prefix_sharing", "max_tokens_per_batch")
+"""Fields of [`DiscoRewardConfig`] that apply to Bradley–Terry in our trainer as well: they say what weighs how much,
+and what is computed at once."""
 RUN_FILE = "run.json"
 LAST_WORDS = 2000
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Variant to train: Bradley–Terry or a family, optionally with settings of its own.
+    """Variant to train: Bradley–Terry, a control or a family, optionally with settings of its own.
 
     Attributes:
         name (`str`):
             The variant as it was given, such as `normal:prefix_sharing=false`.
         base (`str`):
-            `"bradley-terry"` or the name of a family.
+            One of [`~disco_trl.evaluation.controls.CONTROLS`] or the name of a family.
         settings (`dict`, *optional*, defaults to `{}`):
             Fields of [`DiscoRewardConfig`].
+        of_control (`dict`, *optional*, defaults to `{}`):
+            `labels` and `members` of a control; see [`~disco_trl.evaluation.compare_run.Run`].
     """
 
     name: str
     base: str
     settings: dict[str, Any] = field(default_factory=dict)
+    of_control: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -71,23 +81,70 @@ class Variant:
             [`Variant`]: The variant.
 
         Raises:
-            `ValueError`: If the base is neither Bradley–Terry nor a family, or a setting is invalid.
+            `ValueError`: If the base is neither Bradley–Terry, nor a control, nor a family, or a setting is invalid.
         """
         base, _, rest = text.partition(":")
-        if base not in (BRADLEY_TERRY, *FAMILIES):
-            raise ValueError(f"--variants {text}: {base!r} is none of {', '.join((BRADLEY_TERRY, *FAMILIES))}")
-        settings = parse_settings(rest.split(",") if rest else [], f"--variants {text}")
+        argument = f"--variants {text}"
+        is_control = base in CONTROLS
+        if not is_control and base not in FAMILIES:
+            raise ValueError(f"{argument}: {base!r} is none of {', '.join((*CONTROLS, *FAMILIES))}")
+        # Commas in brackets belong to a value.
+        items = re.split(r",(?![^\[]*\])", rest) if rest else []
+        settings = parse_settings(items, argument, OF_CONTROL if is_control else ())
         if base == BRADLEY_TERRY and settings:
-            raise ValueError(f"--variants {text}: Bradley–Terry is what the others are compared with, and has none")
-        return cls(text, base, settings)
+            raise ValueError(
+                f"{argument}: Bradley–Terry is what the others are compared with, and has none; give them to a "
+                f"control: {', '.join(name for name in CONTROLS if name != BRADLEY_TERRY)}"
+            )
+        if defined := [name for name in (DEFINE_BRADLEY_TERRY if is_control else DEFINE_FAMILY) if name in settings]:
+            raise ValueError(f"{argument}: {defined[0]} is what makes it {base}; leave it out, or choose another base")
+        settings = CONTROLS.get(base, {}) | settings
+        of_control = {name: settings.pop(name) for name in OF_CONTROL if name in settings}
+        _check_control(of_control, settings, argument)
+        return cls(text, base, settings, of_control)
 
     @property
     def folder(self) -> str:
         """Name of the variant with the characters that are safe in file names."""
         return "".join(letter if letter.isalnum() or letter in "-._=" else "_" for letter in self.name)
 
+    def applied(self, common: dict[str, Any]) -> dict[str, Any]:
+        """Settings of its runs.
 
-def parse_settings(items: Sequence[str], argument: str) -> dict[str, Any]:
+        Args:
+            common (`dict`):
+                Settings for all variants. Those of the distribution do not apply to Bradley–Terry and its controls.
+
+        Returns:
+            `dict`: Fields of [`DiscoRewardConfig`].
+        """
+        if self.base in CONTROLS:
+            common = {
+                name: common[name]
+                for name in common
+                if name in RewardConfig.__dataclass_fields__ or name in OF_BATCHES
+            }
+        return common | self.settings
+
+
+def _check_control(of_control: dict[str, Any], settings: dict[str, Any], argument: str) -> None:
+    """Raises `ValueError` if what a control is made of is invalid."""
+    members, labels = of_control.get("members", 1), of_control.get("labels", SIGN)
+    if type(members) is not int or members < 1:
+        raise ValueError(f"{argument}: members={members} must be a whole number, 2 or more for an ensemble")
+    if members > 1 and settings.get("epistemic"):
+        raise ValueError(f"{argument}: the error of an ensemble is the spread of its members; leave epistemic out")
+    is_table = isinstance(labels, list) and labels and all(type(label) in (int, float) for label in labels)
+    if labels not in (SIGN, GRADES) and not (
+        is_table and labels == sorted(labels) and 0.5 <= labels[0] <= labels[-1] <= 1
+    ):
+        raise ValueError(
+            f"{argument}: labels={labels} must be {SIGN}, {GRADES}, or a list of the probability of each grade, "
+            "ascending from 0.5 to 1"
+        )
+
+
+def parse_settings(items: Sequence[str], argument: str, more: Sequence[str] = ()) -> dict[str, Any]:
     """Parses settings of the form `KEY=VALUE`.
 
     Args:
@@ -95,19 +152,24 @@ def parse_settings(items: Sequence[str], argument: str) -> dict[str, Any]:
             Settings. A value is read as JSON; what is not JSON is a string.
         argument (`str`):
             Name of the command-line argument, for error messages.
+        more (`Sequence[str]`, *optional*, defaults to `()`):
+            Keys beside the fields of [`DiscoRewardConfig`].
 
     Returns:
         `dict`: Values by the name of the field.
 
     Raises:
-        `ValueError`: If an item has no `=`, or its key is not a field of [`DiscoRewardConfig`].
+        `ValueError`: If an item has no `=`, or its key is unknown.
     """
-    known = {one.name for one in fields(DiscoRewardConfig)}
+    known = {*(one.name for one in fields(DiscoRewardConfig)), *more}
     settings = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or key not in known:
-            raise ValueError(f"{argument}: {item!r} is no setting; write KEY=VALUE with a field of DiscoRewardConfig")
+            others = f", {' or '.join(more)}" if more else ""
+            raise ValueError(
+                f"{argument}: {item!r} is no setting; write KEY=VALUE with a field of DiscoRewardConfig{others}"
+            )
         settings[key] = _value_of(value)
     return settings
 
@@ -156,9 +218,8 @@ class Result:
         Returns:
             [`Result`]: The run.
         """
-        figures = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
-        tensors = {name: torch.from_numpy(values) for name, values in load_file(folder / REWARDS_FILE).items()}
-        return cls(variant, seed, figures, RewardDistribution(family=figures["family"], **tensors))
+        figures = read_figures(folder)
+        return cls(variant, seed, figures, load_rewards(folder, figures["family"]))
 
 
 class SearchError(RuntimeError):
@@ -187,7 +248,7 @@ def find_settings(runs: list[tuple[Variant, int, Run]], trials: int) -> list[tup
             words = launch(replace(run, search=trials, output=str(folder)))
             if words is not None:
                 raise SearchError(f"the search for {variant.name} failed:\n{words}")
-            found[variant.name] = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))["best"]
+            found[variant.name] = read_figures(folder)["best"]
     return [(variant, seed, replace(run, settings=run.settings | found[variant.name])) for variant, seed, run in runs]
 
 
@@ -221,7 +282,8 @@ def run_all(runs: list[tuple[Variant, int, Run]]) -> tuple[list[Result], dict[st
 
 
 def launch(run: Run) -> str | None:
-    """Executes a run in a process of its own, unless it is finished.
+    """Executes a run in a process of its own, unless it is finished. The members of an ensemble are runs of their own,
+    which come before it.
 
     Args:
         run ([`~disco_trl.evaluation.compare_run.Run`]):
@@ -237,6 +299,9 @@ def launch(run: Run) -> str | None:
     folder = Path(run.output)
     if (folder / FIGURES_FILE).exists():
         return None
+    for member in run.of_members:
+        if (words := launch(member)) is not None:
+            return f"member {member.member}: {words}"
     folder.mkdir(parents=True, exist_ok=True)
     specification = folder / RUN_FILE
     specification.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
@@ -252,11 +317,13 @@ def launch(run: Run) -> str | None:
 
 
 def _check_same(run: Run) -> None:
+    for member in run.of_members:
+        _check_same(member)
     file = Path(run.output) / RUN_FILE
     if not (file.parent / FIGURES_FILE).exists():
         return  # An unfinished run is simply repeated.
-    before = json.loads(file.read_text(encoding="utf-8"))
-    changed = [name for name, value in asdict(run).items() if value != before.get(name)]
+    before = asdict(Run(**json.loads(file.read_text(encoding="utf-8"))))
+    changed = [name for name, value in asdict(run).items() if value != before[name]]
     if changed:
         raise ValueError(
             f"{file.parent} holds a run with another {' and '.join(changed)}; remove it, or choose another "

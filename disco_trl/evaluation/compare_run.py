@@ -13,29 +13,30 @@ import json
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from ..data.files import choose_split, load_preferences, written_at_once
 from ..data.judgements import has_judgements
 from ..data.tokenization import tokenize_answers
+from ..distributions.reward_distribution import RewardDistribution
 from ..models.inference import score
 from ..trainer.reward_config import DiscoRewardConfig
 from ..trainer.reward_trainer import DiscoRewardTrainer
 from .child import end_with_parent
+from .controls import BRADLEY_TERRY, CONTROLS, SIGN, ensemble, with_soft_labels
 from .evaluate import as_json, evaluate
 from .held_out import HeldOut
 
 
-BRADLEY_TERRY = "bradley-terry"
 FIGURES_FILE = "metrics.json"
 REWARDS_FILE = "rewards.safetensors"
 DRAWS = 300
@@ -48,9 +49,9 @@ class Run:
 
     Args:
         base (`str`):
-            `"bradley-terry"` or the name of a family.
+            One of [`~disco_trl.evaluation.controls.CONTROLS`] or the name of a family.
         bradley_terry (`str`):
-            Trainer of Bradley–Terry, `"trl"` or `"disco"`.
+            Trainer of Bradley–Terry, `"trl"` or `"disco"`. Controls are trained by ours.
         settings (`dict`):
             Fields of the trainer's config.
         seed (`int`):
@@ -80,6 +81,14 @@ class Run:
             instead of an evaluation.
         output (`str`):
             Folder of the run.
+        labels (`str` or `list[float]`, *optional*, defaults to `"sign"`):
+            What Bradley–Terry makes of strengths of preference; see
+            [`~disco_trl.evaluation.controls.with_soft_labels`].
+        members (`int`, *optional*, defaults to `1`):
+            Number of models of an ensemble. They are trained on the same rows.
+        member (`int`, *optional*):
+            Number of one model of the ensemble, which is a run of its own. If `None`, the run is the whole ensemble,
+            or there is none.
     """
 
     base: str
@@ -98,6 +107,24 @@ class Run:
     keep_model: bool
     search: int
     output: str
+    labels: str | list[float] = SIGN
+    members: int = 1
+    member: int | None = None
+
+    @property
+    def of_members(self) -> list[Run]:
+        """The runs of the ensemble's members, empty if the run trains a model itself."""
+        if self.members == 1 or self.member is not None or self.search:
+            return []
+        return [
+            replace(self, member=member, output=str(Path(self.output) / f"member-{member}"))
+            for member in range(self.members)
+        ]
+
+    @property
+    def training_seed(self) -> int:
+        """Seed of the trainer. No two members of any ensembles of one size have the same."""
+        return self.seed if self.member is None else self.seed * self.members + self.member
 
 
 def read_data(run: Run, processing_class: PreTrainedTokenizerBase) -> tuple[Dataset, HeldOut]:
@@ -130,8 +157,8 @@ def make_trainer(
     """Creates the trainer of a run.
 
     TRL's trainer reads forced choices only. If the data contain other judgements, Bradley–Terry is trained by ours
-    with the same likelihood: the logistic family with every scale at 1/√2. Settings that TRL's config does not have
-    are not applied to Bradley–Terry.
+    with the same likelihood, the logistic family with every scale at 1/√2, and so are the controls. Settings that
+    TRL's config does not have are not applied to TRL's trainer.
 
     Args:
         run ([`Run`]):
@@ -154,7 +181,7 @@ def make_trainer(
         "model_init_kwargs": {"dtype": run.dtype},
         **run.settings,
         "output_dir": run.output,
-        "seed": run.seed,
+        "seed": run.training_seed,
     }
     peft_config = None
     if run.lora_r:
@@ -167,13 +194,13 @@ def make_trainer(
         "processing_class": processing_class,
         "peft_config": peft_config,
     }
-    if run.base != BRADLEY_TERRY:
+    if run.base not in CONTROLS:
         return DiscoRewardTrainer(run.model, DiscoRewardConfig(reward_family=run.base, **settings), **common)
-    # All variants of a command get the same settings; those of the distribution do not apply to Bradley–Terry.
-    settings = {name: settings[name] for name in RewardConfig.__dataclass_fields__ if name in settings}
-    if run.bradley_terry == "disco" or run.search or has_judgements(train.column_names):
+    by_ours = run.base != BRADLEY_TERRY or run.bradley_terry == "disco"
+    if by_ours or run.search or has_judgements(train.column_names):
         config = DiscoRewardConfig(reward_family="logistic", fixed_scale=2**-0.5, location_error=False, **settings)
         return DiscoRewardTrainer(run.model, config, **common)
+    settings = {name: settings[name] for name in RewardConfig.__dataclass_fields__ if name in settings}
     return RewardTrainer(run.model, RewardConfig(**settings), **common)
 
 
@@ -242,9 +269,7 @@ def train_and_evaluate(
     output = Path(run.output)
     if run.keep_model:
         trainer.save_model(str(output / "model"))
-    names = ("location", "scale", "shape", "location_error", "error_factor")
-    tensors = {name: tensor for name in names if (tensor := getattr(rewards, name)) is not None}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / REWARDS_FILE)
+    save_rewards(rewards, output)
     # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -255,8 +280,50 @@ def train_and_evaluate(
         "minutes": minutes,
         "peak_gib": peak / 2**30,
         "history": [[entry["epoch"], float(entry.get("nll", entry["loss"]))] for entry in logs],
-        **as_json(evaluate(rewards, held_out, DRAWS)),
+        # A member is evaluated as a part of its ensemble only.
+        **(as_json(evaluate(rewards, held_out, DRAWS)) if run.member is None else {}),
     }
+
+
+def evaluate_ensemble(run: Run, held_out: HeldOut) -> dict[str, Any]:
+    """Evaluates an ensemble whose members are finished. Its rewards of the held-out answers are written to its folder.
+
+    Args:
+        run ([`Run`]):
+            Specification of the run.
+        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
+            Held-out data.
+
+    Returns:
+        `dict`: Figures of the run, as written to `metrics.json`. The minutes are those of all members, the peak of the
+        memory is that of the largest, and the history is that of the first.
+    """
+    folders = [Path(member.output) for member in run.of_members]
+    figures = [read_figures(folder) for folder in folders]
+    rewards = ensemble([load_rewards(folder, of["family"]) for folder, of in zip(folders, figures, strict=True)])
+    save_rewards(rewards, Path(run.output))
+    together = {
+        "minutes": sum(of_member["minutes"] for of_member in figures),
+        "peak_gib": max(of_member["peak_gib"] for of_member in figures),
+    }
+    return {**figures[0], **together, **as_json(evaluate(rewards, held_out, DRAWS))}
+
+
+def save_rewards(rewards: RewardDistribution, folder: Path) -> None:
+    """Writes the rewards of the held-out answers to the folder of a run."""
+    names = ("location", "scale", "shape", "location_error", "error_factor")
+    tensors = {name: tensor for name in names if (tensor := getattr(rewards, name)) is not None}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / REWARDS_FILE)
+
+
+def load_rewards(folder: Path, family: str) -> RewardDistribution:
+    """Loads the rewards of the held-out answers, of shape `(N,)`, from the folder of a finished run."""
+    return RewardDistribution(family=family, **load_file(folder / REWARDS_FILE))
+
+
+def read_figures(folder: Path) -> dict[str, Any]:
+    """Content of the `metrics.json` of a finished run."""
+    return json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
 
 
 def main(path: str) -> None:
@@ -269,8 +336,12 @@ def main(path: str) -> None:
     run = Run(**json.loads(Path(path).read_text(encoding="utf-8")))
     processing_class = AutoTokenizer.from_pretrained(run.model, trust_remote_code=False)
     train, held_out = read_data(run, processing_class)
+    if run.base in CONTROLS:
+        train = with_soft_labels(train, run.labels, by_vote=run.settings.get("weigh_by") == "vote")
     if run.search:
         figures = search(run, train, processing_class)
+    elif run.of_members:
+        figures = evaluate_ensemble(run, held_out)
     else:
         figures = train_and_evaluate(run, train, held_out, processing_class)
     output = Path(run.output)

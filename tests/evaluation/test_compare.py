@@ -125,7 +125,7 @@ def test_search_finds_settings_for_all_seeds(compared, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--variants", "gamma"], "'gamma' is none of bradley-terry, normal"),
+        (["--variants", "gamma"], "'gamma' is none of bradley-terry, .*-soft, normal"),
         (["--variants", "normal:temperature=2"], "'temperature=2' is no setting"),
         (["--variants", "normal:label_noise"], "'label_noise' is no setting"),
         (["--variants", "bradley-terry:learning_rate=1"], "what the others are compared with"),
