@@ -15,7 +15,8 @@ from disco_trl.cli.main import main
 from disco_trl.data.tokenization import tokenize
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.evaluation.bootstrap import resamples
-from disco_trl.evaluation.evaluate import correlation_of, evaluate, figure_of
+from disco_trl.evaluation.evaluate import evaluate
+from disco_trl.evaluation.figures import correlation_of, figure_of
 from disco_trl.evaluation.forecasts import Forecasts
 from disco_trl.evaluation.held_out import HeldOut
 from disco_trl.evaluation.metrics import METRICS, pair_metrics
