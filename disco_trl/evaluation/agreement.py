@@ -125,21 +125,21 @@ def with_grades(
     number, grade, _ = held_out.grades.T
     if len(number) == 0:
         return {}
-    if (grade == 0).any() and responses.tie_width is None:
-        return dict.fromkeys(("grade_nll", "sign_nll"), Figure.none("the model knows no ties"))
     boundaries = responses.strength_boundaries
-    if boundaries is None:
-        of_grades = Figure.none("the model knows no strengths of preference")
+    if boundaries is not None and (beyond := np.flatnonzero(np.abs(grade) > len(boundaries) + 1)).size:
+        raise ValueError(
+            f"item {held_out.item[number[beyond[0]]]}, column 'preference_strength': a strength of {grade[beyond[0]]} "
+            f"is beyond the {len(boundaries) + 1} levels that the model knows; map the strengths to these, as in its "
+            "training"
+        )
+    levels = {"grade_nll": None if boundaries is None else len(boundaries) + 1, "sign_nll": None}
+    if (grade == 0).any() and responses.tie_width is None:
+        figures = dict.fromkeys(levels, Figure.none("the model knows no ties"))
     else:
-        levels = len(boundaries) + 1
-        if (beyond := np.flatnonzero(np.abs(grade) > levels)).size:
-            item = held_out.item[number[beyond[0]]]
-            raise ValueError(
-                f"item {item}, column 'preference_strength': a strength of {grade[beyond[0]]} is beyond the {levels} "
-                "levels that the model knows; map the strengths to these, as in its training"
-            )
-        of_grades = _nll(rewards, held_out, responses, counts, levels)
-    return {"grade_nll": of_grades, "sign_nll": _nll(rewards, held_out, responses, counts, None)}
+        figures = {name: _nll(rewards, held_out, responses, counts, number) for name, number in levels.items()}
+    if boundaries is None:
+        figures["grade_nll"] = Figure.none("the model knows no strengths of preference")
+    return figures
 
 
 def _nll(

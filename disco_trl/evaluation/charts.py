@@ -173,7 +173,9 @@ def spread_by_scale(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -
         )
     # Models whose locations differ have different baselines, which are much the same: one is enough to compare with.
     first = next(iter(curves.values()))["baseline"]
-    axes.plot(np.arange(1, len(first) + 1), first, color=FAINT, linestyle=":", label="−|location − median|")
+    axes.plot(
+        np.arange(1, len(first) + 1), first, color=FAINT, linestyle=":", linewidth=1.8, label="−|location − median|"
+    )
     axes.set(xlabel="tenth of the answers, by predicted scale", ylabel="SD of people’s ratings")
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right")

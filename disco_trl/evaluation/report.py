@@ -282,12 +282,12 @@ def about_scale(model: Model) -> str:
     if raw["value"] is None:
         return f"{model.name}: the scale is the same for every answer, so that it does not tell where people disagree."
     corrected = model.found["agreement"]["scale, with people's standard deviation, corrected"]
-    words = f"{model.name}: the scale ranks answers as the spread of people’s ratings does at {_number(raw)}"
+    words = f"{model.name}: the rank correlation of the scale with the spread of people’s ratings is {_number(raw)}"
     if corrected["value"] is not None:
-        words += f"; were all people asked instead of a few, it would be {_number(corrected)}"
+        words += f"; with the spread among all people, of whom a few were asked, it is about {_number(corrected)}"
     words += f". The trivial baseline, −|location − median|, has {_number(baseline)}."
     if raw["low"] is not None and raw["low"] <= 0 <= raw["high"]:
-        words += " The interval of the scale contains 0: it may say nothing."
+        words += " The interval of the scale contains 0, so that it may say nothing."
     return words
 
 
