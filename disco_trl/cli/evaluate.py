@@ -58,7 +58,16 @@ class Arguments(ReportArguments, DataArguments, ScoringArguments):
 def run(args: Arguments) -> None:
     """Evaluate a model."""
     from ..data.files import open_rows
-    from ..evaluation.evaluate import as_json, as_markdown, as_text, evaluate, plain_view, save_scores, versions
+    from ..evaluation.evaluate import (
+        as_json,
+        as_markdown,
+        as_text,
+        evaluate,
+        plain_view,
+        responses_of,
+        save_scores,
+        versions,
+    )
     from ..evaluation.held_out import HeldOut
     from ..evaluation.report import Model, write_report
     from ..models.inference import score
@@ -71,9 +80,10 @@ def run(args: Arguments) -> None:
     start = time.perf_counter()
     rewards = score(reward.model, held_out.sequences, args.tokens_per_batch, description="Scoring")
     seconds = time.perf_counter() - start
+    responses = responses_of(reward.model)
     if args.plain:
-        rewards = plain_view(rewards)
-    found = evaluate(rewards, held_out, args.draws, args.seed)
+        rewards, responses = plain_view(rewards), None
+    found = evaluate(rewards, held_out, args.draws, args.seed, responses)
     text = as_text(found, f"{model} on {data}")
     if args.output_dir is None:
         print(text)

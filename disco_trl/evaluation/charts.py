@@ -146,6 +146,41 @@ def risk_coverage(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -> 
     axes.legend(loc="upper left")
 
 
+def spread_by_scale(axes: Axes, curves: dict[str, dict[str, Sequence[float]]]) -> None:
+    """Spread of people's ratings in groups of answers by the predicted scale, which rises for a model that knows where
+    people disagree, and in groups by the trivial baseline.
+
+    Args:
+        axes (`matplotlib.axes.Axes`):
+            Axes to draw on.
+        curves (`dict[str, dict[str, Sequence[float]]]`):
+            `deviation`, `error` and `baseline` of each group
+            ([`~disco_trl.evaluation.agreement.spread_by_scale`]), by model.
+    """
+    for (name, curve), color, marker in zip(curves.items(), SERIES, MARKERS, strict=False):
+        groups = np.arange(1, len(curve["deviation"]) + 1)
+        error = 1.96 * np.asarray(curve["error"])
+        axes.errorbar(
+            groups,
+            curve["deviation"],
+            yerr=error,
+            color=color,
+            marker=marker,
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            label=_literal(name),
+        )
+    # Models whose locations differ have different baselines, which are much the same: one is enough to compare with.
+    first = next(iter(curves.values()))["baseline"]
+    axes.plot(
+        np.arange(1, len(first) + 1), first, color=FAINT, linestyle=":", linewidth=1.8, label="−|location − median|"
+    )
+    axes.set(xlabel="tenth of the answers, by predicted scale", ylabel="SD of people’s ratings")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right")
+
+
 def learning(axes: Axes, histories: dict[str, Sequence[tuple[float, float]]]) -> None:
     """Negative log-likelihood of the training batches against the epoch.
 

@@ -102,14 +102,30 @@ def paired_difference(
     difference, share = difference[:, counts], share[counts] / share.sum()
     means = difference @ share
     mean = float(means.mean())
-    scores = share * (difference.mean(axis=0) - mean)
-    # With shared answers, the estimate may be negative.
-    variance = max(float(clustered_covariance(scores[:, None], groups)[0, 0]), 0.0)
-    others = len(np.unique(groups)) - 1
-    square = _square_of_half(variance * (1 + 1 / max(others, 1)), others, level)
+    square = half_width(share * (difference.mean(axis=0) - mean), groups, level) ** 2
     if runs > 1:
         square += _square_of_half(float(means.var(ddof=1)) / runs, runs - 1, level)
     return mean, mean - math.sqrt(square), mean + math.sqrt(square)
+
+
+def half_width(scores: np.ndarray, groups: np.ndarray, level: float = 0.95) -> float:
+    """Half the width of Student's interval for a sum of scores, with a degree of freedom for each group but one.
+
+    Args:
+        scores (`np.ndarray` of shape `(N,)`):
+            Contribution of each comparison, less its expectation.
+        groups (`np.ndarray` of shape `(N,)` or `(N, 2)`):
+            What comparisons share, see [`clustered_covariance`].
+        level (`float`, *optional*, defaults to `0.95`):
+            Level of the interval.
+
+    Returns:
+        `float`: Half the width; infinite if there is one group.
+    """
+    # With shared answers, the estimate may be negative.
+    variance = max(float(clustered_covariance(scores[:, None], groups)[0, 0]), 0.0)
+    others = len(np.unique(groups)) - 1
+    return math.sqrt(_square_of_half(variance * (1 + 1 / max(others, 1)), others, level))
 
 
 def _square_of_half(variance: float, degrees: int, level: float) -> float:

@@ -6,22 +6,24 @@ Any scalar reward model is evaluated by the same code: a classifier with one lab
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from .._version import versions_of
+from ..distributions.likelihood import Responses
 from ..distributions.reward_distribution import RewardDistribution
-from .bootstrap import interval, resamples
+from .agreement import spread_by_scale, with_grades, with_raters, with_shares
+from .bootstrap import resamples
 from .calibration import reliability_curve
-from .forecasts import Forecasts
+from .figures import Figure, figure_of
 from .held_out import HeldOut
-from .metrics import INTERVALS, METRICS, centrality, risk_coverage_curve, spearman
+from .metrics import METRICS, risk_coverage_curve
 from .report import EXPLAINED
 
 
@@ -29,42 +31,6 @@ DRAWS = 1000
 BY_SUBSET = ("accuracy", "nll", "calibration_error")
 VERSIONS = ("disco-trl", "trl", "transformers", "torch", "peft", "datasets")
 CURVE_POINTS = 200
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Number with its interval, which contains it.
-
-    Attributes:
-        value (`float`):
-            The number, `nan` where it is undefined.
-        low (`float`):
-            Lower end of the 95 % interval, `nan` where there is none.
-        high (`float`):
-            Upper end of the 95 % interval, `nan` where there is none.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, value: float, draws: list[float]) -> Figure:
-        """Figure from its value and the values of the resamples.
-
-        Args:
-            value (`float`):
-                Value on the data.
-            draws (`list[float]`):
-                Values on the resamples.
-
-        Returns:
-            [`Figure`]: The figure.
-        """
-        return cls(value, *interval(draws))
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f}" + ("" if np.isnan(self.low) else f" ({self.low:.4f} to {self.high:.4f})")
 
 
 @dataclass
@@ -81,13 +47,17 @@ class Evaluation:
         benchmark (`dict[str, Figure]`):
             The benchmark's own figures. Empty if the data are no known benchmark.
         agreement (`dict[str, Figure]`):
-            Rank correlations with soft labels and with people's ratings, where the data have them.
+            Figures of `disco_trl.evaluation.agreement`, where the data have what they need: several votes, soft
+            labels, strengths of preference or ratings.
         scale (`dict[str, float]`):
             Quantiles of the scales and of the location errors (the epistemic uncertainty), in units of the reward.
         reliability (`dict[str, list[float]]`):
             `predicted`, `observed` and `count` of each bin.
         risk_coverage (`dict[str, list[float]]`):
             `coverage` and `risk`, thinned to at most 200 points.
+        spread_by_scale (`dict[str, list[float]]`):
+            Spread of people's ratings in groups of answers, see
+            [`~disco_trl.evaluation.agreement.spread_by_scale`].
     """
 
     counts: dict[str, float]
@@ -98,9 +68,16 @@ class Evaluation:
     scale: dict[str, float]
     reliability: dict[str, list[float]]
     risk_coverage: dict[str, list[float]]
+    spread_by_scale: dict[str, list[float]]
 
 
-def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS, seed: int = 0) -> Evaluation:
+def evaluate(
+    rewards: RewardDistribution,
+    held_out: HeldOut,
+    draws: int = DRAWS,
+    seed: int = 0,
+    responses: Responses | None = None,
+) -> Evaluation:
     """Evaluates the rewards of a model on held-out data.
 
     Args:
@@ -112,9 +89,16 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS,
             Number of bootstrap resamples over `held_out.groups`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap.
+        responses ([`~disco_trl.distributions.likelihood.Responses`], *optional*, defaults to `None`):
+            How people answer, according to the model
+            ([`~disco_trl.models.heads.DiscoHead.responses`]): needed for strengths of preference. If `None`, these
+            are votes for either answer, or ties.
 
     Returns:
         [`Evaluation`]: The results.
+
+    Raises:
+        `ValueError`: If a strength of preference is beyond those that the model knows.
     """
     forecasts = held_out.forecasts(rewards)
     # All metrics see the same resamples, so that their intervals describe one and the same bootstrap.
@@ -140,32 +124,14 @@ def evaluate(rewards: RewardDistribution, held_out: HeldOut, draws: int = DRAWS,
             for of in [np.flatnonzero(subset_of == subset)]
         },
         benchmark=_benchmark(rewards, held_out, draws, seed),
-        agreement=_with_soft_labels(forecasts, draws, seed) | _with_raters(rewards, held_out, draws, seed),
+        agreement=with_shares(forecasts, counts, draws, seed)
+        | with_grades(rewards, held_out, responses or Responses(), counts)
+        | with_raters(rewards, held_out, draws, seed),
         scale=_summary(rewards),
         reliability={name: values.tolist() for name, values in vars(curve).items()},
         risk_coverage={"coverage": coverage[thin].tolist(), "risk": risk[thin].tolist()},
+        spread_by_scale=spread_by_scale(rewards, held_out),
     )
-
-
-def figure_of(name: str, forecasts: Forecasts, counts: np.ndarray) -> Figure:
-    """A metric of forecasts, with its own interval or that of the bootstrap.
-
-    Args:
-        name (`str`):
-            One of [`~disco_trl.evaluation.metrics.METRICS`].
-        forecasts ([`~disco_trl.evaluation.forecasts.Forecasts`]):
-            Forecasts to evaluate.
-        counts (`np.ndarray` of shape `(draws, N)`):
-            Resamples of the forecasts, see [`~disco_trl.evaluation.bootstrap.resamples`].
-
-    Returns:
-        [`Figure`]: The metric.
-    """
-    metric = METRICS[name]
-    if name not in INTERVALS:
-        return Figure.of(metric(forecasts), [metric(forecasts.times(count)) for count in counts])
-    own = INTERVALS[name]
-    return Figure(metric(forecasts), *(own(forecasts) if own is not None else (math.nan, math.nan)))
 
 
 def _benchmark(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed: int) -> dict[str, Figure]:
@@ -179,58 +145,6 @@ def _benchmark(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed:
     return {name: Figure.of(value, [draw[name] for draw in drawn]) for name, value in figures.items()}
 
 
-def _with_soft_labels(forecasts: Forecasts, draws: int, seed: int) -> dict[str, Figure]:
-    """Rank correlation with the share of people who prefer the first answer, where people disagree."""
-    soft = np.flatnonzero((forecasts.target > 0) & (forecasts.target < 1) & (forecasts.weight > 0))
-    # A rank correlation of fewer than ten values has an interval that spans nearly everything.
-    if len(soft) < 10 or np.ptp(forecasts.target[soft]) == 0:
-        return {}
-    correlation = correlation_of(forecasts.prob[soft], forecasts.target[soft], draws, seed)
-    return {"probability, with people's share": correlation}
-
-
-def _with_raters(rewards: RewardDistribution, held_out: HeldOut, draws: int, seed: int) -> dict[str, Figure]:
-    """Rank correlations with the mean and the standard deviation of people's ratings of each answer."""
-    ratings = held_out.ratings()
-    # One rating has a mean but no spread.
-    several = {position: values for position, values in ratings.items() if len(values) > 1}
-    figures = {}
-    if len(ratings) >= 10:
-        location = rewards.location.numpy()[list(ratings)]
-        means = np.array([values.mean() for values in ratings.values()])
-        figures["location, with people's mean rating"] = correlation_of(location, means, draws, seed)
-    if len(several) >= 10:
-        deviations = np.array([values.std(ddof=1) for values in several.values()])
-        location, scale = (values.numpy()[list(several)] for values in (rewards.location, rewards.scale))
-        if np.ptp(scale) > 0:
-            figures["scale, with people's standard deviation"] = correlation_of(scale, deviations, draws, seed)
-        # Always reported beside the scale: extremity alone correlates with the standard deviation of bounded ratings.
-        name = "−|location − median|, with people's standard deviation"
-        figures[name] = correlation_of(centrality(location), deviations, draws, seed)
-    return figures
-
-
-def correlation_of(ours: np.ndarray, theirs: np.ndarray, draws: int, seed: int) -> Figure:
-    """Spearman's rank correlation, with the interval of the bootstrap over pairs of values.
-
-    Args:
-        ours (`np.ndarray` of shape `(N,)`):
-            Values of the model.
-        theirs (`np.ndarray` of shape `(N,)`):
-            Values of people.
-        draws (`int`):
-            Number of bootstrap resamples.
-        seed (`int`):
-            Seed of the resamples.
-
-    Returns:
-        [`Figure`]: The correlation.
-    """
-    generator = np.random.default_rng(seed)
-    drawn = [generator.integers(len(ours), size=len(ours)) for _ in range(draws)]
-    return Figure.of(spearman(ours, theirs), [spearman(ours[index], theirs[index]) for index in drawn])
-
-
 def _summary(rewards: RewardDistribution) -> dict[str, float]:
     levels = {"5 %": 0.05, "50 %": 0.5, "95 %": 0.95}
     location = rewards.location.double().numpy()
@@ -240,6 +154,20 @@ def _summary(rewards: RewardDistribution) -> dict[str, float]:
         errors = rewards.location_error.double().numpy()
         figures |= {f"location error, {name}": np.quantile(errors, at) for name, at in levels.items()}
     return {name: float(value) for name, value in figures.items()}
+
+
+def responses_of(model: Any) -> Responses | None:
+    """How people answer, according to a model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A disco model, or any sequence classifier with one label.
+
+    Returns:
+        [`~disco_trl.distributions.likelihood.Responses`] or `None`: `None` for a classifier, which does not say.
+    """
+    inner = model.get_base_model() if is_peft_model(model) else model
+    return inner.reward_head.responses() if hasattr(inner.config, "disco") else None
 
 
 def plain_view(rewards: RewardDistribution) -> RewardDistribution:
@@ -332,8 +260,9 @@ def as_markdown(found: Evaluation, data: str) -> str:
     lines += ["| Metric | Value | Interval |", "| --- | ---: | ---: |"]
     for name, figure in (found.metrics | found.benchmark | found.agreement).items():
         title = EXPLAINED[name][0] if name in EXPLAINED else name.capitalize()
+        value = figure.note if np.isnan(figure.value) and figure.note else f"{figure.value:.4f}"
         ends = "–" if np.isnan(figure.low) else f"{figure.low:.4f} to {figure.high:.4f}"
-        lines.append(f"| {title} | {figure.value:.4f} | {ends} |")
+        lines.append(f"| {title} | {value} | {ends} |")
     return "\n".join(lines)
 
 
@@ -346,10 +275,14 @@ def as_json(found: Evaluation) -> dict[str, Any]:
 
     Returns:
         `dict`: Fields of [`Evaluation`]. Each figure is `{"value": ..., "low": ..., "high": ...}`; an undefined number
-        is `None`.
+        is `None`, and `"note"` says why if that is not obvious.
     """
+
+    def fields_of(figure: Figure) -> dict[str, Any]:
+        return {name: value for name, value in vars(figure).items() if value != ""}
+
     # JSON has no NaN: Python writes it all the same, and `parse_constant` makes it null.
-    return json.loads(json.dumps(vars(found), default=vars), parse_constant=lambda _: None)
+    return json.loads(json.dumps(vars(found), default=fields_of), parse_constant=lambda _: None)
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,10 @@ from numpy.typing import ArrayLike
 from ..distributions.reward_distribution import RewardDistribution
 
 
+DIVIDED = 0.1
+"""People are divided over two answers if more than this share of them prefer either one."""
+
+
 @dataclass(frozen=True)
 class Forecasts:
     """Forecasts of a model for comparisons of two answers, with people's judgements. All arrays but the groups are
@@ -32,6 +36,12 @@ class Forecasts:
         groups (`np.ndarray` of shape `(N,)` or `(N, 2)`):
             Identifiers of what each comparison, or each of its two sides, shares with others, such as a prompt or an
             answer. Comparisons that share none are independent.
+        minority (`np.ndarray`):
+            Share of people who preferred the less popular answer, from 0 to 0.5; `nan` where a single judgement leaves
+            it open. With ties, it is smaller than both the target and its complement.
+        width (`np.ndarray`):
+            Scale of the difference of the two rewards, in units of the reward: people's disagreement according to the
+            model. `nan` for a model that has no scales.
     """
 
     log_prob: np.ndarray
@@ -40,6 +50,8 @@ class Forecasts:
     target: np.ndarray
     weight: np.ndarray
     groups: np.ndarray
+    minority: np.ndarray
+    width: np.ndarray
 
     @classmethod
     def of(
@@ -49,6 +61,7 @@ class Forecasts:
         target: ArrayLike = 1.0,
         weight: ArrayLike = 1.0,
         groups: np.ndarray | None = None,
+        minority: ArrayLike = math.nan,
     ) -> Forecasts:
         """Forecasts from the rewards of the first and second answers.
 
@@ -63,6 +76,8 @@ class Forecasts:
                 Number of people who were asked.
             groups (`np.ndarray` of shape `(N,)` or `(N, 2)`, *optional*, defaults to `None`):
                 What comparisons share. If `None`, they are independent.
+            minority (`float` or array-like of shape `(N,)`, *optional*, defaults to `nan`):
+                Share of people who preferred the less popular answer.
 
         Returns:
             [`Forecasts`]: `N` forecasts.
@@ -73,6 +88,8 @@ class Forecasts:
             first.location - second.location,
             target,
             weight,
+            minority,
+            first.kind.difference_scale(first.scale, second.scale),
         )
         return cls._of_columns(columns, len(first), groups)
 
@@ -83,6 +100,7 @@ class Forecasts:
         target: ArrayLike = 1.0,
         weight: ArrayLike = 1.0,
         groups: np.ndarray | None = None,
+        minority: ArrayLike = math.nan,
     ) -> Forecasts:
         """Forecasts from probabilities, for models that have no locations.
 
@@ -95,22 +113,24 @@ class Forecasts:
                 Number of people who were asked.
             groups (`np.ndarray` of shape `(N,)` or `(N, 2)`, *optional*, defaults to `None`):
                 What comparisons share. If `None`, they are independent.
+            minority (`float` or array-like of shape `(N,)`, *optional*, defaults to `nan`):
+                Share of people who preferred the less popular answer.
 
         Returns:
-            [`Forecasts`]: `N` forecasts.
+            [`Forecasts`]: `N` forecasts, without a width.
         """
         prob = np.asarray(prob, dtype=float)
         with np.errstate(divide="ignore"):  # A probability of 0 or 1 is a log-probability of −∞, and a valid forecast.
-            columns = (np.log(prob), np.log1p(-prob), prob - 0.5, target, weight)
+            columns = (np.log(prob), np.log1p(-prob), prob - 0.5, target, weight, minority, math.nan)
         return cls._of_columns(columns, len(prob), groups)
 
     @classmethod
     def _of_columns(cls, columns: Iterable[ArrayLike], count: int, groups: np.ndarray | None) -> Forecasts:
-        log_prob, log_prob_reverse, margin, target, weight = (
+        log_prob, log_prob_reverse, margin, target, weight, minority, width = (
             np.broadcast_to(np.asarray(column, dtype=float), count) for column in columns
         )
         groups = np.arange(count) if groups is None else groups
-        return cls(log_prob, log_prob_reverse, margin, target, weight, groups)
+        return cls(log_prob, log_prob_reverse, margin, target, weight, groups, minority, width)
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -160,6 +180,12 @@ class Forecasts:
         return np.where(self.target == 0.5, 0.0, self.weight)
 
     @property
+    def divided(self) -> np.ndarray:
+        """Whether people are divided: more than a tenth of them prefer the first answer, and more than a tenth the
+        second, of shape `(N,)`. It is false where the minority is unknown."""
+        return self.minority > DIVIDED
+
+    @property
     def nll(self) -> np.ndarray:
         """Negative log-likelihood of one person's choice in nats, of shape `(N,)`."""
         return -_mix(self.target, self.log_prob, self.log_prob_reverse)
@@ -168,6 +194,12 @@ class Forecasts:
     def squared_error(self) -> np.ndarray:
         """Mean squared error of the probability against one person's choice, of shape `(N,)`."""
         return _mix(self.target, (1 - self.prob) ** 2, self.prob**2)
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """Entropy of people's shares in nats, of shape `(N,)`. No forecast has a smaller [`Forecasts.nll`]."""
+        with np.errstate(divide="ignore"):
+            return -_mix(self.target, np.log(self.target), np.log1p(-self.target))
 
 
 def _mix(share: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:

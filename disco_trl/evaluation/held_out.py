@@ -8,6 +8,8 @@ comparisons become arrays of indices into the answers. Rewards of the sequences,
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,7 @@ from transformers.utils import logging
 from ..data.columns import PAIRS, RANKING
 from ..data.curation.convert import Converter, Report, detect_format, why_unsigned
 from ..data.curation.formats import FORMATS
-from ..data.records import Record
+from ..data.records import Comparison, Record
 from ..data.tokenization import tokenize_record
 from ..data.values import BadRow, Row
 from ..distributions.reward_distribution import RewardDistribution
@@ -90,8 +92,10 @@ class HeldOut:
     Items, and the token sequences and comparisons in them.
 
     The N comparisons of all items come with the attributes `first` and `second`, of shape `(N,)`, which are the
-    positions of their answers among the sequences; `target` and `weight`, of shape `(N,)`, as in
-    [`~disco_trl.evaluation.forecasts.Forecasts`]; and `item`, of shape `(N,)`, the item that each is of.
+    positions of their answers among the sequences; `target`, `weight` and `minority`, of shape `(N,)`, as in
+    [`~disco_trl.evaluation.forecasts.Forecasts`]; and `item`, of shape `(N,)`, the item that each is of. If people
+    said how much better an answer is, `grades`, of shape `(G, 3)`, holds the number of a comparison, a strength from
+    −L to L (positive: the first answer is better; 0: a tie), and how many people gave it.
 
     Args:
         items (`list[Item]`):
@@ -110,17 +114,27 @@ class HeldOut:
     answers: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        of_comparisons = []
+        of_comparisons, grades = [], []
         for number, (item, of_item) in enumerate(zip(self.items, self.answers, strict=True)):
+            is_soft = "preference_probability" in item.said
             for said in item.comparisons:
                 # In the order of the answers, not of their ranks. The comparisons of an item weigh as much as one.
                 ahead = said.first < said.second
                 first, second = of_item[[said.first, said.second] if ahead else [said.second, said.first]]
                 target = said.target if ahead else 1 - said.target
-                of_comparisons.append((number, first, second, target, said.people / len(item.comparisons)))
-        columns = np.array(of_comparisons, dtype=float).reshape(-1, 5).T
+                counts = Counter(strength if ahead else -strength for strength in said.strengths)
+                if said.tie_allowed and said.ties:
+                    counts[0] = int(said.ties)
+                grades += [(len(of_comparisons), strength, count) for strength, count in sorted(counts.items())]
+                weight = said.people / len(item.comparisons)
+                of_comparisons.append((number, first, second, target, weight, _minority(said, is_soft)))
+        columns = np.array(of_comparisons, dtype=float).reshape(-1, 6).T
         self.item, self.first, self.second = columns[:3].astype(int)
-        self.target, self.weight = columns[3:]
+        self.target, self.weight, self.minority = columns[3:]
+        self.grades = np.array(grades, dtype=int).reshape(-1, 3)
+        if not self.grades[:, 1].any():
+            # Ties alone are no grades.
+            self.grades = self.grades[:0]
 
     @classmethod
     def read(
@@ -174,7 +188,8 @@ class HeldOut:
 
     def forecasts(self, rewards: RewardDistribution) -> Forecasts:
         """What rewards of the sequences, of shape `(S,)`, say about the comparisons."""
-        return Forecasts.of(rewards[self.first], rewards[self.second], self.target, self.weight, self.groups)
+        sides = (rewards[self.first], rewards[self.second])
+        return Forecasts.of(*sides, self.target, self.weight, self.groups, self.minority)
 
     @property
     def groups(self) -> np.ndarray:
@@ -206,6 +221,11 @@ class HeldOut:
                 if ratings and position not in found:
                     found[int(position)] = ratings
         return {position: np.asarray(ratings, dtype=float) for position, ratings in found.items()}
+
+
+def _minority(said: Comparison, is_soft: bool) -> float:
+    """The share of people who preferred the less popular answer; `nan` if it is one person's judgement."""
+    return min(said.wins, said.losses) / said.people if said.people > 1 or is_soft else math.nan
 
 
 def _tokens(record: Record, processing_class: Any, number: int) -> list[tuple[int, ...]]:

@@ -42,8 +42,61 @@ EXPLAINED = {
         "mean error rate as doubtful comparisons are left out; lower is better",
     ),
     "auroc_of_errors": ("AUROC of doubt", "how well doubt separates errors from hits; 0.5 is chance"),
+    "cross_entropy": ("Cross-entropy to the shares", "in nats; lower is better, and the entropy is the lowest"),
+    "entropy": ("Entropy of the shares", "the cross-entropy of a model that knew all votes in advance"),
+    "squared_error": ("Squared error of the shares", "mean of (probability − share)²; lower is better"),
+    "probability, with people's share": ("Rank correlation with the shares", "where people disagree"),
+    "divided": ("AUROC, by doubt", "doubt: how near the probability is to ½; 0.5 is chance"),
+    "divided_by_scale": ("AUROC, by scale", "of the difference of the rewards"),
+    "divided_by_distance": ("AUROC, by −|difference of locations|", "the trivial baseline, which needs no scale"),
+    "divided_matched": (
+        "AUROC at equal distance, by doubt",
+        "pairs with the same |difference of locations| only, where the baseline scores 0.5",
+    ),
+    "divided_by_scale_matched": ("AUROC at equal distance, by scale", "the same, by the scale of the difference"),
+    "grade_nll": ("NLL of strengths", "−log probability of how much better a person found an answer"),
+    "sign_nll": ("NLL of their signs", "the same of better, equal or worse, with the model’s own ties"),
+    "scale, with people's standard deviation": ("Scale", "with the standard deviation of people’s ratings"),
+    "scale, with people's standard deviation, corrected": (
+        "Scale, corrected",
+        "estimate for the standard deviation among all people, free of the error of having asked a few",
+    ),
+    "−|location − median|, with people's standard deviation": (
+        "−|location − median|",
+        "the trivial baseline, which needs no scale, with the standard deviation of people’s ratings",
+    ),
+    "−|location − median|, with people's standard deviation, corrected": (
+        "−|location − median|, corrected",
+        "the baseline, corrected in the same way",
+    ),
+    "people's standard deviation, in two halves of them": (
+        "Half of the raters",
+        "their standard deviation, with that of the other half",
+    ),
+    "location, with people's mean rating": ("Location", "with the mean of people’s ratings"),
 }
-"""Title and explanation of each metric."""
+"""Title and explanation of each figure."""
+
+SECTIONS = {
+    "Shares of people": ("cross_entropy", "entropy", "squared_error", "probability, with people's share"),
+    "Pairs that people are divided over": (
+        "divided",
+        "divided_by_scale",
+        "divided_by_distance",
+        "divided_matched",
+        "divided_by_scale_matched",
+    ),
+    "How much better": ("grade_nll", "sign_nll"),
+    "People’s ratings (rank correlation)": (
+        "location, with people's mean rating",
+        "scale, with people's standard deviation",
+        "−|location − median|, with people's standard deviation",
+        "scale, with people's standard deviation, corrected",
+        "−|location − median|, with people's standard deviation, corrected",
+        "people's standard deviation, in two halves of them",
+    ),
+}
+"""Figures of [`~disco_trl.evaluation.agreement`], by the heading that they stand under."""
 
 
 @dataclass
@@ -177,6 +230,12 @@ def write_report(
             partial(charts.learning, histories={model.name: model.history for model in models}),
             "Negative log-likelihood of the training batches by epoch",
         )
+    spreads = {model.name: spread for model in models if (spread := model.found["spread_by_scale"])}
+    if spreads:
+        drawings["spread"] = (
+            partial(charts.spread_by_scale, curves=spreads),
+            "Standard deviation of people's ratings in ten groups of answers, by the scale that a model predicts",
+        )
     for name, (draw, _) in drawings.items():
         charts.save_png(draw, folder / f"{name}.png")
     # Texts of the data end up in the page, so that everything is escaped except the SVG made here.
@@ -185,6 +244,8 @@ def write_report(
         title=title,
         models=models,
         explained=EXPLAINED,
+        sections=_sections(models),
+        about_scales=[words for model in models if (words := about_scale(model))],
         pictures={name: Markup(charts.as_svg(draw, text)) for name, (draw, text) in drawings.items()},
         examples=pick_examples(rewards, held_out, examples),
         verdicts=verdicts or {},
@@ -195,6 +256,44 @@ def write_report(
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _sections(models: list[Model]) -> dict[str, list[str]]:
+    """The figures of each section that some model has. Benchmark runs may have figures of their own kind."""
+    present = {name for model in models for name in model.found["agreement"]}
+    named = {heading: [name for name in names if name in present] for heading, names in SECTIONS.items()}
+    return {heading: names for heading, names in named.items() if names}
+
+
+def about_scale(model: Model) -> str:
+    """What a model's scales say about the spread of people's ratings, in words.
+
+    Args:
+        model ([`Model`]):
+            A model.
+
+    Returns:
+        `str`: One or two sentences; empty if there are no ratings to tell.
+    """
+    names = ("scale", "−|location − median|")
+    raw, baseline = (model.found["agreement"].get(f"{name}, with people's standard deviation") for name in names)
+    if raw is None:
+        return ""
+    if raw["value"] is None:
+        return f"{model.name}: the scale is the same for every answer, so that it does not tell where people disagree."
+    corrected = model.found["agreement"]["scale, with people's standard deviation, corrected"]
+    words = f"{model.name}: the rank correlation of the scale with the spread of people’s ratings is {_number(raw)}"
+    if corrected["value"] is not None:
+        words += f"; with the spread among all people, of whom a few were asked, it is about {_number(corrected)}"
+    words += f". The trivial baseline, −|location − median|, has {_number(baseline)}."
+    if raw["low"] is not None and raw["low"] <= 0 <= raw["high"]:
+        words += " The interval of the scale contains 0, so that it may say nothing."
+    return words
+
+
+def _number(figure: dict[str, Any]) -> str:
+    ends = "" if figure["low"] is None else f" ({figure['low']:.2f} to {figure['high']:.2f})"
+    return f"{figure['value']:.2f}{ends}".replace("-", "−")
 
 
 def note_on_seeds(verdicts: dict[str, dict[str, Verdict]]) -> str:

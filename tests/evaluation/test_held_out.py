@@ -104,6 +104,33 @@ def test_forecasts_follow_the_sequences(tiny_tokenizer):
     assert found.target.tolist() == [0.25, 1] and found.weight.tolist() == [4, 2]
 
 
+def test_what_several_people_said_of_a_pair(tiny_tokenizer):
+    """Its minority, which a single judgement does not tell, and the strengths, ties among them."""
+    said = [
+        {"preference_strength": [2, -1, 0, 2, 0]},  # two, one and two of five: the minority is one
+        {"preference_strength": [1, 1]},
+        {"preference_strength": -3},
+        {"preference_probability": 0.8},
+        {"preference_probability": 1.0},
+        {"chosen_votes": 3, "rejected_votes": 1},
+        {"tie": True},
+        {},
+    ]
+    rows = [{"chosen": f"a {i}", "rejected": f"b {i}", **one} for i, one in enumerate(said)]
+    # A dataset has the same columns in each row.
+    columns = dict.fromkeys(name for one in said for name in one)
+    held_out = HeldOut.read([{**columns, **row} for row in rows], tiny_tokenizer)
+    expected = [0.2, 0, np.nan, 0.2, 0, 0.25, np.nan, np.nan]
+    assert held_out.minority == pytest.approx(expected, nan_ok=True)
+    assert held_out.target == pytest.approx([0.6, 1, 0, 0.8, 1, 0.75, 0.5, 1])
+    assert held_out.grades.tolist() == [[0, -1, 1], [0, 0, 2], [0, 2, 2], [1, 1, 2], [2, -3, 1], [6, 0, 1]]
+
+
+def test_ties_alone_are_no_grades(tiny_tokenizer):
+    rows = [{"chosen": "a", "rejected": "b", "tie": True}, {"chosen": "c", "rejected": "d", "tie": False}]
+    assert HeldOut.read(rows, tiny_tokenizer).grades.shape == (0, 3)
+
+
 def test_ratings_by_sequence(tiny_tokenizer):
     row = {"chosen": "a", "rejected": "b", "chosen_rating": [1, 2], "rejected_rating": None}
     found = HeldOut.read([row | {"chosen_votes": 0, "rejected_votes": 0}], tiny_tokenizer).ratings()

@@ -72,6 +72,29 @@ def test_says_what_was_found(page, tmp_path, held_out):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("informs", [False, True])
+def test_scales_beside_raters(informs, tiny_tokenizer, tmp_path):
+    """What a varying scale says about people's ratings is drawn and said; of a constant one, that it says nothing."""
+    generator = np.random.default_rng(0)
+    spread = np.exp(generator.normal(scale=0.5, size=60))
+    rows = []
+    for i in range(0, 60, 2):
+        ratings = [(spread[j] * generator.normal(size=6)).tolist() for j in (i, i + 1)]
+        rows.append(
+            {"chosen": f"{i}", "rejected": f"{i + 1}", "chosen_rating": ratings[0], "rejected_rating": ratings[1]}
+        )
+    held_out = HeldOut.read(rows, tiny_tokenizer)
+    scale = torch.from_numpy(spread if informs else np.ones(60))
+    rewards = RewardDistribution(torch.from_numpy(generator.normal(size=60)), scale, "normal")
+    found = as_json(evaluate(rewards, held_out, draws=20))
+    page = write_report(tmp_path, "Ratings", [Model("ours", found)], rewards, held_out).read_text()
+    assert (tmp_path / "spread.png").exists() == informs == ("in ten groups of answers" in page)
+    words = "ours: the rank correlation of the scale with the spread of people’s ratings is 0."
+    assert (words in page) == informs
+    assert ("ours: the scale is the same for every answer" in page) != informs
+    assert ("none: the scale is constant" in page) != informs and "People’s ratings (rank correlation)" in page
+
+
 def test_names_are_no_mathematics(held_out, tmp_path):
     rewards = rewards_of(held_out, MARGINS)
     figures = as_json(evaluate(rewards, held_out, draws=20))
