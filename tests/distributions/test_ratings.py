@@ -63,20 +63,23 @@ def exact(counts: list[int], scale: mpmath.mpf) -> mpmath.mpf:
     cuts = sorted(
         {a - 2 * step, a - step, a, b, b + step, b + 2 * step, *t, *(x + d * scale for x in t for d in (-2, 2))}
     )
-    return mpmath.log(mpmath.quad(integrand, cuts))
+    return mpmath.log(mpmath.quad(integrand, cuts, maxdegree=4))
 
 
-@pytest.mark.parametrize("counts", [[1, 0, 1, 0, 0], [0, 0, 3, 0, 0], [5, 0, 0, 0, 0], [1, 2, 0, 1, 3]], ids=str)
-@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize(
+    ("counts", "scale"),
+    [([1, 0, 1, 0, 0], 0.3), ([0, 0, 3, 0, 0], 1.0), ([5, 0, 0, 0, 0], 4.0), ([1, 2, 0, 1, 3], 0.7)],
+    ids=str,
+)
 def test_against_the_integral(counts, scale):
     sigma = numbers(scale).requires_grad_()
     found = spread_log_likelihood(rewards(sigma), torch.tensor([counts]), THRESHOLDS)
     found.sum().backward()
-    with mpmath.workdps(40):
-        value = exact(counts, mpmath.mpf(scale))
-        slope = mpmath.diff(lambda s: exact(counts, s), mpmath.mpf(scale), h=mpmath.mpf("1e-8"))
+    step = mpmath.mpf("1e-4")
+    with mpmath.workdps(25):
+        low, value, high = (exact(counts, scale + shift * step) for shift in (-1, 0, 1))
     assert found.item() == pytest.approx(float(value), abs=1e-7)
-    assert sigma.grad.item() == pytest.approx(float(slope), rel=1e-5, abs=1e-6)
+    assert sigma.grad.item() == pytest.approx(float((high - low) / (2 * step)), rel=1e-5, abs=1e-6)
 
 
 @all_families
