@@ -22,7 +22,7 @@ gradient of one function, so that a line search takes one of them at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,7 +172,9 @@ class SpreadTable:
         knots = torch.arange(-_TABLE_REACH, _TABLE_REACH + _TABLE_STEP, _TABLE_STEP, dtype=torch.float64)
         self._first = knots[0].item() + step.log().item()
         most = 512 if shape is None else 8
-        shapes = [None] * math.ceil(len(counts) / most) if shape is None else shape.split(most)
+        shapes: Sequence[Tensor | None] = (
+            [None] * math.ceil(len(counts) / most) if shape is None else shape.split(most)
+        )
         values = [
             torch.cat(
                 [
