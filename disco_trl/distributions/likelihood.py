@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from .judgements import Judgements
-from .numerics import log_difference, to_float64
+from .numerics import to_float64
 from .quadrature import log_marginal
+from .ratings import rating_log_likelihood
 from .reward_distribution import RewardDistribution
 
 
@@ -95,7 +96,7 @@ def log_likelihood(
         if responses.thresholds is None:
             raise ValueError("there are ratings, but no thresholds to read them by")
         sides = RewardDistribution.cat([chosen, rejected])
-        rated = _ratings(sides, judgements.rating_counts, responses.thresholds)
+        rated = rating_log_likelihood(sides, judgements.rating_counts, responses.thresholds)
         total = total + rated[: len(total)] + rated[len(total) :]
     return total
 
@@ -193,23 +194,3 @@ def _comparisons(
     bends = torch.stack([side * edge - beyond_margin.location for edge in edges for side in (-1, 1)])
     width = chosen.kind.difference_scale(chosen.scale, rejected.scale)
     return log_marginal(given, error, bends, width)
-
-
-def _ratings(rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) -> Tensor:
-    """The log-likelihood `(B,)` of ratings with counts `(B, L)`, given thresholds `(L - 1,)`."""
-    shape = None if rewards.shape is None else rewards.shape[..., None, :]
-
-    def given(error: Tensor) -> Tensor:
-        """From an error `(..., B)` of the locations to the log-likelihood, of the same shape."""
-        z = (thresholds - (rewards.location + error)[..., None]) / rewards.scale[:, None]
-        below, above = rewards.kind.log_cdf(z, shape), rewards.kind.log_survival(z, shape)
-        # Between two thresholds: from the tail in which both probabilities are small.
-        from_above = (z[..., 1:] + z[..., :-1]) > 0
-        larger = torch.where(from_above, above[..., :-1], below[..., 1:])
-        smaller = torch.where(from_above, above[..., 1:], below[..., :-1])
-        between = log_difference(larger, smaller)
-        return (counts * torch.cat([below[..., :1], between, above[..., -1:]], dim=-1)).sum(dim=-1)
-
-    if rewards.location_error is None:
-        return given(torch.zeros_like(rewards.location))
-    return log_marginal(given, rewards.location_error, thresholds[:, None] - rewards.location, rewards.scale)

@@ -74,7 +74,7 @@ def log_marginal(log_likelihood: Callable[[Tensor], Tensor], spread: Tensor, ben
         peaked = _cuts(mode[None], nearest=_smallest(deviation, 1.0), reach=REACH)
         cuts = torch.cat([cuts, peaked]).sort(dim=0).values
         starts, lengths = _heaviest(cuts, log_density(cuts))
-        unit_nodes, unit_weights = (tensor.to(cuts)[:, None] for tensor in _unit_rule())
+        unit_nodes, unit_weights = (tensor.to(cuts)[:, None] for tensor in unit_rule())
         nodes = (starts[:, None] + lengths[:, None] * unit_nodes).flatten(0, 1)
         log_weights = (lengths[:, None] * unit_weights).flatten(0, 1).log()
     terms = log_likelihood(spread * nodes) - nodes.square() / 2 + log_weights
@@ -117,7 +117,8 @@ def _heaviest(cuts: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _unit_rule() -> tuple[Tensor, Tensor]:
+def unit_rule() -> tuple[Tensor, Tensor]:
+    """The nodes and weights `(7,)` of the Gauss–Legendre rule for the interval from 0 to 1, in float64."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
 
