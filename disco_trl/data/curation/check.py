@@ -111,6 +111,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
         raise ValueError("the data is empty; check its path and split")
     figures = survey.figures()
     ratings = {} if figures.get("ratings", {}).get("why_not_read") else survey.rating_values
+    read_as = readings(said, ratings, figures.get("strengths", {}).get("levels", 0))
     found = {
         "rows": read,
         "errors": errors.figures(),
@@ -119,7 +120,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             "not_read": [name for name in columns if name not in READ],
             "look_alikes": find_look_alikes(columns),
             "conversion": conversion_of(columns),
-            "likelihood": {", ".join(names): meaning for names, meaning in readings(said, ratings).items()},
+            "likelihood": {", ".join(names): meaning for names, meaning in read_as.items()},
         },
         **{name: value for name, value in figures.items() if name != "rows"},
     }

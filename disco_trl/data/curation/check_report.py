@@ -17,6 +17,7 @@ CHOSEN_COLOR, REJECTED_COLOR, PLAIN_COLOR = "#2a6fb0", "#d98032", "#5b7f95"
 TERMS = {
     "forced choices": "forced choices of one person",
     "votes": "votes",
+    "strengths": "strengths of preference",
     "soft labels": "soft labels",
     "ties": "ties",
     "rankings": "rankings",
@@ -87,6 +88,10 @@ def _judgement_lines(found: dict[str, Any]) -> list[str]:
             f"votes of a pair: {votes['mean']:.1f} on average, {spread['min']:g} to {spread['max']:g}; "
             f"{votes['unanimous']:,} of {votes['several']:,} pairs with several are unanimous"
         )
+    if strengths := found.get("strengths"):
+        spread, values = strengths["of a pair"], strengths["values"]
+        shares = ", ".join(f"{value} {count / strengths['given']:.0%}" for value, count in values.items())
+        lines.append(f"strengths of a pair: {spread['min']:g} to {spread['max']:g} people; {shares}")
     if soft := found.get("soft_labels"):
         lines.append(
             f"soft labels: median {soft['quantiles']['50 %']:.2f}; {soft['between_0.4_and_0.6']:.0%} are undecided "
