@@ -90,6 +90,8 @@ SOUND: list[Row] = [
     },
     {"context": [USER], "response1": "b", "response2": "c", "individual_preference": [{"score": -2}, {"score": 0}]},
     {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 2},
+    {"prompt": "a", "chosen": "b", "rejected": "c", "preference_strength": "slightly better"},
+    {"text": "a", "completion_a": "b", "completion_b": "c", "expert_worker_annotations": [{"overall_pref": "Tie"}]},
     {"prompt": "a", "response_a": "b", "response_b": "c", "prob_a": 0.3},
     {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d", "history": [["e", "f"]], "system": "g"},
     {
