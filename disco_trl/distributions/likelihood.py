@@ -47,11 +47,10 @@ class Responses:
         label_noise (`torch.Tensor` of shape `()`, *optional*):
             ν, the probability below ½ that a vote says the opposite of what was meant. If `None`, there is none.
         thresholds (`torch.Tensor` of shape `(L - 1,)`, *optional*):
-            Thresholds between L ratings, ascending, in reward units; `(2 * P, L - 1)` if each side has its own. If
-            `None`, there are no ratings.
+            Thresholds between L ratings, ascending, in reward units. If `None`, there are no ratings.
         strength_boundaries (`torch.Tensor` of shape `(L - 1,)`, *optional*):
-            Boundaries c_2 to c_L between L strengths of a preference, ascending, above the tie width, in reward units;
-            `(L - 1, P)` if each pair has its own. If `None`, preferences have no strengths.
+            Boundaries c_2 to c_L between L strengths of a preference, ascending, above the tie width, in reward units.
+            If `None`, preferences have no strengths.
     """
 
     tie_width: Tensor | None = None
@@ -154,7 +153,7 @@ def _comparisons(
     error = chosen.error_of_difference(rejected)
     if error is None:
         return given(no_band)
-    edges = [band, *(() if strengths is None else responses.strength_boundaries)]
+    edges = [band, *(() if strengths is None else responses.strength_boundaries.expand(len(band), -1).unbind(-1))]
     bends = torch.stack([side * edge - beyond_margin.location for edge in edges for side in (-1, 1)])
     width = chosen.kind.difference_scale(chosen.scale, rejected.scale)
     return log_marginal(given, error, bends, width)
@@ -177,5 +176,4 @@ def _ratings(rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) ->
 
     if rewards.location_error is None:
         return given(torch.zeros_like(rewards.location))
-    bends = (thresholds - rewards.location[:, None]).T
-    return log_marginal(given, rewards.location_error, bends, rewards.scale)
+    return log_marginal(given, rewards.location_error, thresholds[:, None] - rewards.location, rewards.scale)

@@ -6,16 +6,22 @@ The model is linear in the features of a text, as in `disco_trl.simulation.plann
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.special import logsumexp
+from scipy.stats import rankdata
 
 from ..distributions.reward_distribution import get_family
 from .population import Population
 from .questions import DRAWS, MOST_ENUMERATED, Comparisons, Ratings, all_answers, rewards_of
+
+
+NODES = 31
+"""Nodes of the integral over a shared error."""
 
 
 class Basis:
@@ -36,6 +42,18 @@ class Basis:
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """From features `(N, D)` to coordinates `(N, r)`, with r the rank."""
         return (features - self.mean) @ self.axes
+
+
+@cache
+def _normal_rule() -> tuple[np.ndarray, np.ndarray]:
+    """
+    Nodes and logarithms of weights of Gauss–Hermite quadrature about a standard normal.
+
+    Here τ is about as large as the scales, and few people judge an item: there is no need for the cuts of
+    `disco_trl.distributions.quadrature`, which an integral without such bounds takes.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+    return nodes, np.log(weights / weights.sum())
 
 
 @dataclass(frozen=True)
@@ -136,54 +154,71 @@ class Truth:
             `numpy.ndarray` of shape `(count, count)`: For the parameters in the order of `at`.
         """
         items = question.items
-        location, scale = (torch.tensor(array)[items].requires_grad_() for array in (self.seen, self.scale))
-        extras = {
-            name: torch.tensor(self.extras[name])[:, None].expand(-1, len(items)).clone().requires_grad_()
-            for name in question.extras
-        }
-        error = None
-        if self.unseen_std is not None:
-            error = torch.full((len(items),), self.unseen_std, dtype=torch.float64, requires_grad=True)
+        count, sides = items.shape
         # Without a shared error, k people are k times as informative as one.
-        people = 1 if error is None else question.people
-        design = torch.tensor(self.inputs)[items]  # (n, S, r)
-        information = torch.zeros(self.count, self.count, dtype=torch.float64)
-        for counts, log_weight in self._answers(question, people, seed):
-            log_prob = question.log_probs(rewards_of(location, scale, self.family, error), counts, extras)
-            leaves = [location, scale, *([] if error is None else [error]), *extras.values()]
-            by_location, by_scale, *by_others = torch.autograd.grad(log_prob.sum(), leaves)
-            slopes = torch.zeros(len(items), self.count, dtype=torch.float64)
-            slopes[:, self.at["location"]] = torch.einsum("ns,nsr->nr", by_location, design)
-            slopes[:, self.at["scale"]] = torch.einsum("ns,nsr->nr", by_scale * scale.detach(), design)
-            if error is not None:
-                slopes[:, self.at["location_error"]] = by_others.pop(0)[:, None]
-            for name, slope in zip(extras, by_others, strict=True):
-                slopes[:, self.at[name]] = slope.T
-            half = log_weight / 2 if log_weight.ndim else (log_weight + log_prob.detach()) / 2
-            weighted = torch.exp(half)[:, None] * slopes
-            information += weighted.T @ weighted
-        return information.numpy() * question.people / people
+        people, nodes, log_weights = 1, np.zeros(1), np.zeros(1)
+        if self.unseen_std is not None:
+            people, (nodes, log_weights) = question.people, _normal_rule()
+        # At each node of the shared error, an item of its own: Q * n in all. The errors of both sides of a pair are
+        # one of the first, as only their difference counts.
+        location = np.tile(self.seen[items], (len(nodes), 1, 1))
+        shift = nodes * math.sqrt(sides)
+        location[..., 0] += (shift * (self.unseen_std or 0.0))[:, None]
+        leaves = [
+            torch.tensor(array).flatten(0, 1) for array in (location, np.tile(self.scale[items], (len(nodes), 1, 1)))
+        ]
+        extras = {
+            name: torch.tensor(self.extras[name])[:, None].repeat(1, len(nodes) * count) for name in question.extras
+        }
+        leaves = [leaf.requires_grad_() for leaf in (*leaves, *extras.values())]
+        rewards = rewards_of(*leaves[:2], self.family, None)
+        log_probs, slopes = [], []  # of each answer: (Q, n) and (Q, n, parameters)
+        design = self.inputs[items]  # (n, S, r)
+        for one in torch.eye(question.answers, dtype=torch.float64):
+            log_prob = question.log_probs(rewards, one.expand(len(leaves[0]), -1), extras)
+            found = torch.autograd.grad(log_prob.sum(), leaves)
+            by_location, by_scale = (slope.numpy().reshape(len(nodes), count, sides) for slope in found[:2])
+            slope = np.zeros((len(nodes), count, self.count))
+            slope[..., self.at["location"]] = np.einsum("qns,nsr->qnr", by_location, design)
+            slope[..., self.at["scale"]] = np.einsum("qns,nsr->qnr", by_scale * self.scale[items], design)
+            if self.unseen_std is not None:
+                slope[..., self.at["location_error"]] = by_location[..., :1] * shift[:, None, None]
+            for name, of_extra in zip(extras, found[2:], strict=True):
+                slope[..., self.at[name]] = of_extra.numpy().T.reshape(len(nodes), count, -1)
+            log_probs.append(log_prob.detach().numpy().reshape(len(nodes), count))
+            slopes.append(slope)
+        table, gradient = np.stack(log_probs, axis=-1), np.stack(slopes, axis=2)  # (Q, n, C), (Q, n, C, parameters)
 
-    def _answers(self, question: Comparisons | Ratings, people: int, seed: int):
+        information = np.zeros((self.count, self.count))
+        for counts, log_orders in self._answers(table, log_weights, people, seed):
+            terms = log_weights[:, None] + (table * counts).sum(axis=-1)
+            log_prob = logsumexp(terms, axis=0)
+            posterior = np.exp(terms - log_prob)  # of the error given the answers, (Q, n)
+            slope = np.einsum(
+                "qn,nc,qncp->np", posterior, np.broadcast_to(counts, table.shape[1:]), gradient, optimize=True
+            )
+            # Answers that were drawn come as often as they are probable.
+            weight = np.full(count, 1 / DRAWS) if log_orders is None else np.exp(log_orders + log_prob)
+            information += (weight[:, None] * slope).T @ slope
+        return information * question.people / people
+
+    @staticmethod
+    def _answers(
+        table: np.ndarray, log_weights: np.ndarray, people: int, seed: int
+    ) -> Iterator[tuple[np.ndarray, float | None]]:
         """
-        Counts of answers `(n, C)`, each with the logarithm of its weight: `()` if the probability is to be multiplied
-        by it, `(n,)` if the counts have been drawn with that probability.
+        How many people give each answer: all that is possible, `(C,)`, with the logarithm of the number of orders, or
+        where that is very much what is drawn for each item, `(n, C)`.
         """
-        count = len(question.items)
-        if math.comb(people + question.answers - 1, people) <= MOST_ENUMERATED:
-            for counts, log_orders in all_answers(people, question.answers):
-                yield torch.tensor(counts, dtype=torch.float64).expand(count, -1), torch.tensor(log_orders)
+        _, count, answers = table.shape
+        if math.comb(people + answers - 1, people) <= MOST_ENUMERATED:
+            yield from all_answers(people, answers)
             return
         rng = np.random.default_rng(seed)
-        extras = {name: torch.tensor(self.extras[name]) for name in question.extras}
-        ones = torch.eye(question.answers, dtype=torch.float64)
-        scale = torch.tensor(self.scale)[question.items]
         for _ in range(DRAWS):
-            shared = rng.standard_normal(question.items.shape) * (self.unseen_std or 0.0)
-            rewards = rewards_of(torch.tensor(self.seen[question.items] + shared), scale, self.family, None)
-            probs = [question.log_probs(rewards, one.expand(count, -1), extras).exp().numpy() for one in ones]
-            drawn = rng.multinomial(people, np.stack(probs, axis=1) / np.sum(probs, axis=0)[:, None])
-            yield torch.tensor(drawn, dtype=torch.float64), torch.full((count,), -math.log(DRAWS), dtype=torch.float64)
+            node = rng.choice(len(log_weights), count, p=np.exp(log_weights))
+            probs = np.exp(table[node, np.arange(count)])
+            yield rng.multinomial(people, probs / probs.sum(axis=1, keepdims=True)), None
 
     def errors(self, information: np.ndarray, log_scale_std: float | None = None, seed: int = 0) -> AsymptoticErrors:
         """
@@ -225,10 +260,17 @@ class Truth:
             location_error=float(np.linalg.norm(root[self.at["location_error"]])) if self.unseen_std else None,
             precision=Precision(
                 scale_error=float(np.sqrt(np.mean(squared))),
-                location_spearman=float(np.mean([spearmanr(one, self.location).statistic for one in locations.T])),
-                scale_spearman=float(np.mean([spearmanr(one, log_scale).statistic for one in log_scales.T])),
+                location_spearman=_mean_spearman(locations, self.location),
+                scale_spearman=_mean_spearman(log_scales, log_scale),
             ),
         )
+
+
+def _mean_spearman(draws: np.ndarray, truth: np.ndarray) -> float:
+    """Mean rank correlation of draws `(N, M)` with the truth `(N,)`; nan where the truth is one number."""
+    ranks, true = (rankdata(values, axis=0) - (len(truth) + 1) / 2 for values in (draws, truth))
+    norm = np.linalg.norm(ranks, axis=0) * np.linalg.norm(true)
+    return float(np.mean(true @ ranks / norm)) if true.any() else math.nan
 
 
 def asymptotic_errors(

@@ -210,8 +210,8 @@ def grade(
         pairs (`numpy.ndarray` of shape `(P, 2)`):
             Indices of texts.
         boundaries (`ArrayLike` of shape `(L - 1,)`):
-            Boundaries c_2 to c_L between L strengths, increasing, above `tie_half_width`, in reward units: rewards that
-            differ by c_k or more make a preference of strength k or more.
+            Boundaries c_2 to c_L between L strengths, increasing, above `tie_half_width`, in reward units: rewards
+            that differ by c_k or more make a preference of strength k or more.
         votes_per_pair, tie_half_width, label_noise, same_annotator, seed:
             As in [`vote`]. Label noise exchanges k and -k.
 

@@ -4,9 +4,9 @@ The model is the package's own, with given features in place of a language model
 scale are linear in the features of a text, the geometric mean of the scales is the family's unit (as in
 `disco_trl.models.heads.ScaleHead`), and a location may have an error τ that all judgements on a pair, or on a text,
 share. The likelihood is the one that the trainer maximizes. With tens of features and tens of thousands of judgements,
-its maximum can be found to the last digit, and its Fisher information written down (`disco_trl.simulation.information`).
-Both judge a setup before labels are paid for and a GPU is rented: what fails here, where features and family are right,
-will not do better with a language model.
+its maximum can be found to the last digit, and its Fisher information written down
+(`disco_trl.simulation.information`). Both judge a setup before labels are paid for and a GPU is rented: what fails
+here, where features and family are right, will not do better with a language model.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def fit_linear(
             Whether to fit τ as well, the error of a location that the features do not explain. It takes several
             judgements of a pair or a text: with one, disagreement among people looks much the same.
         log_scale_std (`float`, *optional*):
-            By how much log σ is expected to differ between texts: a normal prior on its weights, which a few judgements
-            need, and on log τ one of deviation 1 about half a unit. Without it, there is none.
+            By how much log σ is expected to differ between texts: a normal prior on its weights, which a few
+            judgements need, and on log τ one of deviation 1 about half a unit. Without it, there is none.
 
     Returns:
         [`LinearFit`]: The maximum of the likelihood, or of the posterior.

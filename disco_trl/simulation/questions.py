@@ -145,8 +145,10 @@ class Ratings:
         # The likelihood rates both sides of a pair. The other side here has no ratings, and nobody compares the two.
         rating_counts = torch.cat([counts, torch.zeros_like(counts)])
         judgements = Judgements(zeros, zeros, zeros, zeros, zeros, zeros + 1, rating_counts=rating_counts)
-        thresholds = extras["thresholds"].T
-        responses = Responses(thresholds=thresholds if thresholds.ndim == 1 else torch.cat([thresholds, thresholds]))
+        thresholds = extras["thresholds"]
+        if thresholds.ndim == 2:
+            thresholds = torch.cat([thresholds.T, thresholds.T])
+        responses = Responses(thresholds=thresholds)
         return log_likelihood(of_texts, of_texts, judgements, responses)
 
 

@@ -1,9 +1,9 @@
 """
 How to spend the next judgements: what votes, graded comparisons and ratings are expected to teach about σ.
 
-An [`Outlook`] is a world like the one that is expected, with the Fisher information of each way to ask. Information adds
-up, so that what is at hand and what is planned are sums of it. A comparison reads two answers, a rating one: that is
-what ways to ask are compared by.
+An [`Outlook`] is a world like the one that is expected, with the Fisher information of each way to ask. Information
+adds up, so that what is at hand and what is planned are sums of it. A comparison reads two answers, a rating one: that
+is what ways to ask are compared by.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .population import Population, heteroscedastic
 from .questions import Comparisons, Ratings
 
 
-SAMPLED = 400
+SAMPLED = 300
 """Pairs, or texts, whose information is averaged."""
 TIED = 0.15
 """Share of two random rewards that are so near to each other that people call it a tie."""
@@ -66,7 +66,7 @@ class Outlook:
         self.population = typical_world() if population is None else population
         self.seed = seed
         rng = np.random.default_rng(seed)
-        pairs = random_pairs(len(self.population), 20_000, seed)
+        pairs = random_pairs(len(self.population), 5_000, seed)
         rewards = self.population.draw(pairs, self.population.draw_groups(pairs.shape, rng), rng)
         # After ties, each strength is as frequent as the next, and so is each rating.
         shares = TIED + (1 - TIED) * np.arange(levels) / levels
@@ -89,33 +89,32 @@ class Outlook:
 
     def expected(self, asked: Mapping[Ask, float]) -> Precision:
         """
-        What to expect of a fit to judgements.
+        What to expect of a fit to judgements, of which there are some.
 
         Args:
             asked (`Mapping[Ask, float]`):
                 The number of pairs, or of texts, that are asked about in each way.
 
         Returns:
-            [`Precision`]: Expected errors of a fit that knows by how much log σ differs in this world. Without any
-            judgements `scale_error` is the deviation of log σ itself, and the rank correlation 0.
+            [`Precision`]: Expected errors of a fit that knows by how much log σ differs in this world. With few
+            judgements `scale_error` is the deviation of log σ itself.
         """
         truth = self._truth
-        information = np.zeros((truth.count, truth.count))
-        # What nobody was asked about is not determined, and matters to nothing.
-        information[np.diag_indices(truth.count)] = 1e-6
+        # A little about everything: what nobody was asked about is not determined otherwise.
+        information = np.eye(truth.count)
         for ask, count in asked.items():
             information += count * self._information(ask)
         return truth.errors(information, float(np.std(np.log(self.population.scale))), self.seed).precision
 
 
 def typical_world(
-    dimension: int = 32, texts: int = 1000, log_scale_std: float = 0.5, unseen_std: float = 0.5, seed: int = 0
+    dimension: int = 64, texts: int = 1000, log_scale_std: float = 0.5, unseen_std: float = 0.5, seed: int = 0
 ) -> Population:
     """
     A world to plan in: standard normal features, μ ~ N(0, 1) and log σ ~ N(0, `log_scale_std`²).
 
     Args:
-        dimension (`int`, *optional*, defaults to `32`):
+        dimension (`int`, *optional*, defaults to `64`):
             Number of features that location and scale depend on.
         texts (`int`, *optional*, defaults to `1000`):
             Number of texts.
