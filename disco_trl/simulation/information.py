@@ -20,7 +20,7 @@ from .population import Population
 from .questions import DRAWS, MOST_ENUMERATED, Comparisons, Ratings, all_answers, rewards_of
 
 
-NODES = 31
+NODES = 21
 """Nodes of the integral over a shared error."""
 
 

@@ -21,7 +21,7 @@ from .population import Population, heteroscedastic
 from .questions import Comparisons, Ratings
 
 
-SAMPLED = 300
+SAMPLED = 120
 """Pairs, or texts, whose information is averaged."""
 TIED = 0.15
 """Share of two random rewards that are so near to each other that people call it a tie."""

@@ -18,6 +18,7 @@ from ..columns import (
     PAIRS,
     RANKING,
     RATINGS,
+    STRENGTH,
     find_layout,
 )
 from ..files import chunks
@@ -194,6 +195,12 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         warnings.append(
             f"{count:,} soft labels are below ½, for the rejected side; the likelihood takes them as they are, but "
             "the logged accuracy calls 'chosen' right"
+        )
+    strengths = found.get("strengths")
+    if strengths and "0" not in strengths["values"] and (terms.get("ties") or terms.get("ranked ties")):
+        warnings.append(
+            f"column {STRENGTH!r}: never 0, as where no tie was on offer, but there are ties in other rows; training "
+            "takes a tie to be possible in all of them. If it was not, train on the two apart"
         )
     if special := found.get("special_tokens"):
         warnings.append(

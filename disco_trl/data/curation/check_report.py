@@ -44,6 +44,8 @@ def render(found: dict[str, Any], name: str) -> str:
     blocks = [_block(name, _schema_lines(found))]
     blocks.append(_block("What was judged", _judgement_lines(found)))
     blocks.append(_block("What can be learned", _learned_lines(found)))
+    if (scale := found.get("scale")) is not None:
+        blocks.append(_block("What can be learned of the scale", _scale_lines(scale)))
     blocks.append(_block("Lengths", _length_lines(found)))
     if repeats := _repetition_lines(found):
         blocks.append(_block("The same pair more than once", repeats))
@@ -130,9 +132,25 @@ def _learned_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"the model's own error (location_error), apart from disagreement: {why}"]
     if ratings:
         lines.append(f"rating thresholds: {len(ratings['values']) - 1}, between {len(ratings['values'])} ratings")
-    if terms.get("ties") or terms.get("ranked ties"):
+    strengths = found.get("strengths", {"values": {}, "levels": 0})
+    if strengths["levels"] > 1:
+        lines.append(f"boundaries between {strengths['levels']} strengths of preference (strength_levels)")
+    if terms.get("ties") or terms.get("ranked ties") or "0" in strengths["values"]:
         lines.append("the width of the tie band (tie_width)")
     return lines
+
+
+def _scale_lines(scale: dict[str, Any]) -> list[str]:
+    """What `disco_trl.cli.scale_advice` has found."""
+    rows = [{"what": "as it is", **scale["expected"]}, *scale["next"]]
+    width = max(len(row["what"]) for row in rows)
+    return [
+        *scale["advice"],
+        f"{'expected, with ' + format(scale['judgements'], ',') + ' further comparisons to read':{width + 2}s}"
+        "  rank correlation  error of log σ",
+        *(f"  {row['what']:{width}s}  {row['rank_correlation']:16.2f}  {row['scale_error']:14.2f}" for row in rows),
+        f"in a simulated world ({scale['world']}); what is reached on real texts is less",
+    ]
 
 
 def _length_lines(found: dict[str, Any]) -> list[str]:

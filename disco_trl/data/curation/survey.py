@@ -150,6 +150,8 @@ class DataSurvey:
         self.rating_values: Counter[float] = Counter()
         self.rating_counts, self.rating_means, self.rating_deviations = array("Q"), array("d"), array("d")
         self.ranked = array("Q")
+        # How many pairs, or answers, so many people judged: by what they were asked, and by their number
+        self.asked: dict[str, Counter[int]] = {what: Counter() for what in ("votes", "grades", "ratings")}
 
     def add(self, record: Record, number: int, tokens: Sequence[int] | None = None) -> None:
         """
@@ -180,12 +182,15 @@ class DataSurvey:
             self.terms["rankings"] += 1
             self.terms["ranked ties"] += record.has_tie
             self.ranked.append(len(answers))
+            # K ranked answers say no more than K - 1 comparisons that do not follow from each other.
+            self.asked["votes"][1] += len(answers) - 1
         else:
             self._add_pair(record, number, prompt, answers)
 
     def _add_pair(self, record: Record, number: int, prompt: str, answers: list[str]) -> None:
         won, lost = self._compared(record)
         self.terms["pairs with several votes"] += won + lost >= 2
+        self.asked["grades" if STRENGTH in record.said else "votes"][round(record.comparisons[0].people)] += 1
         if STRENGTH in record.said:
             self._add_strengths(record)
         hashes = [_hash(answer) for answer in answers]
@@ -207,6 +212,7 @@ class DataSurvey:
         for values in filter(None, record.ratings):
             self.rating_values.update(values)
             self.rating_counts.append(len(values))
+            self.asked["ratings"][len(values)] += 1
             self.rating_means.append(float(np.mean(values)))
             self.rating_deviations.append(float(np.std(values, ddof=1)) if len(values) > 1 else np.nan)
 
@@ -284,6 +290,12 @@ class DataSurvey:
             }
         if self.rating_counts:
             figures["ratings"] = self._ratings()
+        unread = figures.get("ratings", {}).get("why_not_read")
+        figures["asked"] = {
+            what: {str(people): count for people, count in sorted(counts.items()) if people}
+            for what, counts in self.asked.items()
+            if not (what == "ratings" and unread)
+        }
         if self.ranked:
             figures["rankings"] = {"answers": quantiles(self.ranked), "with_ties": self.terms["ranked ties"]}
         return figures
