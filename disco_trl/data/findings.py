@@ -80,7 +80,7 @@ class Findings:
             self._add_texts(row, record, number)
         if not record.is_ranking and holds_pair(row) and _is_filled(row.get("completions")):
             self._unranked.append(number)
-        said = {
+        said: dict[str, list[float]] = {
             "ratings": [rating for ratings in record.ratings for rating in ratings],
             "strengths": [abs(strength) for comparison in record.comparisons for strength in comparison.strengths],
         }

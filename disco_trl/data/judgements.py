@@ -131,7 +131,7 @@ def readings(said: Collection[str], ratings: Mapping[float, int], strength_level
             there = there if values else ()
         if columns == (STRENGTH,):
             levels = f"on a scale from -{strength_levels} to {strength_levels}"
-            meaning += f", {levels}" if strength_levels else " (only the sign is read)"
+            meaning += f", {levels}" if strength_levels > 1 else " (only the sign is read)"
         if there:
             found[there] = meaning
     return found
@@ -214,7 +214,8 @@ def check_answerable(
     has_strange_ties = found.has_ties and "tie_width" not in likelihood
     levels = likelihood.get("strength_levels")
     too_strong = levels is not None and max(found.strengths, default=0) > levels
-    if found.strengths and levels is None and PartialState().is_main_process:
+    # (Preferences of one strength, and ties, are votes anyway.)
+    if max(found.strengths, default=0) > 1 and levels is None and PartialState().is_main_process:
         logger.warning(
             f"{dataset_name} dataset, column {STRENGTH!r}: read as votes, because the model knows no levels of "
             "strength; train it with strength_levels to read how strong they are"
