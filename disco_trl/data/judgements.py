@@ -54,7 +54,7 @@ class Survey:
         has_comparisons (`bool`, *optional*, defaults to `False`):
             Whether somebody compared two answers, rather than only rating them.
         strengths (`Counter`, *optional*):
-            How often a preference of each strength was given, whatever its direction, ties apart.
+            How often a preference of each strength was given, whatever its direction. 0 stands for a tie.
     """
 
     has_ties: bool = False
@@ -78,6 +78,8 @@ class Survey:
         self.has_comparisons |= any(comparison.people for comparison in feedback.comparisons)
         for comparison in feedback.comparisons:
             self.strengths.update(map(abs, comparison.strengths))
+            if comparison.ties:
+                self.strengths[0] += int(comparison.ties)
         for ratings in feedback.ratings:
             self.has_several_ratings |= len(ratings) >= 2
             self.ratings.update(map(float, ratings))

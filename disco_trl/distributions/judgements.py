@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,18 @@ class Judgements:
         """Makes judgements of a [`Judgements.table`], `(P, 6)`, and of the counts of ratings and strengths."""
         wins, losses, ties, tie_allowed, margin, weight = table.unbind(dim=-1)
         return cls(wins, losses, ties, tie_allowed, margin, weight, rating_counts, strength_counts)
+
+    def without_strengths(self) -> Judgements:
+        """The same judgements, with strengths read as votes."""
+        return replace(self, strength_counts=None)
+
+    def select(self, keep: Tensor) -> Judgements:
+        """The judgements of some of the comparisons, given by a boolean tensor of shape `(P,)`."""
+        return replace(
+            self.of_table(self.table[keep]),
+            rating_counts=None if self.rating_counts is None else self.rating_counts[keep.repeat(2)],
+            strength_counts=None if self.strength_counts is None else self.strength_counts[keep],
+        )
 
     @property
     def table(self) -> Tensor:

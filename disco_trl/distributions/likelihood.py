@@ -24,7 +24,7 @@ P. McCullagh, 1980, the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,42 @@ def log_likelihood(
         rated = _ratings(sides, judgements.rating_counts, responses.thresholds)
         total = total + rated[: len(total)] + rated[len(total) :]
     return total
+
+
+def split_log_likelihood(
+    chosen: RewardDistribution,
+    rejected: RewardDistribution,
+    judgements: Judgements,
+    responses: Responses | None = None,
+) -> Tensor:
+    """
+    Evaluates [`log_likelihood`] with a gradient in which location and scale do not act on each other.
+
+    The location has the gradient of the likelihood in which strengths are read as votes, given the scales, the
+    boundaries and whatever else is learned. All of these have the gradient of the whole likelihood, given the
+    locations. The two are estimating equations, and not the gradient of one function; each has mean zero at the truth.
+    An error of a location then cannot pass for disagreement among people while the location is still being learned,
+    and what a strength says about the scale does not move the location.
+
+    Args:
+        chosen, rejected, judgements, responses:
+            As in [`log_likelihood`].
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`: As in [`log_likelihood`].
+    """
+    responses = responses or Responses()
+    given = Responses(**{name: value if value is None else value.detach() for name, value in vars(responses).items()})
+    of_scale = log_likelihood(_detached(chosen, "location"), _detached(rejected, "location"), judgements, responses)
+    rest = [name for name in ("scale", "shape", "location_error") if getattr(chosen, name) is not None]
+    of_location = log_likelihood(
+        _detached(chosen, *rest), _detached(rejected, *rest), judgements.without_strengths(), given
+    )
+    return of_scale + of_location - of_location.detach()
+
+
+def _detached(rewards: RewardDistribution, *names: str) -> RewardDistribution:
+    return replace(rewards, **{name: getattr(rewards, name).detach() for name in names})
 
 
 def _all_in_float64(record: Judgements | Responses) -> dict[str, Any]:

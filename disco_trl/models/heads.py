@@ -82,13 +82,15 @@ class LikelihoodHead(nn.Module):
     The few numbers that the likelihood learns beside the rewards, one set for the whole model.
 
     Every parameter starts at zero, which stands for a location error and a tie width of half a unit, a label noise of
-    0.06, and thresholds one unit apart (until [`LikelihoodHead.init_thresholds`] is called).
+    0.06, thresholds one unit apart (until [`LikelihoodHead.init_thresholds`] is called), and boundaries between
+    strengths half a unit apart (until [`LikelihoodHead.init_strengths`] is).
 
     Args:
         settings (`dict`):
             The quantities that exist: `"location_error"` (`True`), `"tie_width"` and `"label_noise"` (a number that is
-            used as it is, or `"learned"`), and `"rating_values"` (the L rating values in ascending order, for which
-            L - 1 thresholds are learned).
+            used as it is, or `"learned"`), `"rating_values"` (the L rating values in ascending order, for which
+            L - 1 thresholds are learned), and `"strength_levels"` (the number L of strengths of a preference, at least
+            2, for which L - 1 boundaries above the tie width are learned).
         unit_scale (`float`):
             Unit of the family. All quantities but the label noise are in reward units and scale with it.
         device (`torch.device`, *optional*):
@@ -104,6 +106,8 @@ class LikelihoodHead(nn.Module):
         }
         if "rating_values" in settings:
             sizes["thresholds"] = len(settings["rating_values"]) - 1
+        if "strength_levels" in settings:
+            sizes["strength_boundaries"] = settings["strength_levels"] - 1
         self.names = tuple(sizes)
         for name, size in sizes.items():
             if not isinstance(settings.get(name), float):
@@ -132,7 +136,7 @@ class LikelihoodHead(nn.Module):
 
         Returns:
             `dict` from `str` to `torch.Tensor` of shape `(J,)`: Each quantity by its name, in float32 at least. J is
-            the number of thresholds for `"thresholds"`, and 1 otherwise.
+            the number of thresholds for `"thresholds"`, of boundaries for `"strength_boundaries"`, and 1 otherwise.
         """
         return {name: self._value(name) for name in self.names}
 
@@ -145,10 +149,13 @@ class LikelihoodHead(nn.Module):
             factor (`float`):
                 Factor that the locations are multiplied by.
         """
-        for name in self.in_unit_of_locations:
-            in_units = factor * self._value(name) / self.unit_scale
+        before = {name: factor * self._value(name) / self.unit_scale for name in self.in_unit_of_locations}
+        lowest = factor * self._lowest_boundary() / self.unit_scale
+        for name, in_units in before.items():
             if name == "thresholds":
                 raw = torch.cat([in_units[:1], bounded_log(in_units.diff())])
+            elif name == "strength_boundaries":
+                raw = bounded_log(2 * in_units.diff(prepend=lowest.to(in_units)))
             else:
                 raw = bounded_log(2 * in_units)
             self.get_parameter(name).copy_(raw)
@@ -181,7 +188,14 @@ class LikelihoodHead(nn.Module):
             return label_noise_from_raw(raw)
         if name == "thresholds":
             return self.unit_scale * torch.cat([raw[:1], raw[:1] + bounded_exp(raw[1:]).cumsum(dim=0)])
-        return 0.5 * self.unit_scale * bounded_exp(raw)
+        widths = 0.5 * self.unit_scale * bounded_exp(raw)
+        if name == "strength_boundaries":
+            return self._lowest_boundary().to(widths) + widths.cumsum(dim=0)
+        return widths
+
+    def _lowest_boundary(self) -> Tensor:
+        """Boundary below the weakest strength, of shape `(1,)`: the tie width, or 0 where nobody could call a tie."""
+        return self._value("tie_width") if "tie_width" in self.settings else torch.zeros(1)
 
     @torch.no_grad()
     def init_thresholds(self, counts: Sequence[int], standard_quantile: Callable[[Tensor], Tensor]) -> None:
@@ -197,6 +211,55 @@ class LikelihoodHead(nn.Module):
         shares = torch.tensor(counts, dtype=torch.float64) + 1  # no rating may have probability zero
         at = standard_quantile((shares.cumsum(dim=0) / shares.sum())[:-1])
         self.get_parameter("thresholds").copy_(torch.cat([at[:1], at.diff().clamp_min(1e-2).log()]))
+
+    @torch.no_grad()
+    def init_strengths(self, counts: Sequence[int], difference_quantile: Callable[[float], float]) -> None:
+        """
+        Place the tie width and the boundaries where answers of equal location would give the observed strengths.
+
+        Args:
+            counts (`Sequence[int]`):
+                How often each strength occurs, in either direction: the ties, then the strengths 1 to L.
+            difference_quantile (`Callable`):
+                Quantile function of the difference of two rewards at location 0 and scale `unit_scale`.
+        """
+        shares = torch.tensor(counts, dtype=torch.float64) + 1  # no strength may have probability zero
+        if "tie_width" not in self.settings:
+            shares[0] = 0
+        # The share below a boundary lies on both sides of 0.
+        below = ((shares.cumsum(dim=0) / shares.sum())[:-1] + 1) / 2
+        at = torch.tensor([difference_quantile(level) for level in below.tolist()]) / self.unit_scale
+        if self.settings.get("tie_width") == "learned":
+            self.get_parameter("tie_width").copy_(bounded_log(2 * at[:1].clamp_min(1e-2)))
+        self.get_parameter("strength_boundaries").copy_(bounded_log(2 * at.diff().clamp_min(1e-2)))
+
+
+def width_penalty(likelihood: dict[str, Tensor], unit_scale: float) -> Tensor | None:
+    """
+    Evaluates the negative log prior of the widths of ratings and strengths that lie between two others.
+
+    Each width is log-normal about half a unit, with a standard deviation of 1. It is worth one judgement or so, and is
+    there for a level that the training data do not hold, whose width the likelihood alone would send to zero.
+
+    Args:
+        likelihood (`dict` from `str` to `torch.Tensor` of shape `(J,)`):
+            Quantities of a [`LikelihoodHead`].
+        unit_scale (`float`):
+            Unit of the family, in reward units.
+
+    Returns:
+        `torch.Tensor` of shape `()`, *optional*: In nats, up to a constant; `None` if there are no widths.
+    """
+    widths = []
+    if "thresholds" in likelihood:
+        widths.append(likelihood["thresholds"].diff())
+    if "strength_boundaries" in likelihood:
+        boundaries = likelihood["strength_boundaries"]
+        lowest = likelihood.get("tie_width", boundaries.new_zeros(1))
+        widths.append(boundaries.diff(prepend=lowest.to(boundaries)))
+    if not widths:
+        return None
+    return (2 * torch.cat(widths) / unit_scale).clamp_min(1e-12).log().square().sum() / 2
 
 
 def to_responses(likelihood: dict[str, Tensor]) -> Responses:
@@ -378,7 +441,9 @@ class DiscoHead(nn.Linear):
         return [tensor.detach() for tensor in (*self.parameters(), *self.buffers())]
 
     @torch.no_grad()
-    def refit(self, hidden_states: Tensor, factor: float = 1.0, scale_weight: Tensor | None = None) -> None:
+    def refit(
+        self, scale_states: Tensor, location: Tensor, factor: float = 1.0, scale_weight: Tensor | None = None
+    ) -> None:
         """
         Change a head that has been trained, in place, with everything that hangs on what is changed.
 
@@ -388,10 +453,13 @@ class DiscoHead(nn.Linear):
         answers would be compared with rewards that no longer exist.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Pooled hidden states of training rows, the oldest first.
+            scale_states (`torch.Tensor` of shape `(N, H)`):
+                States of training rows that the scale is read from, the oldest first.
+            location (`torch.Tensor` of shape `(N,)`):
+                Their locations, before they are multiplied.
             factor (`float`, *optional*, defaults to `1.0`):
-                Factor of the locations.
+                Factor of the locations. An error that they have by [`~disco_trl.models.scale_head.ScaleHead`] is in
+                the unit that it leads to.
             scale_weight (`torch.Tensor` of shape `(1, H)`, *optional*):
                 Weight of the scale head. If `None`, it stays.
         """
@@ -405,11 +473,12 @@ class DiscoHead(nn.Linear):
             if scale_weight is not None:
                 self.scale.weight.copy_(scale_weight)
             # Older rows weigh e⁻⁸ and less.
-            latest = hidden_states[-8 * MEMORY_OF_ROWS :].to(self.weight)
-            self.scale.retrack(latest, self(latest))
+            latest = slice(-8 * MEMORY_OF_ROWS, None)
+            states, location = scale_states[latest].to(self.weight), factor * location[latest].to(self.weight)
+            self.scale.retrack(states, location[:, None])
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, full_output: bool = False
+        self, hidden_states: Tensor, full_output: bool = False, scale_states: Tensor | None = None
     ) -> Tensor | HeadOutput:
         """
         Compute rewards.
@@ -420,10 +489,15 @@ class DiscoHead(nn.Linear):
             full_output (`bool`, *optional*, defaults to `False`):
                 Whether to return a [`~disco_trl.models.outputs.HeadOutput`] rather than the location alone. It is an
                 argument, and not a method of its own, because FSDP and ZeRO gather the parameters only for a call.
+            scale_states (`torch.Tensor` of shape `(..., H)`, *optional*):
+                What the scale reads, if it reads a layer of its own. By default `hidden_states`.
 
         Returns:
             `torch.Tensor` of shape `(..., 1)` or [`~disco_trl.models.outputs.HeadOutput`]: The location, in reward
             units, or everything. Within [`heads_bypassed`], `hidden_states`.
+
+        Raises:
+            `ValueError`: If the scale reads a layer of its own, and `scale_states` is missing.
         """
         if getattr(_BYPASS, "is_on", False):
             return hidden_states
@@ -433,9 +507,18 @@ class DiscoHead(nn.Linear):
             location = F.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
             if not full_output:
                 return location
+            if scale_states is None:
+                if self.scale.layer is not None:
+                    raise ValueError(
+                        f"the scale reads layer {self.scale.layer} (scale_layer), so that its head needs "
+                        "scale_states, which disco_trl.models.scale_layer computes"
+                    )
+                scale_states = hidden_states
+            if self.scale.reads_detached:
+                scale_states = scale_states.detach()
             return HeadOutput(
                 location,
-                self.scale(hidden_states),
+                self.scale(scale_states.to(hidden_states)),
                 None if self.shape is None else self.shape(hidden_states),
                 None if self.likelihood is None else self.likelihood(hidden_states),
             )

@@ -31,11 +31,11 @@ def bounded_log(value: Tensor) -> Tensor:
 
 class ScaleHead(nn.Module):
     """
-    Scale of a reward as a function of its hidden state h.
+    Scale of a reward as a function of a hidden state h of its answer.
 
     ```text
     raw = weight · (h - mean_hidden)
-    σ   = unit_scale · exp(L · tanh(raw / L)),    L = MAX_LOG_SCALE
+    σ   = unit_scale · level · exp(L · tanh(raw / L)),    L = MAX_LOG_SCALE
     ```
 
     Near the unit, log(σ / unit_scale) = raw. The weight starts at zero, so a new model gives every answer the scale
@@ -47,6 +47,9 @@ class ScaleHead(nn.Module):
     weight. The geometric mean of the scales is therefore the unit of the family, and one unit of reward stays about
     one logit. No penalty acts on the scale of a single row, and the result depends neither on the batch size nor on
     the number of processes.
+
+    `level` is 1 while the head is trained. Calibration lowers it where some of the variance of a reward is the model's
+    own error, see `disco_trl.trainer.calibration`.
 
     The other buffers describe the training rows, so that a warning can be given when a policy's answers look different
     from them (see [`ScaleHead.traits`]).
@@ -65,11 +68,22 @@ class ScaleHead(nn.Module):
         weight (`torch.nn.Parameter` of shape `(1, H)`):
             Weight of the raw scale.
         mean_hidden, var_hidden (`torch.Tensor` of shape `(H,)`):
-            Running moments of the pooled hidden states of the training rows.
+            Running moments of the hidden states that it has read of the training rows.
         mean_traits, var_traits (`torch.Tensor` of shape `(3,)`):
             Running moments of the traits of the training rows.
         rows_seen (`torch.Tensor` of shape `()`):
             Number of rows that the moments were computed from.
+        level (`torch.Tensor` of shape `()`):
+            Factor of all scales.
+        location_error (`torch.Tensor` of shape `()`):
+            Standard deviation of the model's own error, which every location has, in reward units. 0 until the head is
+            calibrated.
+        layer (`int`, *optional*):
+            Layer whose mean hidden state the scale reads (see `disco_trl.models.scale_layer`). `None` for the pooled
+            last hidden state, which the location reads.
+        reads_detached (`bool`):
+            Whether the gradient of the scale ends at the weight, and does not go on to the hidden states. It is for a
+            trainer to set, and is not saved.
     """
 
     # Not an `nn.Linear`: quantizers and `target_modules="all-linear"` would take it for a layer of the backbone.
@@ -79,6 +93,10 @@ class ScaleHead(nn.Module):
     mean_traits: Tensor
     var_traits: Tensor
     rows_seen: Tensor
+    level: Tensor
+    location_error: Tensor
+    layer: int | None = None
+    reads_detached: bool = False
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
         super().__init__()
@@ -89,12 +107,29 @@ class ScaleHead(nn.Module):
             self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
             for name, size in shapes.items():
                 self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
-            self.register_buffer("rows_seen", torch.zeros((), dtype=torch.float32, device=device))
+            for name in ("rows_seen", "location_error"):
+                self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device))
+            self.register_buffer("level", torch.ones((), dtype=torch.float32, device=device))
 
     def init_weights(self) -> None:
         """Set to zero what a checkpoint did not load. (`transformers.initialization` skips what it did.)"""
-        for tensor in (*self.parameters(), *self.buffers()):
-            init.zeros_(tensor)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            init.ones_(tensor) if name == "level" else init.zeros_(tensor)
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Forget the training rows, and what calibration has found."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_(1 if name == "level" else 0)
+
+    @property
+    def is_constant(self) -> bool:
+        """
+        Whether every answer has the same scale: the fixed one, or the unit, because the weight is zero.
+
+        The weight has to be whole, and not in shards.
+        """
+        return self.fixed_scale is not None or not bool(self.weight.any())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """
@@ -102,7 +137,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., H)`):
-                Pooled hidden states, or those of every token.
+                What the scale reads of each answer, or at each token.
 
         Returns:
             `torch.Tensor` of shape `(..., 1)`: Scales, positive, in reward units.
@@ -114,7 +149,20 @@ class ScaleHead(nn.Module):
         # then the weight is still sharded.
         weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
         raw = F.linear(hidden_states - self.mean_hidden.to(dtype), weight.to(dtype))
-        return self.unit_scale * bounded_exp(raw)
+        return self.unit_scale * self.level.to(dtype) * bounded_exp(raw)
+
+    @property
+    def has_location_error(self) -> bool:
+        """Whether every location has an error of the model's own."""
+        return self.fixed_scale is None and bool(self.location_error > 0)
+
+    @torch.no_grad()
+    def make_constant(self) -> None:
+        """Give every answer the same scale, the unit, in place. The moments of the traits follow."""
+        if self.fixed_scale is None:
+            # Of a parameter that ZeRO-3 has partitioned, this process holds `ds_tensor`.
+            getattr(self.weight, "ds_tensor", self.weight).zero_()
+            self.mean_traits[1] = self.var_traits[1] = 0
 
     @torch.no_grad()
     def traits(self, hidden_states: Tensor, location: Tensor, scale: Tensor) -> Tensor:
@@ -123,7 +171,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, H)`):
-                Pooled hidden states.
+                What the scale reads of each row.
             location (`torch.Tensor` of shape `(B, 1)`):
                 Locations, in reward units.
             scale (`torch.Tensor` of shape `(B, 1)`):
@@ -136,7 +184,8 @@ class ScaleHead(nn.Module):
         """
         deviation = hidden_states.float() - self.mean_hidden
         distance = (deviation.square() / self.var_hidden.clamp_min(1e-12)).mean(dim=-1, keepdim=True)
-        return torch.cat([location, (scale / self.unit_scale).log(), distance.clamp_min(1e-12).log()], dim=-1).float()
+        log_scale = (scale / (self.unit_scale * self.level)).log()
+        return torch.cat([location, log_scale, distance.clamp_min(1e-12).log()], dim=-1).float()
 
     @torch.no_grad()
     def track(
@@ -154,7 +203,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, H)`):
-                Pooled hidden states of the rows of this process.
+                What the scale has read of the rows of this process.
             location (`torch.Tensor` of shape `(B, 1)`):
                 Their locations, in reward units.
             gather (`Callable`, *optional*, defaults to the identity):
@@ -194,7 +243,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Pooled hidden states of training rows, the oldest first. They weigh as in [`ScaleHead.track`].
+                What the scale reads of training rows, the oldest first. They weigh as in [`ScaleHead.track`].
             location (`torch.Tensor` of shape `(N, 1)`):
                 Their locations, in reward units, by the head as it is now.
         """

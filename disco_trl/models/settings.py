@@ -7,8 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ..data.judgements import MOST_RATING_VALUES
+from ..data.records import MOST_LEVELS
 from ..data.values import as_number, shown
 from ..distributions.reward_distribution import get_family
+
+
+# Settings that a checkpoint has only where there is something to say
+_FURTHER = ("likelihood", "epistemic", "scale_layer")
 
 
 def resolve_settings(
@@ -28,8 +33,8 @@ def resolve_settings(
             Path of the checkpoint, for error messages.
 
     Returns:
-        `dict`: `"reward_family"` and `"fixed_scale"`; and, if the checkpoint has them, `"likelihood"` and
-        `"epistemic"`.
+        `dict`: `"reward_family"` and `"fixed_scale"`; and, if the checkpoint has them, `"likelihood"`, `"epistemic"`
+        and `"scale_layer"`.
 
     Raises:
         `ValueError`: If the two contradict each other, the family is unknown, the scale is not positive and finite, or
@@ -40,7 +45,7 @@ def resolve_settings(
         settings: dict[str, Any] = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
     else:
         _check_stored(stored, where)
-        settings = {name: stored[name] for name in (*asked, "likelihood", "epistemic") if name in stored}
+        settings = {name: stored[name] for name in (*asked, *_FURTHER) if name in stored}
         for name, value in asked.items():
             if value is not None and value != settings[name]:
                 raise ValueError(
@@ -66,7 +71,9 @@ def _check_stored(stored: Any, where: str) -> None:
             and 2 <= len(ratings) <= MOST_RATING_VALUES
             and all(map(is_number, ratings))
             and ratings == sorted({*ratings})
-            and value.keys() <= {"location_error", "tie_width", "label_noise", "rating_values"}
+            and value.keys() <= {"location_error", "tie_width", "label_noise", "rating_values", "strength_levels"}
+            and value.get("strength_levels", 2) in range(2, MOST_LEVELS + 1)
+            and type(value.get("strength_levels", 2)) is int
             and value.get("location_error", True) is True
             and all(is_number(value.get(name, 0)) or value[name] == "learned" for name in ("tie_width", "label_noise"))
         )
@@ -77,6 +84,7 @@ def _check_stored(stored: Any, where: str) -> None:
         "likelihood": (are_likelihood, "settings as training writes them"),
         # There are never more directions than dimensions of the hidden state, of which some models have 16,384.
         "epistemic": (lambda value: type(value) is int and 0 < value <= 2**16, "a number of directions"),
+        "scale_layer": (lambda value: type(value) is int and 0 < value, "the number of a layer, from 1"),
     }
     if not isinstance(stored, dict):
         raise ValueError(f"{where}: its reward settings are {shown(stored)}, and have to be an object; save it again")
@@ -88,6 +96,11 @@ def _check_stored(stored: Any, where: str) -> None:
                 f"{where}: its reward settings say {name}={shown(stored[name])}, which has to be {wanted}; save it "
                 "again"
             )
+    if stored["fixed_scale"] is not None and "scale_layer" in stored:
+        raise ValueError(
+            f"{where}: its reward settings say scale_layer={stored['scale_layer']} and "
+            f"fixed_scale={stored['fixed_scale']:g}, and a fixed scale reads no layer; save it again"
+        )
 
 
 def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) 
         stored (`dict`):
             Settings of the [`~disco_trl.models.heads.LikelihoodHead`] of the checkpoint.
         asked (`dict`):
-            Settings that training asks for. They take precedence, except for the rating values.
+            Settings that training asks for. They take precedence, except for the rating values and the strengths.
         where (`str`):
             Path of the checkpoint, for error messages.
 
@@ -106,7 +119,7 @@ def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) 
         `dict`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
 
     Raises:
-        `ValueError`: If `asked` has a rating value that the checkpoint does not know.
+        `ValueError`: If `asked` has a rating value or a strength that the checkpoint does not know.
     """
     merged = stored | asked
     known = stored.get("rating_values")
@@ -116,5 +129,13 @@ def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) 
             raise ValueError(
                 f"{where}: the data have the rating {strange[0]:g}, but the checkpoint knows only "
                 f"{', '.join(f'{value:g}' for value in known)}; convert the ratings to these"
+            )
+    levels, asked_levels = stored.get("strength_levels"), asked.get("strength_levels", 0)
+    if levels is not None:
+        merged["strength_levels"] = levels
+        if asked_levels > levels:
+            raise ValueError(
+                f"{where}: the data have preferences of the strength {asked_levels}, but the checkpoint knows only "
+                f"strengths up to {levels}; map preference_strength to these"
             )
     return merged

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..models.adapters import save_reward_head
 from ..models.heads import label_noise_from_raw
 from ..models.lending import lend
 from ..models.modeling import DiscoRewardModel
+from ..models.scale_layer import default_scale_layer
 from ..models.upgrade import upgrade
 from .epistemic import MOST_DIRECTIONS
 from .reward_config import DiscoRewardConfig
@@ -73,6 +74,9 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
             f"rating_values has {len(settings['rating_values'])} different ratings, where 2 to {MOST_RATING_VALUES} "
             "can be told apart; round them"
         )
+    levels = max(found.strengths, default=0) if args.strength_levels is None else args.strength_levels
+    if levels > 1:  # preferences of one strength are votes
+        settings["strength_levels"] = levels
     several = found.has_several_ratings and "rating_values" in settings
     if args.location_error or (args.location_error is None and several):
         settings["location_error"] = True
@@ -131,8 +135,8 @@ class Adoption:
             Configuration of the trainer.
         likelihood (`dict[str, Any]`):
             What is learned of how people answer, the settings of a `disco_trl.models.heads.LikelihoodHead`.
-        ratings (`Mapping[float, int]`):
-            How often the training data hold each rating, for the thresholds to start from.
+        found ([`~disco_trl.data.judgements.Survey`]):
+            What the training data hold, for the thresholds and the boundaries between strengths to start from.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The user's PEFT configuration. It is copied, as the head has to be added to it.
 
@@ -148,12 +152,12 @@ class Adoption:
         self,
         args: DiscoRewardConfig,
         likelihood: dict[str, Any],
-        ratings: Mapping[float, int],
+        found: Survey,
         peft_config: PeftConfig | None,
     ):
         self.args = args
         self.likelihood = likelihood
-        self.ratings = ratings
+        self.found = found
         self.peft_config = copy.deepcopy(peft_config)
         self._model: DiscoRewardModel | None = None
         self._head_weights: dict[str, dict[str, torch.Tensor]] = {}
@@ -179,16 +183,39 @@ class Adoption:
             `ValueError`: If the model cannot carry a reward distribution, or its checkpoint contradicts `args`.
         """
         self._model = upgrade(model, self.args.reward_family, self.args.fixed_scale, self.likelihood)
+        self._choose_what_the_scale_reads()
         if self.args.epistemic:
             self.model.add_epistemic(MOST_DIRECTIONS)
         if "rating_values" in self.likelihood:
-            self.model.init_thresholds(self.ratings)
+            self.model.init_thresholds(self.found.ratings)
+        if "strength_levels" in self.likelihood:
+            self.model.init_strengths(self.found.strengths)
         if isinstance(self.peft_config, PeftConfig):  # TRL refuses any other type
             save_reward_head(self.peft_config, self.model)
         self._head_weights = {
             name: {key: value.clone() for key, value in head.state_dict().items()}
             for name, head in self.model.named_reward_heads()
         }
+
+    def _choose_what_the_scale_reads(self) -> None:
+        """Set the layer that the scale reads, as the user says, or by default in a model that is new to training."""
+        scale, layer = self.model.scale_head, self.args.scale_layer
+        for _, head in self.model.named_reward_heads():
+            head.scale.reads_detached = self.args.scale_training == "split"
+        if layer is not None:
+            self.model.set_scale_layer(layer or None)
+        elif scale.fixed_scale is None and self.model.scale_layer is None and not scale.rows_seen:
+            default = default_scale_layer(self.model.config)
+            try:
+                self.model.set_scale_layer(default)
+                reason = None if default else "it has no layers that each see all tokens once"
+            except ValueError as error:
+                reason = str(error)
+            if reason is not None:
+                logger.warning(
+                    f"The scale of this {type(self.model).__name__} reads the last hidden state, and no middle layer, "
+                    f"which as a rule says more about disagreement: {reason}"
+                )
 
     def load(self, path: str, **kwargs: Any) -> Any:
         """

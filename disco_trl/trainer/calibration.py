@@ -1,124 +1,294 @@
 """
-Calibration: the unit of reward and the scale, fitted again when training ends.
+Calibration: what training leaves open about the scale and the unit of reward, fitted when it ends.
 
 One pass of small steps leaves the scale half-way, and makes the model overconfident about texts that it has never
 seen. The predictions that it made of its training pairs before it learned from them
-(`disco_trl.trainer.predictions`) are free of that, and `calibrate` fits to them
+(`disco_trl.trainer.predictions`) are free of that. [`calibrate`] fits to them, in turn,
 
-- the weight of the scale head, by maximum a posteriori with a ridge on log σ. It uses predictions in hindsight, in
-  which an answer that came again in a later pair counts as it was predicted last: where a location is wrong, its votes
-  look divided, so better locations leave more of the disagreement that is real;
-- one factor for all that is learned in reward units (temperature scaling; C. Guo et al., 2017): the locations and,
-  with them, rating thresholds, tie width and location error. It has a prior as well, and uses predictions in advance
-  (A. P. Dawid, 1984).
+1. the scale, if predictions that it was not fitted to support one (`disco_trl.trainer.scale_fit`). Otherwise it
+   becomes constant;
+2. two dials, to which of two answers people prefer and not to how strongly. A factor multiplies the locations
+   (temperature scaling; C. Guo et al., 2017), and a share of the variance of a reward is taken to be the model's own
+   error τ, which all answers have alike, rather than people's disagreement σ. Strengths and ratings say how people
+   differ; a probability has to count the model's error as well;
+3. the tie width and the boundaries between strengths, given these.
 
-The last fifth of the pairs chooses between the strengths of the ridge and the scale that training has left, and drops
-a factor that does harm there. If the predictions say next to nothing about the factor, the head is left as it was.
+The dials are forecasts in advance (A. P. Dawid, 1984), made by the model in the later half of training. Both have
+priors. The factor is shrunk to 1 where it is uncertain, and its uncertainty takes into account that pairs share
+answers. The share of the model's error is the mean of its posterior under a uniform prior: where the preferences
+cannot tell, half of the variance. At a share of 1 the scale does not act on probabilities at all.
 
-The gauge holds: the geometric mean of the scales stays the family's unit, and the locations take the factor.
+The gauge holds: the variance of a reward about its prediction, σ² + τ², keeps the family's unit as its geometric mean
+where the scale is constant, so that one unit of reward stays about one logit.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
-from ..distributions.likelihood import log_likelihood
+from ..distributions.families import Normal
 from ..distributions.reward_distribution import Family, RewardDistribution
-from ..models.heads import DiscoHead, to_responses
-from ..models.scale_head import bounded_exp
+from ..models.heads import DiscoHead
+from ..models.scale_head import bounded_exp, bounded_log
 from .head_fit import HeadFit, NothingToFit
 from .predictions import Predictions
+from .scale_fit import Evidence, dyadic_standard_error, fit_scale, numbered
 
 
 logger = get_logger(__name__)
 
 LEAST_PAIRS = 512
 """Smallest number of predictions that a head is calibrated by."""
-STRENGTHS = (1e4, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0)
-"""Strengths of the ridge that are tried. At strength s the prior standard deviation of log σ is about 1/√s."""
-FACTOR_DEVIATION = 1.0
-"""Prior standard deviation of the log of the factor: 19 of 20 factors are taken to lie between 1/7 and 7. It weighs
-as much as six pairs or so that are forecast with probabilities of about 0.7, and little against 512."""
+FACTOR_WIDTH = 0.05
+"""Width of the prior of the log of the factor, a Student's t distribution with `FACTOR_DEGREES` degrees of freedom.
+Training ends near a factor of 1, and a factor of 2 is no surprise after training that went wrong."""
+FACTOR_DEGREES = 3
 LARGEST_FACTOR = 100.0
 """Largest factor, and the inverse of the smallest. A head that is further off has not been trained."""
-LEAST_STANDARD_ERRORS = 4.0
-"""How many standard errors the factor has to lie above 0, at which the predictions are worth nothing. (Where they are
-worth nothing, the prior alone holds it two to three above.)"""
-TOLERANCE = 0.01
-"""Largest distance to its optimum, in log σ, at which a fit of the scale counts as converged."""
+SHARES = tuple(np.linspace(0, 0.95, 6).tolist())
+"""Shares of the variance that may be the model's own error. Beyond the last the scale hardly acts."""
+LEAST_EVIDENCE = 8.0
+"""By how many nats predictions have to be better than a coin (4 standard errors of a single parameter)."""
+MOST_SIGNS = 4096
+"""Number of latest preferences that the dials are fitted to."""
 
 
-def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> float:
+@dataclass(frozen=True)
+class Dials:
     """
-    Fit the unit of the locations and the scale to predictions, in place.
+    How the variance of a reward about its prediction is made up, and in which unit.
+
+    Attributes:
+        factor (`float`):
+            Factor of the locations.
+        scale_level (`float`):
+            Factor of the scales.
+        location_error (`float`):
+            Standard deviation τ of the model's own error, in reward units.
+    """
+
+    factor: float = 1.0
+    scale_level: float = 1.0
+    location_error: float = 0.0
+
+
+class Signs:
+    """
+    Forecasts of which of two answers people prefer, as a function of the dials.
+
+    Where nobody compared two answers but both have ratings, each rating of one is compared with each of the other.
+    Ties and equal ratings are left out, as they are where forecasts are evaluated.
 
     Args:
         head ([`~disco_trl.models.heads.DiscoHead`]):
-            Head that is changed, by [`~disco_trl.models.heads.DiscoHead.refit`].
+            Head that made the predictions.
+        family ([`~disco_trl.distributions.families.Family`]):
+            Family of its rewards.
+        predictions ([`Predictions`]):
+            Pairs as they were predicted in advance.
+        log_scale (`torch.DoubleTensor` of shape `(P, 2)`):
+            log(σ / unit) of both sides.
+        error_factor (`torch.DoubleTensor` of shape `(P, 2, H)`, *optional*):
+            Factors of the errors of the locations, see [`~disco_trl.models.heads.EpistemicHead`].
+    """
+
+    def __init__(
+        self,
+        head: DiscoHead,
+        family: Family,
+        predictions: Predictions,
+        log_scale: Tensor,
+        error_factor: Tensor | None = None,
+    ):
+        judgements = predictions.judgements
+        wins, losses = judgements.wins.double(), judgements.losses.double()
+        if judgements.rating_counts is not None:
+            rated = _comparisons_of_ratings(*judgements.rating_counts.double().chunk(2))
+            is_compared = wins + losses > 0
+            wins, losses = (torch.where(is_compared, *each) for each in zip((wins, losses), rated, strict=True))
+        said = torch.nonzero(wins + losses > 0)[-MOST_SIGNS:, 0]
+        # All that is said about a pair weighs as one judgement does, as it shares what is wrong with the prediction.
+        weight = (judgements.weight.double() / (wins + losses).clamp_min(1))[said]
+        self.wins, self.losses = wins[said] * weight, losses[said] * weight
+        self.location, self.log_scale = predictions.location.double()[said], log_scale[said]
+        self.shape = family.shape_from_raw(predictions.raw_shape.double()[said]) if family.shape_names else None
+        self.answers = numbered(predictions.answers)[said]
+        self.error_factor = None if error_factor is None else error_factor[said]
+        self.family = family
+        self.unit_scale = head.scale.unit_scale
+        self.learned_error = learned_error(head)
+
+    def __len__(self) -> int:
+        return len(self.location)
+
+    @torch.no_grad()
+    def losses_of(self, dials: Dials) -> Tensor:
+        """The loss of each pair `(P,)`, in nats."""
+        location = self.location * dials.factor
+        scale = self.unit_scale * dials.scale_level * bounded_exp(self.log_scale)
+        shared = math.hypot(dials.location_error, self.learned_error * dials.factor)
+        error = torch.full_like(location, shared) if shared else None
+        if self.error_factor is not None:
+            own = self.error_factor.norm(dim=-1)
+            error = own if error is None else torch.hypot(own, error)
+        chosen, rejected = (
+            RewardDistribution(
+                location[:, side],
+                scale[:, side],
+                self.family,
+                None if self.shape is None else self.shape[:, side],
+                None if error is None else error[:, side],
+                None if self.error_factor is None else self.error_factor[:, side],
+            )
+            for side in (0, 1)
+        )
+        return -self.wins * chosen.log_prob_greater(rejected) - self.losses * rejected.log_prob_greater(chosen)
+
+    def fit_factor(self, dials: Dials) -> tuple[Dials, float]:
+        """
+        Find the most likely factor, given the other dials.
+
+        Args:
+            dials ([`Dials`]):
+                The others.
+
+        Returns:
+            `tuple[Dials, float]`: The dials with that factor, and their loss, in nats.
+        """
+
+        def of(log_factor: float) -> Dials:
+            return Dials(math.exp(log_factor), dials.scale_level, dials.location_error)
+
+        bound, step = math.log(LARGEST_FACTOR), 0.05
+        most_likely = minimize_scalar(
+            lambda log_factor: self.losses_of(of(log_factor)).sum().item(),
+            bounds=(-bound, bound),
+            method="bounded",
+            options={"xatol": 1e-3},
+        ).x
+        left, middle, right = (self.losses_of(of(most_likely + shift)) for shift in (-step, 0.0, step))
+        # Pairs that share an answer are not independent. Their information counts less by the ratio of the variance of
+        # its slope, with the dependence, to what it would be without.
+        slope = (right - left) / (2 * step)
+        information = max((left - 2 * middle + right).sum().item() / step**2, 1e-12)
+        effect = max(dyadic_standard_error(slope, self.answers) ** 2 / information, 1.0)
+
+        def objective(log_factor: float) -> float:
+            prior = (FACTOR_DEGREES + 1) / 2 * math.log1p((log_factor / FACTOR_WIDTH) ** 2 / FACTOR_DEGREES)
+            return self.losses_of(of(log_factor)).sum().item() / effect + prior
+
+        # It has a minimum near that of either term, and no other.
+        found = [
+            minimize_scalar(objective, bounds=ends, method="bounded", options={"xatol": 1e-4})
+            for ends in ((-bound, 0.0), (0.0, bound))
+        ]
+        best = min(found, key=lambda result: result.fun)
+        return of(float(best.x)), float(self.losses_of(of(float(best.x))).sum())
+
+    def fit(self, is_constant: bool) -> tuple[Dials, float]:
+        """
+        Fit the dials.
+
+        Args:
+            is_constant (`bool`):
+                Whether the scale is constant. Then the model's own error and people's disagreement act alike, and all
+                of the variance counts as the latter.
+
+        Returns:
+            `tuple[Dials, float]`: The factor, with the share of the model's own error, and their loss, in nats.
+        """
+        if is_constant:
+            return self.fit_factor(Dials())
+
+        def of(share: float) -> Dials:
+            # The error of a location is a normal one, with a unit of its own.
+            return Dials(1.0, math.sqrt(1 - share), math.sqrt(share) * Normal.unit_scale)
+
+        logs = np.array([-self.fit_factor(of(share))[1] for share in SHARES])
+        posterior = np.exp(logs - logs.max())
+        return self.fit_factor(of(float(posterior @ SHARES / posterior.sum())))
+
+    def check(self, dials: Dials, loss: float) -> None:
+        """Raise [`NothingToFit`] if the forecasts are worth nothing, or if no factor suits them."""
+        worth = (self.wins + self.losses).sum().item() * math.log(2) - loss
+        if not worth > LEAST_EVIDENCE:
+            raise NothingToFit(
+                f"{len(self)} predictions are hardly better than chance (by {max(worth, 0.0):.1f} nats), and say next "
+                "to nothing about the unit of reward; change learning_rate, or train on more pairs"
+            )
+        if dials.factor > 0.99 * LARGEST_FACTOR:
+            raise NothingToFit(
+                f"the factor of the rewards that fits best is {LARGEST_FACTOR:g} or more, as if every prediction were "
+                "right, or training had hardly begun; train on more pairs, or raise learning_rate"
+            )
+
+
+def _comparisons_of_ratings(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """From counts `(P, L)` of ratings to the shares `(P,)` of pairs of raters in which either answer is higher."""
+    first, second = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1) for counts in (first, second))
+    higher = [(a * (b.cumsum(dim=1) - b)).sum(dim=1) for a, b in ((first, second), (second, first))]
+    decided = (higher[0] + higher[1]).clamp_min(1e-12)
+    return higher[0] / decided, higher[1] / decided
+
+
+def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> dict[str, float]:
+    """
+    Fit the scale, the dials and the widths to predictions, in place.
+
+    Args:
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head that is changed.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
         predictions ([`Predictions`]):
             What the head predicted in advance, and what people said.
 
     Returns:
-        `float`: Factor that the locations were multiplied by.
+        `dict[str, float]`: Metrics to log: `calibration_factor` and `scale_level`, factors of locations and scales;
+            `model_error`, in reward units; and `scale_gain` and `scale_gain_error`, by how much a scale that varies
+            predicts what people say about other answers better than a constant one, in nats.
 
     Raises:
-        [`NothingToFit`]: If the predictions say too little, in which case the head is left as it was.
+        [`NothingToFit`]: If there are too few predictions, or they are worth nothing, in which case the head is left
+            as it was.
     """
     if len(predictions) < LEAST_PAIRS:
         raise NothingToFit(
             f"{len(predictions)} predictions are kept on the first process, and {LEAST_PAIRS} are needed; train on "
             "more pairs, or check the probabilities with `disco-trl evaluate`"
         )
-    centre = head.scale.mean_hidden.detach().cpu().double()
-    # Features are in units of their standard deviations, divided by √H, so that one ridge suits every hidden size.
-    unit = (predictions.hidden_states.double() - centre).flatten(0, 1).std(dim=0).clamp_min(1e-12) * len(centre) ** 0.5
-
-    def problem(pairs: Predictions) -> _Problem:
-        return _Problem(head, family, pairs, unit)
-
-    cut = 4 * len(predictions) // 5
-    early, late = problem(predictions[:cut].recent()), problem(predictions[cut:])
-    own_weight = head.scale.weight[0].detach().cpu().double() * unit
-    weights = {None: own_weight, **problem(predictions[:cut].in_hindsight()).weights()}
-    best, keeps_unit, least = None, True, math.inf
-    for strength, weight in weights.items():
-        kept, fitted = late.losses(weight, 0.0), late.losses(weight, early.log_factor(weight))
-        worse = fitted - kept
-        # The factor is one number, which few pairs determine: what the last fifth gains by it may be less than chance
-        # gives and takes. Where the model has changed since the first pairs it loses more than that.
-        is_worse = not worse.sum() < worse.std() * len(late.location) ** 0.5
-        loss = (kept if is_worse else fitted).sum().item()
-        if loss < least:
-            best, keeps_unit, least = strength, is_worse, loss
-    if best is None and keeps_unit:
-        raise NothingToFit(
-            f"a factor or a scale fitted to the first {cut} predictions forecasts the last {len(predictions) - cut} "
-            "worse than the head as it is, as the model has changed too much in between; train on more pairs"
-        )
-    # The best strength may still fail to converge on all pairs.
-    weight = own_weight if best is None else problem(predictions.in_hindsight()).weights(down_to=best).get(best)
-    if weight is None:
-        raise NothingToFit("the fit of the scale does not converge; lower learning_rate if the loss was unstable")
-    log_factor = 0.0
-    if not keeps_unit:
-        recent = problem(predictions.recent())
-        log_factor = recent.log_factor(weight)
-        recent.check_factor(weight, log_factor)
-    factor = math.exp(log_factor)
-    states = predictions.hidden_states.flatten(0, 1)
-    head.refit(states, factor, (weight / unit)[None])
-    return factor
+    scale = fit_scale(head, family, predictions.in_hindsight())
+    signs = Signs(head, family, predictions.recent(), scale.log_scale[len(predictions) // 2 :])
+    # An error that is learned takes the part of the second dial.
+    has_one_dial = scale.weight is None or learned_error(head) > 0
+    dials = Dials()
+    if len(signs):
+        dials, loss = signs.fit(is_constant=has_one_dial)
+        signs.check(dials, loss)
+    weight = torch.zeros_like(head.scale.weight) if scale.weight is None else scale.weight[None].to(head.scale.weight)
+    head.refit(predictions.scale_states.flatten(0, 1), predictions.location.flatten(), dials.factor, weight)
+    head.scale.level.fill_(dials.scale_level)
+    head.scale.location_error.fill_(dials.location_error)
+    evidence = Evidence(head, family, predictions.recent(), torch.ones_like(head.scale.mean_hidden).cpu().double())
+    evidence.settle(head, weight[0].cpu().double(), dials.factor, dials.scale_level, dials.location_error)
+    return {
+        "calibration_factor": dials.factor,
+        "scale_level": dials.scale_level,
+        "model_error": dials.location_error,
+        "scale_gain": scale.gain,
+        "scale_gain_error": scale.standard_error,
+    }
 
 
 def recalibrate_unit(head: DiscoHead, family: Family, predictions: Predictions) -> float:
@@ -138,157 +308,29 @@ def recalibrate_unit(head: DiscoHead, family: Family, predictions: Predictions) 
 
     Returns:
         `float`: Factor that the locations were multiplied by.
-
-    Raises:
-        [`NothingToFit`]: If the predictions say too little, in which case the head is left as it was.
     """
     assert head.epistemic is not None
-    states = predictions.hidden_states
-    errors = head.epistemic(states.to(head.weight.device)).cpu().double()  # [P, 2, H]
-    weight = head.scale.weight[0].detach().cpu().double()
-    problem = _Problem(head, family, predictions, torch.ones_like(weight), errors)
-    log_factor = problem.log_factor(weight)
-    problem.check_factor(weight, log_factor)
-    factor = math.exp(log_factor)
-    head.refit(states.flatten(0, 1), factor)
+    errors = head.epistemic(predictions.hidden_states.to(head.weight.device)).cpu().double()  # [P, 2, H]
+    with torch.no_grad():
+        scale = head.scale(predictions.scale_states.to(head.weight.device))[..., 0].cpu().double()
+    log_scale = bounded_log(scale / (head.scale.unit_scale * head.scale.level.item()))
+    signs = Signs(head, family, predictions, log_scale, errors)
+    dials = Dials(1.0, head.scale.level.item(), head.scale.location_error.item())
+    factor = signs.fit_factor(dials)[0].factor if len(signs) else 1.0
+    head.refit(predictions.scale_states.flatten(0, 1), predictions.location.flatten(), factor)
     return factor
 
 
-class _Problem:
-    """
-    −log likelihood of predictions, as a function of the scale's weight `[H]` and the log of the factor.
-
-    The weight is that of features `(h - mean_hidden) / unit`. The scale is the very function of it that the head
-    computes. `error_factor`, `[P, 2, H]`, is not multiplied by the factor: it is in the unit that it leads to.
-    """
-
-    def __init__(
-        self,
-        head: DiscoHead,
-        family: Family,
-        predictions: Predictions,
-        unit: Tensor,
-        error_factor: Tensor | None = None,
-    ):
-        self.features = (predictions.hidden_states.double() - head.scale.mean_hidden.cpu().double()) / unit
-        self.location = predictions.location.double()
-        self.shape = family.shape_from_raw(predictions.raw_shape.double()) if family.shape_names else None
-        self.judgements = predictions.judgements
-        self.family = family
-        self.unit_scale = head.scale.unit_scale
-        self.error_factor = error_factor
-        self.location_error = None if error_factor is None else error_factor.norm(dim=-1)
-        with torch.no_grad():
-            learned = {} if head.likelihood is None else head.likelihood.values()
-        self.learned = {name: value.cpu().double() for name, value in learned.items()}
-        self.multiplied = () if head.likelihood is None else head.likelihood.in_unit_of_locations
-
-    def _scale(self, weight: Tensor) -> Tensor:
-        return self.unit_scale * bounded_exp(self.features @ weight)
-
-    def _losses(self, scale: Tensor, log_factor: Tensor) -> Tensor:
-        factor = log_factor.exp()
-        location = self.location * factor
-        learned = {name: value * factor if name in self.multiplied else value for name, value in self.learned.items()}
-        error = self.location_error
-        if "location_error" in learned:
-            shared = learned["location_error"].expand_as(location)
-            error = shared if error is None else torch.hypot(error, shared)
-        chosen, rejected = (
-            RewardDistribution(
-                location[:, side],
-                scale[:, side],
-                self.family,
-                None if self.shape is None else self.shape[:, side],
-                None if error is None else error[:, side],
-                None if self.error_factor is None else self.error_factor[:, side],
-            )
-            for side in (0, 1)
-        )
-        log_probs = log_likelihood(chosen, rejected, self.judgements, to_responses(learned))
-        return -self.judgements.weight * log_probs
-
-    @torch.no_grad()
-    def losses(self, weight: Tensor, log_factor: float) -> Tensor:
-        """The weighted loss of each pair, in nats."""
-        return self._losses(self._scale(weight), torch.tensor(log_factor, dtype=torch.float64))
-
-    def weights(self, down_to: float = STRENGTHS[-1]) -> dict[float | None, Tensor]:
-        """
-        Maximum a posteriori of the weight for each strength down to one, each together with the best factor for it.
-
-        A fit that does not converge is left out, and so are those with weaker ridges.
-        """
-        found: dict[float | None, Tensor] = {}
-        weight = torch.zeros(self.features.shape[-1], dtype=torch.float64, requires_grad=True)
-        log_factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        for strength in STRENGTHS:  # each starts from the one before, which was held closer to zero
-
-            def objective(strength: float = strength) -> Tensor:
-                prior = strength * weight.square().sum() + (log_factor / FACTOR_DEVIATION).square()
-                return self._losses(self._scale(weight), log_factor).sum() + prior / 2
-
-            _minimize(objective, [weight, log_factor])
-            # About an optimum the objective bends at least as the ridge does, so the gradient bounds the distance to
-            # it. In log σ a distance of the weight is √H times shorter.
-            slope = cast(Tensor, weight.grad)
-            if not slope.norm() / strength / len(slope) ** 0.5 < TOLERANCE:  # nan is not, either
-                break
-            found[strength] = weight.detach().clone()
-            if strength == down_to:
-                break
-        return found
-
-    @torch.no_grad()
-    def log_factor(self, weight: Tensor) -> float:
-        """Log of the maximum a posteriori of the factor for a weight."""
-        scale, bound = self._scale(weight), math.log(LARGEST_FACTOR)
-
-        def objective(log_factor: float) -> float:
-            loss = self._losses(scale, torch.tensor(log_factor, dtype=torch.float64)).sum().item()
-            return loss + (log_factor / FACTOR_DEVIATION) ** 2 / 2
-
-        return float(minimize_scalar(objective, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-4}).x)
-
-    def check_factor(self, weight: Tensor, log_factor: float) -> None:
-        """Raise [`NothingToFit`] if the data do not determine the factor."""
-        if abs(log_factor) > math.log(LARGEST_FACTOR) - 0.01:
-            raise NothingToFit(
-                f"the factor that fits best is {LARGEST_FACTOR:g} or more, as if every prediction were right, or "
-                "training had hardly begun; train on more pairs, or raise learning_rate"
-                if log_factor > 0
-                else f"the factor that fits best is {1 / LARGEST_FACTOR:g} or less, as if no prediction were better "
-                "than chance; change learning_rate, or train on more pairs"
-            )
-        step = 0.05
-        left, middle, right = (self.losses(weight, log_factor + shift).sum().item() for shift in (-step, 0.0, step))
-        # The curvature in the log of a factor is the square of its distance from 0 in standard errors.
-        information = (left - 2 * middle + right) / step**2
-        if not information >= LEAST_STANDARD_ERRORS**2:
-            raise NothingToFit(
-                f"{len(self.location)} predictions say next to nothing about the unit of reward: the factor that fits "
-                f"best is {math.exp(log_factor):.2g}, {math.sqrt(max(information, 0.0)):.1f} standard errors from 0, "
-                "as the model predicts hardly better than chance; change learning_rate, or train on more pairs"
-            )
-
-
-def _minimize(objective: Callable[[], Tensor], parameters: list[Tensor]) -> None:
-    """Minimize the objective over the parameters, in place, and leave its gradient there."""
-    optimizer = torch.optim.LBFGS(parameters, max_iter=100, tolerance_change=1e-7, line_search_fn="strong_wolfe")
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        total = objective()
-        total.backward()
-        return total
-
-    optimizer.step(step)
-    step()
+def learned_error(head: DiscoHead) -> float:
+    """Standard deviation of the location error that the likelihood of a head has learned, or 0."""
+    if head.likelihood is None or "location_error" not in head.likelihood.settings:
+        return 0.0
+    return head.likelihood.values()["location_error"].item()
 
 
 def announce(factor: float) -> None:
     """
-    Tell a person of a factor, as a warning where it is more than a tenth.
+    Log a factor, as a warning where it is more than a tenth.
 
     Args:
         factor (`float`):
@@ -322,7 +364,13 @@ def why_no_forecasts(epochs: float) -> str:
 
 
 class Calibration(HeadFit):
-    """Calibrates a head when training has gone through its data once; see [`calibrate`]."""
+    """
+    Calibrates a head when training has gone through its data once; see [`calibrate`].
+
+    A scale that nothing supports does not leave training: it becomes constant where the head cannot be calibrated.
+
+    Arguments are those of [`HeadFit`].
+    """
 
     without = "The rewards are not calibrated"
 
@@ -332,7 +380,42 @@ class Calibration(HeadFit):
 
     def fit(self, predictions: Predictions, args: Any, state: Any) -> dict[str, float]:
         assert self.memory is not None
-        factor = calibrate(self.head, self.family, predictions)
-        self.memory.rescale(factor)
-        announce(factor)
-        return {"calibration_factor": factor}
+        metrics = calibrate(self.head, self.family, predictions)
+        self.memory.rescale(metrics["calibration_factor"])
+        announce(metrics["calibration_factor"])
+        if self.head.scale.is_constant:
+            logger.warning(f"The scale is the same for every answer: {why_constant(metrics)}.")
+        return metrics
+
+    def give_up(self) -> str:
+        scale = self.head.scale
+        is_whole = not isinstance(scale.weight, DTensor) and not hasattr(scale.weight, "ds_id")
+        if is_whole and scale.is_constant:
+            return ""
+        scale.make_constant()
+        self.changed = True
+        return (
+            " The scale, which nothing supports then, is made the same for every answer. Checkpoints that were saved "
+            "during training have the one that was learned, and so has a model trained with calibrate=False."
+        )
+
+
+def why_constant(metrics: dict[str, float]) -> str:
+    """
+    Say why a scale was made constant, and what to collect instead.
+
+    Args:
+        metrics (`dict[str, float]`):
+            What [`calibrate`] returns.
+    """
+    gain, error = metrics["scale_gain"], metrics["scale_gain_error"]
+    found = (
+        f"one that varies predicts what people say about answers that it was not fitted to better by {gain:.1f} ± "
+        f"{error:.1f} nats, which may be chance"
+        if gain > 0
+        else "none that varies predicts what people say about answers that it was not fitted to any better"
+    )
+    return (
+        f"{found}. To learn where people disagree, ask them how much better an answer is (the column "
+        "preference_strength), or for 3 to 5 ratings of a tenth of the answers (chosen_rating, rejected_rating)"
+    )

@@ -21,7 +21,6 @@ import math
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..distributions.judgements import Judgements
@@ -29,12 +28,10 @@ from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead
 from ..models.outputs import overall
-from .calibration import LEAST_PAIRS, announce, has_repeated, recalibrate_unit
+from .calibration import Calibration, announce, recalibrate_unit
 from .head_fit import HeadFit, NothingToFit
 from .predictions import Predictions
 
-
-logger = get_logger(__name__)
 
 MOST_DIRECTIONS = 512
 """Number of directions of the posterior that are kept. In the others, where the data say least, the prior holds."""
@@ -126,7 +123,8 @@ def fit_posterior(head: DiscoHead, family: Family, predictions: Predictions, pai
     features = (states - mean) / unit
     with torch.no_grad():
         output = head(states.to(head.weight.device).float(), full_output=True)
-    location, scale = (overall(values).cpu().double() for values in (output.location, output.scale))
+        own_scale = head.scale(predictions.scale_states.to(head.weight.device))
+    location, scale = (overall(values).cpu().double() for values in (output.location, own_scale))
     shape = None if output.raw_shape is None else family.shape_from_raw(output.raw_shape.cpu().double())
     bends = curvature(family, location, scale, shape, predictions.judgements, head.responses())
     values, vectors = torch.linalg.eigh(bends)
@@ -151,17 +149,17 @@ class Posterior(HeadFit):
     Fits the posterior of a head's location row when training ends; see [`fit_posterior`].
 
     Args:
-        refits_unit (`bool`):
-            Whether the unit of the locations is fitted again with it, as it is where the head is calibrated.
+        calibration ([`~disco_trl.trainer.calibration.Calibration`], *optional*):
+            Calibration of the head, after which the unit of the locations is fitted again. If `None`, it is not.
         head, family, memory, log:
             As in [`HeadFit`].
     """
 
     without = "The epistemic uncertainty is not fitted"
 
-    def __init__(self, *args: Any, refits_unit: bool):
+    def __init__(self, *args: Any, calibration: Calibration | None):
         super().__init__(*args)
-        self.refits_unit = refits_unit
+        self.calibration = calibration
 
     def fit(self, predictions: Predictions, args: Any, state: Any) -> dict[str, float]:
         """Fit the posterior, and where the head is calibrated the unit in turn with it."""
@@ -171,20 +169,17 @@ class Posterior(HeadFit):
         pairs = memory.seen * args.world_size / max(1.0, state.epoch or 1.0)
         hindsight = predictions.in_hindsight()
         fit_posterior(head, self.family, hindsight, pairs)
-        if not self.refits_unit or len(predictions) < LEAST_PAIRS or has_repeated(state):
+        if self.calibration is None or not self.calibration.is_fitted:
             return {}
         # The unit as it is stands for all errors of the model, those of the posterior included. What is known of the
         # prior depends on the unit, so that the two are fitted in turn.
         recent = predictions.recent()
-        try:
-            for _ in range(MOST_ROUNDS):
-                factor = recalibrate_unit(head, self.family, recent)
-                recent.location.mul_(factor)
-                memory.rescale(factor)
-                fit_posterior(head, self.family, hindsight, pairs)
-                if abs(math.log(factor)) < 0.01:
-                    break
-        except NothingToFit as error:
-            logger.warning(f"The unit of reward is not fitted again with the epistemic uncertainty: {error}.")
+        for _ in range(MOST_ROUNDS):
+            factor = recalibrate_unit(head, self.family, recent)
+            recent.location.mul_(factor)
+            memory.rescale(factor)
+            fit_posterior(head, self.family, hindsight, pairs)
+            if abs(math.log(factor)) < 0.01:
+                break
         announce(memory.factor)
         return {"calibration_factor_with_errors": memory.factor}

@@ -48,6 +48,8 @@ class HeadFit(TrainerCallback):
     Attributes:
         changed (`bool`):
             Whether the last run of training ended with a change of the head, on all processes alike.
+        is_fitted (`bool`):
+            Whether it was fitted.
         metrics (`dict[str, float]`):
             What was logged then.
     """
@@ -68,7 +70,7 @@ class HeadFit(TrainerCallback):
         self.memory = memory
         self.log = log
         self.refusal = refusal
-        self.changed = False
+        self.changed = self.is_fitted = False
         self.metrics: dict[str, float] = {}
 
     @abstractmethod
@@ -116,9 +118,18 @@ class HeadFit(TrainerCallback):
             return "the head is sharded, and is needed whole; train with replicas (DDP, ZeRO-1 or ZeRO-2) if they fit"
         return None
 
+    def give_up(self) -> str:
+        """
+        Change the head where nothing can be fitted, on each process. By default it is left as it was.
+
+        Returns:
+            `str`: Further sentences for the line in the log.
+        """
+        return ""
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the outcome of an earlier run, such as that of another trial of a search."""
-        self.changed, self.metrics = False, {}
+        self.changed, self.is_fitted, self.metrics = False, False, {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fit the head on all processes alike, or say why it is left as it was."""
@@ -126,11 +137,11 @@ class HeadFit(TrainerCallback):
         if refusal is None:
             ((refusal, self.metrics),) = broadcast_object_list([self._try_to_fit(args, state)])
         if refusal is not None:
-            logger.warning(f"{self.without}: {refusal}.")
+            logger.warning(f"{self.without}: {refusal}.{self.give_up()}")
             return
         for tensor in self.head.tensors():
             broadcast(tensor)
-        self.changed = True
+        self.changed = self.is_fitted = True
         if self.metrics:
             self.log(dict(self.metrics))  # the Trainer adds the epoch to it
 

@@ -33,7 +33,9 @@ class Predictions:
 
     Attributes:
         hidden_states (`torch.Tensor` of shape `(P, 2, H)`):
-            Pooled hidden states.
+            Pooled hidden states, which the location is read from. H is 0 if they were not kept.
+        scale_states (`torch.Tensor` of shape `(P, 2, H)`):
+            States that the scale is read from.
         location (`torch.Tensor` of shape `(P, 2)`):
             Locations, in reward units.
         raw_shape (`torch.Tensor` of shape `(P, 2, S)`):
@@ -42,22 +44,33 @@ class Predictions:
             What people said about the pairs, as [`~disco_trl.distributions.judgements.Judgements.table`].
         rating_counts (`torch.Tensor` of shape `(P, 2, L)`):
             How many people gave each of L ratings to either side. L is 0 for a model that knows no ratings.
+        strength_counts (`torch.Tensor` of shape `(P, 2 * L)`):
+            How many wins and losses were of each of L strengths. L is 0 for a model that knows no strengths.
         answers (`torch.LongTensor` of shape `(P, 2)`):
             Which answers are equal: those with equal numbers. Each negative number is an answer of its own.
+        is_known (`torch.BoolTensor` of shape `(P, 2)`):
+            Whether the model had learned from an earlier pair with the answer.
     """
 
     hidden_states: Tensor
+    scale_states: Tensor
     location: Tensor
     raw_shape: Tensor
     said: Tensor
     rating_counts: Tensor
+    strength_counts: Tensor
     answers: Tensor
+    is_known: Tensor
 
     @property
     def judgements(self) -> Judgements:
         """All that people said, for the likelihood."""
         chosen, rejected = self.rating_counts.unbind(dim=1)
-        return Judgements.of_table(self.said, torch.cat([chosen, rejected]) if chosen.shape[-1] else None)
+        return Judgements.of_table(
+            self.said,
+            torch.cat([chosen, rejected]) if chosen.shape[-1] else None,
+            self.strength_counts if self.strength_counts.shape[-1] else None,
+        )
 
     def __len__(self) -> int:
         return len(self.location)
@@ -85,10 +98,8 @@ class Predictions:
         place = torch.arange(len(answers))
         _, number = torch.where(answers < 0, -1 - place, answers).unique(return_inverse=True)
         last = torch.zeros_like(place).scatter_reduce(0, number, place, "amax")[number].view_as(self.answers)
-        hidden_states, location, raw_shape = (
-            tensor.flatten(0, 1)[last] for tensor in (self.hidden_states, self.location, self.raw_shape)
-        )
-        return replace(self, hidden_states=hidden_states, location=location, raw_shape=raw_shape)
+        names = ("hidden_states", "scale_states", "location", "raw_shape")
+        return replace(self, **{name: getattr(self, name).flatten(0, 1)[last] for name in names})
 
 
 class PredictionMemory:
@@ -98,11 +109,19 @@ class PredictionMemory:
     Args:
         rating_levels (`int`, *optional*, defaults to `0`):
             Number L of ratings that the model knows.
+        strength_levels (`int`, *optional*, defaults to `0`):
+            Number L of strengths that the model knows.
+        keeps_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether to keep the states that the location is read from beside those that the scale is read from. If
+            `False`, [`Predictions.hidden_states`] are empty.
     """
 
-    def __init__(self, rating_levels: int = 0) -> None:
+    def __init__(self, rating_levels: int = 0, strength_levels: int = 0, keeps_hidden_states: bool = False) -> None:
         self.rating_levels = rating_levels
+        self.strength_levels = strength_levels
+        self.keeps_hidden_states = keeps_hidden_states
         self._batches: deque[Predictions] = deque()
+        self._known: set[int] = set()
         self._pairs = 0
         self.seen = 0
         """Number of pairs that were ever added."""
@@ -113,6 +132,7 @@ class PredictionMemory:
     def add(
         self,
         hidden_states: Tensor,
+        scale_states: Tensor,
         location: Tensor,
         raw_shape: Tensor | None,
         judgements: Judgements,
@@ -122,8 +142,8 @@ class PredictionMemory:
         Add a batch of P pairs, and forget the oldest ones beyond `MOST_PAIRS`.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(2 * P, H)`):
-                Pooled hidden states, chosen sides first.
+            hidden_states, scale_states (`torch.Tensor` of shape `(2 * P, H)`):
+                States that location and scale are read from, chosen sides first.
             location (`torch.Tensor` of shape `(2 * P, 1)`):
                 Locations.
             raw_shape (`torch.Tensor` of shape `(2 * P, S)`, *optional*):
@@ -139,18 +159,25 @@ class PredictionMemory:
             return torch.stack([tensor[:count], tensor[count:]], dim=1).cpu()
 
         shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
-        ratings = judgements.rating_counts
+        ratings, strengths = judgements.rating_counts, judgements.strength_counts
         if ratings is None:
             ratings = location.new_zeros(2 * count, self.rating_levels)
-        answers = torch.full((2 * count,), -1) if answers is None else answers
+        if strengths is None:
+            strengths = location.new_zeros(count, 2 * self.strength_levels)
+        numbers = [-1] * 2 * count if answers is None else answers.tolist()
+        is_known = torch.tensor([number in self._known for number in numbers])
+        self._known.update(number for number in numbers if number >= 0)
         self._batches.append(
             Predictions(
-                hidden_states=in_pairs(hidden_states.float()),
+                hidden_states=in_pairs(hidden_states.float()[:, : None if self.keeps_hidden_states else 0]),
+                scale_states=in_pairs(scale_states.float()),
                 location=in_pairs(location[:, 0].float()),
                 raw_shape=in_pairs(shape.float()),
                 said=judgements.table.cpu(),
                 rating_counts=in_pairs(ratings.float()),
-                answers=in_pairs(answers),
+                strength_counts=strengths.float().cpu(),
+                answers=in_pairs(torch.tensor(numbers)),
+                is_known=in_pairs(is_known),
             )
         )
         self._pairs += count
@@ -161,6 +188,7 @@ class PredictionMemory:
     def clear(self) -> None:
         """Forget everything, as before the first batch."""
         self._batches.clear()
+        self._known.clear()
         self._pairs = self.seen = 0
         self.factor = 1.0
 
@@ -188,13 +216,15 @@ class PredictionMemory:
         """Write what is kept to a safetensors file, for a run that is resumed."""
         if self._batches:
             sizes = torch.tensor([len(batch) for batch in self._batches])
-            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), **self._tensors()}, path)
+            known = torch.tensor(sorted(self._known), dtype=torch.long)
+            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), "known": known, **self._tensors()}, path)
 
     def load(self, path: Path) -> None:
         """Read what :meth:`save` wrote."""
         tensors = load_file(path)
         sizes = tensors.pop("sizes").tolist()
         self.seen = int(tensors.pop("seen"))
+        self._known = set(tensors.pop("known").tolist())
         parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
         batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         self._batches = deque(Predictions(**batch) for batch in batches)

@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import RewardConfig
 
+from ..data.records import MOST_LEVELS
 from ..distributions.reward_distribution import FAMILIES, get_family
 
 
@@ -43,6 +44,10 @@ class DiscoRewardConfig(RewardConfig):
             Scale of every reward, in reward units, in place of a learned one. `reward_family="logistic"` with
             `fixed_scale=2**-0.5` is Bradley–Terry, the loss of TRL. If `None`, a disco checkpoint keeps its own
             setting, and any other model learns a scale for each answer.
+        scale_layer (`int`, *optional*):
+            Layer whose mean hidden state over the tokens of a text the scale reads, from 1; 0 stands for the last
+            hidden state of the last token, which the location reads. If `None`, a disco checkpoint keeps its own
+            setting, and any other model reads the layer at two thirds of its depth.
 
         > Parameters that control the likelihood
 
@@ -60,6 +65,14 @@ class DiscoRewardConfig(RewardConfig):
             Ratings that `chosen_rating` and `rejected_rating` may hold, in ascending order. If `None`, they are those
             of the training data (for a stream, of its first 1,000 rows). Numbers that are not on a scale, such as a
             reward model's scores, are then not read, and a warning is logged.
+        strength_levels (`int`, *optional*):
+            Number L of levels of `preference_strength`, which holds whole numbers from −L to L. If `None`, L is the
+            largest strength in the training data (for a stream, in its first 1,000 rows). With 1, strengths are read
+            as votes.
+        scale_training (`str`, *optional*, defaults to `"split"`):
+            What location and scale learn from each other's errors. With `"split"`, the location is trained by votes,
+            ties and ratings given the scale, and scale and boundaries by everything given the location, without
+            changing the language model. With `"joint"`, all are trained by the one likelihood.
         weigh_by (`str`, *optional*, defaults to `"pair"`):
             What has weight 1 in the loss. With `"pair"`, all judgements in a row of the dataset together. With
             `"vote"`, each vote, each rating and each ranked pair. A column `weight` multiplies either.
@@ -121,6 +134,14 @@ class DiscoRewardConfig(RewardConfig):
             "keeps its own setting, and any other model learns a scale for each answer."
         },
     )
+    scale_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layer whose mean hidden state over the tokens of a text the scale reads, from 1; 0 stands for the "
+            "last hidden state of the last token. If `None`, a disco checkpoint keeps its own setting, and any other "
+            "model reads the layer at two thirds of its depth."
+        },
+    )
     location_error: bool | None = field(
         default=None,
         metadata={
@@ -146,6 +167,22 @@ class DiscoRewardConfig(RewardConfig):
         metadata={
             "help": "Ratings that `chosen_rating` and `rejected_rating` may hold, in ascending order. If `None`, they "
             "are those of the training data, unless these are not on a scale."
+        },
+    )
+    strength_levels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number L of levels of `preference_strength`, which holds whole numbers from -L to L. If `None`, "
+            "it is the largest strength in the training data. With 1, strengths are read as votes."
+        },
+    )
+    scale_training: str = field(
+        default="split",
+        metadata={
+            "help": "Whether the location is trained by votes, ties and ratings given the scale, and the scale by "
+            "everything given the location and without changing the language model ('split'), or all by the one "
+            "likelihood ('joint').",
+            "choices": ["split", "joint"],
         },
     )
     weigh_by: str = field(
@@ -240,6 +277,12 @@ class DiscoRewardConfig(RewardConfig):
             len(self.rating_values) < 2 or sorted({*self.rating_values}) != list(self.rating_values)
         ):
             raise ValueError(f"rating_values={self.rating_values!r} must be two or more numbers, ascending")
+        if self.strength_levels is not None and self.strength_levels not in range(1, MOST_LEVELS + 1):
+            raise ValueError(
+                f"strength_levels={self.strength_levels!r} must be a whole number from 1 to {MOST_LEVELS}, or None"
+            )
+        if self.scale_training not in ("split", "joint"):
+            raise ValueError(f"scale_training={self.scale_training!r} must be 'split' or 'joint'")
         if self.weigh_by not in ("pair", "vote"):
             raise ValueError(f"weigh_by={self.weigh_by!r} must be 'pair' or 'vote'")
 

@@ -35,9 +35,10 @@ from ..data.judgements import Survey, check_answerable, log_readings, survey
 from ..data.preparation import check_token_ids, finish_preferences, prepare_preferences
 from ..data.samplers import group_stream
 from ..distributions.judgements import Judgements
-from ..distributions.likelihood import log_likelihood
+from ..distributions.likelihood import log_likelihood, split_log_likelihood
 from ..models.adapters import keep_to_one_family
 from ..models.distributed import check_parallelism, keep_head_apart
+from ..models.heads import width_penalty
 from ..models.inference import check_pad_token, vocabulary_size
 from ..models.model_card import make_model_card
 from ..models.modeling import DiscoRewardModel
@@ -155,7 +156,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         likelihood = likelihood_settings(args, self._surveyed)
 
         # Model, PEFT and data, by TRL
-        self._adoption = Adoption(args, likelihood, self._surveyed.ratings, peft_config)
+        self._adoption = Adoption(args, likelihood, self._surveyed, peft_config)
         with self._adoption.in_constructor(model):
             super().__init__(
                 model=model,
@@ -200,10 +201,14 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         self._calibrates = wants_calibration and refusal is None
         # The first process keeps them and fits; the others receive the result, for all to have the same head.
         keeps = (self._calibrates or args.epistemic) and args.process_index == 0
-        self._memory = PredictionMemory(len(self._likelihood.get("rating_values", ()))) if keeps else None
+        self._memory = self._make_memory() if keeps else None
         fit = (self._reward_model.reward_head, self._family, self._memory, self.log)
-        self._head_fits: list[HeadFit] = [Calibration(*fit, refusal)] if wants_calibration else []
-        self._head_fits += [Posterior(*fit, refits_unit=self._calibrates)] if args.epistemic else []
+        self._head_fits: list[HeadFit] = []
+        calibration = Calibration(*fit, refusal) if wants_calibration else None
+        if calibration is not None:
+            self._head_fits.append(calibration)
+        if args.epistemic:
+            self._head_fits.append(Posterior(*fit, calibration=calibration))
         for callback in self._head_fits:
             self.add_callback(callback)
 
@@ -212,6 +217,11 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
         self.add_callback(self._guard)
         self.add_callback(PushWithSettings())
+
+    def _make_memory(self) -> PredictionMemory:
+        """Memory for what is said, and for the states that are fitted to, of this model."""
+        ratings, strengths = self._likelihood.get("rating_values", ()), self._likelihood.get("strength_levels", 0)
+        return PredictionMemory(len(ratings), strengths, keeps_hidden_states=self.args.epistemic)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that was made before the model had a scale: the scale would stay as it starts."""
@@ -239,6 +249,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             share_prefixes=args.prefix_sharing and refusal is None,
             weigh_by=args.weigh_by,
             rating_values=self._likelihood.get("rating_values"),
+            strength_levels=self._likelihood.get("strength_levels"),
             # Processes gather their figures for the metrics, which needs the same number of pairs in each.
             pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
         )
@@ -250,8 +261,6 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             return None
         if args.max_steps <= 0 and args.num_train_epochs > 1:
             return why_no_forecasts(args.num_train_epochs)
-        if "location_error" in self._likelihood:
-            return "a location error is learned, which has the same effect; set calibrate=True to have both"
         return None
 
     @property
@@ -339,13 +348,19 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
 
         responses = self._reward_model.responses_of(outputs)
-        log_likelihoods = log_likelihood(chosen, rejected, judgements, responses)
+        evaluate = split_log_likelihood if self.args.scale_training == "split" else log_likelihood
+        log_likelihoods = evaluate(chosen, rejected, judgements, responses)
         # accelerate repeats rows to even out the last batches. In training they count, as in every other trainer.
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
         loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)
         if self.args.center_rewards_coefficient is not None:
             center = torch.mean((chosen.location + rejected.location)[real] ** 2)
             loss = loss + self.args.center_rewards_coefficient * center
+        learned = {name: value[0] for name, value in (outputs.likelihood or {}).items()}
+        penalty = width_penalty(learned, self._family.unit_scale)
+        if mode == "train" and penalty is not None:
+            # The loss is a mean over the pairs of a step, and the prior counts once in the whole run.
+            loss = loss + penalty / (self._pairs_per_step * max(self.state.max_steps, 1))
         if mode == "train" and self._pairs_per_batch is not None:
             # The Trainer averages the losses of batches whatever their size, and a pair must weigh the same in each.
             loss = loss * (len(log_likelihoods) / self._pairs_per_batch)
@@ -358,7 +373,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             metrics = {
                 name: value.mean().item()
                 for name, value in learned.items()
-                if value is not None and name != "thresholds"
+                if value is not None and name not in ("thresholds", "strength_boundaries")
             }
             if mode == "train":
                 metrics |= summarize(figures)
@@ -374,10 +389,17 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             self._guard.check_loss(loss, rows, self.args, self.state)
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
-                head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
+                head.track(outputs.scale_state, outputs.logits, gather=self.accelerator.gather)
             # Only in the first pass are predictions made in advance, which calibration needs. A posterior uses all.
             if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
-                self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)
+                self._memory.add(
+                    outputs.pooled_hidden_state,
+                    outputs.scale_state,
+                    outputs.logits,
+                    outputs.raw_shape,
+                    judgements,
+                    answers,
+                )
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -433,7 +455,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         # The last evaluation of each eval set
         evaluated = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
         metrics = {key: value for entry in evaluated for key, value in entry.items() if key != "epoch"}
-        factors = [factor for fit in self._head_fits for factor in fit.metrics.values()]
+        fitted = {name: value for fit in self._head_fits for name, value in fit.metrics.items()}
+        factors = [value for name, value in fitted.items() if name.startswith("calibration_factor")]
         return make_model_card(
             self.model,
             model_name=model_name,

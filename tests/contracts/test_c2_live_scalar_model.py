@@ -69,7 +69,7 @@ def test_it_is_a_stock_model(architecture, disco_dir):
     assert isinstance(model, type(stock))
     assert type(model).__name__ == type(stock).__name__
     assert model.config.num_labels == 1
-    assert {"scale", "pooled_hidden_state"} <= set(model.config.keys_to_ignore_at_inference)
+    assert {"scale", "pooled_hidden_state", "scale_state"} <= set(model.config.keys_to_ignore_at_inference)
     assert set(stock.config.keys_to_ignore_at_inference) <= set(model.config.keys_to_ignore_at_inference)
     assert isinstance(head_of(model), DiscoHead)
 
@@ -90,12 +90,12 @@ def test_everything_else_is_the_stock_output(architecture, disco_dir):
         as_tuple = model(**inputs, return_dict=False)
         stock_tuple = stock(**inputs, return_dict=False)
         assert isinstance(as_tuple, tuple)
-        assert len(as_tuple) == len(stock_tuple) + 2
+        assert len(as_tuple) == len(stock_tuple) + 3
         torch.testing.assert_close(as_tuple[0], stock_tuple[0], rtol=1e-6, atol=1e-6)
         # What is ours comes last: nothing else has moved.
         output = model(**inputs)
-        assert torch.equal(as_tuple[-2], output.scale)
-        assert torch.equal(as_tuple[-1], output.pooled_hidden_state)
+        for ours, name in zip(as_tuple[-3:], ("scale", "pooled_hidden_state", "scale_state"), strict=True):
+            assert torch.equal(ours, output[name])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert"])

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.parallel.scatter_gather import gather
 from torch.utils._pytree import tree_flatten, tree_map
 
-from disco_trl import get_family
-from disco_trl.models.heads import DiscoHead, LikelihoodHead, heads_bypassed
+from disco_trl import DiscoRewardModel, RewardDistribution, get_family
+from disco_trl.models.heads import DiscoHead, LikelihoodHead, heads_bypassed, width_penalty
 from disco_trl.models.outputs import HeadOutput, overall
 
 
@@ -76,6 +76,22 @@ def test_all_that_a_head_returns():
     assert overall(output.location).shape == (2, 3)
 
 
+def test_the_scale_may_read_other_states():
+    head = full_head()
+    hidden_states, scale_states = torch.randn(2, 3, 4), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    output, plain = head(hidden_states, True, scale_states), head(hidden_states, full_output=True)
+    assert torch.equal(output.scale, head.scale(scale_states.float()))
+    assert not torch.equal(output.scale, plain.scale)
+    for name in ("location", "raw_shape"):
+        assert torch.equal(getattr(output, name), getattr(plain, name))
+    output.scale.sum().backward()
+    assert scale_states.grad.any()
+    head.scale.reads_detached = True
+    head.zero_grad()
+    head(hidden_states.requires_grad_(), True, scale_states.detach().requires_grad_()).scale.sum().backward()
+    assert hidden_states.grad is None and head.scale.weight.grad.any()
+
+
 def test_what_a_plain_head_has_not():
     head = DiscoHead.convert(nn.Linear(4, 1), unit_scale=0.5, fixed_scale=None)
     output = head(torch.randn(3, 4), full_output=True)
@@ -132,6 +148,7 @@ def test_a_factor_goes_through_all_that_is_learned_in_reward_units():
         "tie_width": "learned",
         "label_noise": "learned",
         "rating_values": [1, 2, 3, 4],
+        "strength_levels": 3,
     }
     head = DiscoHead.convert(nn.Linear(4, 1), unit_scale=0.5, fixed_scale=None)
     head.add_likelihood(settings)
@@ -155,7 +172,7 @@ def test_a_factor_goes_through_all_that_is_learned_in_reward_units():
             }
 
     before = quantities()
-    head.refit(rows, 2.5)
+    head.refit(rows, head(rows).detach()[:, 0], 2.5)
     for name, value in quantities().items():
         stays = name in ("scale", "label_noise")  # the gauge, and what has no unit
         torch.testing.assert_close(value, before[name] * (1 if stays else 2.5), rtol=1e-4, atol=1e-5)
@@ -164,6 +181,52 @@ def test_a_factor_goes_through_all_that_is_learned_in_reward_units():
     given = LikelihoodHead({"tie_width": 0.7}, unit_scale=0.5, device=None)
     given.rescale(2.5)
     assert given.values()["tie_width"].item() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("tie_width", ["learned", 0.3, None])
+def test_boundaries_between_strengths_ascend_above_the_tie_width(tie_width):
+    settings = {"strength_levels": 4} | ({} if tie_width is None else {"tie_width": tie_width})
+    head = LikelihoodHead(settings, unit_scale=0.5, device=None)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    before = head.values()
+    lowest = before.get("tie_width", torch.zeros(1))
+    assert (before["strength_boundaries"].diff(prepend=lowest) > 0).all()
+    head.rescale(2.5)
+    after = head.values()
+    if tie_width == 0.3:  # what the user has given stays, and the widths above it follow the rewards
+        expected = 0.3 + 2.5 * (before["strength_boundaries"] - 0.3)
+    else:
+        expected = 2.5 * before["strength_boundaries"]
+    torch.testing.assert_close(after["strength_boundaries"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["normal", "cauchy", "mixture"])
+def test_strengths_start_where_equal_rewards_would_give_those_observed(name, tiny_llama_dir):
+    """Ties and three strengths, in 200, 400, 300 and 100 of 1,000 judgements: P(|D| < c) is 0.2, 0.6 and 0.9."""
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir, reward_family=name)
+    model.reward_head.add_likelihood({"tie_width": "learned", "strength_levels": 3})
+    model.init_strengths({0: 200, 1: 400, 2: 300, 3: 100})
+    values = model.reward_head.likelihood.values()
+    boundaries = torch.cat([values["tie_width"], values["strength_boundaries"]]).detach().double()
+    unit, zero = torch.tensor(model.family.unit_scale).double(), torch.zeros(()).double()
+    raw = torch.zeros(len(model.family.shape_names)).double()
+    rewards = RewardDistribution(zero, unit, name, model.family.shape_from_raw(raw) if len(raw) else None)
+    within = (rewards - rewards).log_prob_within(boundaries).exp()
+    torch.testing.assert_close(within, torch.tensor([0.2, 0.6, 0.9]).double(), rtol=5e-3, atol=0)
+    # What a checkpoint has learned stays.
+    model.init_strengths({0: 1, 1: 1, 2: 1, 3: 1})
+    assert torch.equal(model.reward_head.likelihood.values()["tie_width"], values["tie_width"])
+
+
+def test_the_prior_holds_the_width_of_a_level_that_nobody_used():
+    """−log of a log-normal density about half a unit, with deviation 1: a width of e halves of a unit costs ½."""
+    boundaries = torch.tensor([0.2 + math.e, 0.2 + 2 * math.e])
+    quantities = {"tie_width": torch.tensor([0.2]), "strength_boundaries": boundaries}
+    assert width_penalty(quantities, unit_scale=2.0).item() == pytest.approx(1.0)
+    assert width_penalty({"thresholds": torch.tensor([-1.0, 0.0])}, unit_scale=2.0).item() == pytest.approx(0.0)
+    assert width_penalty({"tie_width": torch.tensor([0.2])}, unit_scale=2.0) is None
 
 
 def test_those_who_split_models_up_find_every_tensor():

@@ -143,7 +143,8 @@ def test_a_head_that_changes_brings_its_moments_along():
     for step in rows(4096, size=16, mean=1.0).split(64):
         head.scale.track(step, head(step).detach())
     weight = torch.randn(1, 16, generator=torch.Generator().manual_seed(2)) / 8
-    head.refit(rows(4096, size=16, mean=1.0), factor=0.4, scale_weight=weight)
+    trained = rows(4096, size=16, mean=1.0)
+    head.refit(trained, head(trained).detach()[:, 0], factor=0.4, scale_weight=weight)
 
     like_them = rows(4096, size=16, mean=1.0, seed=3)
     shifted = like_them + 0.5
