@@ -158,7 +158,7 @@ def test_a_survey_counts_strengths_and_their_ties():
 
     assert found([2, -2, 1], None, [-1]).strengths == {2: 2, 1: 2}
     assert not found([2, -2, 1], [3]).has_ties
-    assert found([2], [1, 0]).has_ties and found([0]).strengths == {}
+    assert found([2], [1, 0]).has_ties and found([0]).strengths == {0: 1}
     assert found([1]).said == {"preference_strength"} and found([1]).has_comparisons
 
 
