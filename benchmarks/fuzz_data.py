@@ -38,7 +38,7 @@ from disco_trl.data.curation.survey import DataSurvey
 from disco_trl.data.findings import Findings
 from disco_trl.data.judgements import Survey
 from disco_trl.data.look_alikes import find_look_alikes, fix_of_answers
-from disco_trl.data.records import read_feedback, read_record
+from disco_trl.data.records import MOST_LEVELS, read_feedback, read_record
 from disco_trl.data.tokenization import SpecialTokens, tokenize_record
 from disco_trl.data.validation import find_special_token
 from disco_trl.data.values import Row
@@ -68,6 +68,8 @@ SOUND: list[Row] = [
     {"chosen_input_ids": [5, 6, 7], "rejected_input_ids": [5, 6]},
     PLAIN | {"chosen_votes": 9, "rejected_votes": 1, "weight": 2.0},
     PLAIN | {"preference_probability": 0.9, "margin": 0.5},
+    PLAIN | {"preference_strength": [2, -1, 0]},
+    PLAIN | {"preference_strength": -3, "margin": 1},
     PLAIN | {"tie": True},
     PLAIN | {"chosen_rating": [5, 4], "rejected_rating": 1, "chosen_votes": 0, "rejected_votes": 0},
     {"prompt": "Two and two? ", "completions": ["Four.", "Five.", "4"], "ranks": [1, 3, 1]},
@@ -88,6 +90,8 @@ SOUND: list[Row] = [
     },
     {"context": [USER], "response1": "b", "response2": "c", "individual_preference": [{"score": -2}, {"score": 0}]},
     {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 2},
+    {"prompt": "a", "chosen": "b", "rejected": "c", "preference_strength": "slightly better"},
+    {"text": "a", "completion_a": "b", "completion_b": "c", "expert_worker_annotations": [{"overall_pref": "Tie"}]},
     {"prompt": "a", "response_a": "b", "response_b": "c", "prob_a": 0.3},
     {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d", "history": [["e", "f"]], "system": "g"},
     {
@@ -250,7 +254,7 @@ class DataPath:
         values = sorted(ratings_of(row)) or None
         for share_prefixes in (False, True):
             collator = DataCollatorForDiscoPreference(
-                pad_token_id=0, share_prefixes=share_prefixes, rating_values=values
+                pad_token_id=0, share_prefixes=share_prefixes, rating_values=values, strength_levels=MOST_LEVELS
             )
             batch = collator([read, read])
             for name, tensor in batch.items():

@@ -47,6 +47,7 @@ def run(args: Arguments) -> int:
     from ..data.files import open_rows
     from ..data.findings import named
     from ..models.loading import check_found
+    from .scale_advice import scale_advice
 
     tokenizer = None
     if args.model_name_or_path is not None:
@@ -62,6 +63,8 @@ def run(args: Arguments) -> int:
                 found["warnings"].append(
                     f"{rows_of(count)} with {of} that {args.against} has too ({named(overlap[what]['first'])})"
                 )
+    if any(found["asked"].values()):
+        found["scale"] = scale_advice(found["asked"], found.get("strengths", {}).get("levels"))
     print(render(found, args.dataset_name))
     args.write_json(found)
     if args.plot is not None:

@@ -58,6 +58,15 @@ class Arguments(OutputFileArguments, SplitArguments):
         },
     )
 
+    strength_words: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "WORDS=LEVEL,...",
+            "help": 'For strengths in words: the level of each, such as "slightly better=1,better=2,much better=3". '
+            "By default they are inferred from the usual scales.",
+        },
+    )
+
     def __post_init__(self) -> None:
         at_least_one(self, "pairs")
 
@@ -70,9 +79,11 @@ def run(args: Arguments) -> None:
         convert_pairs,
         convert_rows,
         detect_format,
+        levels_of_words,
         rename,
         why_unsigned,
     )
+    from ..data.curation.strength_words import parse_levels
     from ..data.files import RowWriter, check_output, choose_split, load_preferences, open_rows
 
     out = Path(args.output_file)
@@ -88,14 +99,15 @@ def run(args: Arguments) -> None:
     name = args.format
     if name == "auto":
         name = detect_format(rename(first_row, renamed))
-    if name == "helpsteer" and (unsigned := why_unsigned(rename(row, renamed) for row in dataset)) is not None:
+    if name == "strengths" and (unsigned := why_unsigned(rename(row, renamed) for row in dataset)) is not None:
         if args.format == "auto":
             raise ValueError(
                 f"--format auto: {unsigned}; if these are sizes and another column says which answer is better, name "
-                "the better one 'chosen' and the other 'rejected'; if they are right, pass --format helpsteer"
+                "the better one 'chosen' and the other 'rejected'; if they are right, pass --format strengths"
             )
         print(f"warning: {unsigned}")
-    for option, owner in {"pairs": "ratings", "to": "ultrafeedback", "score": "ultrafeedback"}.items():
+    owners = {"pairs": "ratings", "to": "ultrafeedback", "score": "ultrafeedback", "strength_words": "strengths"}
+    for option, owner in owners.items():
         if getattr(args, option) is not None and name != owner:
             raise ValueError(f"--{option} is for the format {owner}, and this is {name}; leave it out")
 
@@ -105,8 +117,16 @@ def run(args: Arguments) -> None:
     if args.score is not None:
         convert = partial(convert, score=args.score)
     report = Report(name)
+    if name == "strengths":
+        words = args.strength_words
+        report.words = (
+            levels_of_words(rename(row, renamed) for row in dataset) if words is None else parse_levels(words)
+        )
+        convert = partial(convert, words=report.words)
     flat = out.suffix == ".parquet"
-    converter = Converter(convert, report, args.plain_text, renamed, args.skip_bad, flat)
+    converter = Converter(
+        convert, report, args.plain_text, renamed, args.skip_bad, flat, judged_in=FORMATS[name].judged_in
+    )
     if name == "ratings":
         # Which answer meets which is drawn from all of them, so they are read in any order: from disk.
         splits = load_preferences(args.dataset_name, args.dataset_config)

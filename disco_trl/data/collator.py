@@ -72,8 +72,9 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
             batch = super().torch_call(pairs)
         # (Python's hash of integers, and of tuples of them, is the same in all processes.)
         batch[ANSWERS] = torch.tensor([hash(tuple(sequence)) & (2**63 - 1) for sequence in sequences])
+        numbers = [int(example[ROW_COLUMN]) for example in examples] if ROW_COLUMN in examples[0] else None
         if has_judgements(examples[0]):
-            batch |= to_tensors(records, comparisons, self.rating_values, self.strength_levels)
-        if ROW_COLUMN in examples[0]:
-            batch[ROW_COLUMN] = torch.tensor([int(example[ROW_COLUMN]) for example in examples])
+            batch |= to_tensors(records, comparisons, self.rating_values, self.strength_levels, numbers)
+        if numbers is not None:
+            batch[ROW_COLUMN] = torch.tensor(numbers)
         return batch

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from .columns import RATINGS, Layout, holds_pair, leave_out
+from .columns import RATINGS, STRENGTH, Layout, holds_pair, leave_out
 from .contents import text_of
-from .records import Record, read_record
+from .records import MOST_LEVELS, Record, read_record
 from .values import BadRow, Row, is_missing
 
 
@@ -30,8 +30,9 @@ SOURCES = ("source", "dataset", "data_source", "dataset_name", "origin", "subset
 ROWS_NAMED = 5
 ROWS_SAMPLED = 32
 MOST_SOURCES = 100
-ROWS_OF_SOURCE = 4
-"""Fewest rated rows of a source whose scale is compared with that of others."""
+SCALED = {"ratings": (RATINGS, 4), "strengths": ((STRENGTH,), 20)}
+"""What is given on a scale: its columns, and the fewest rows of a source whose scale is compared with that of others.
+Most ratings are high, most strengths low."""
 TWO_SCALES = 1.5
 """Ratio of two sources' highest ratings from which a warning is shown: scales of 5 and of 10 have 2."""
 
@@ -53,8 +54,11 @@ class Findings:
         self._systems: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
         self._json: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
         self._repeated, self._unranked = array("Q"), array("Q")
-        # Number of rated rows and the highest rating, by the column that names their source and by the source
-        self._rated: defaultdict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
+        # Of ratings and strengths: number of rows and the highest, by the column that names their source and by it
+        self._scaled: dict[str, defaultdict[str, dict[str, tuple[int, float]]]] = {
+            what: defaultdict(dict) for what in SCALED
+        }
+        self._margins: set[float] = set()
 
     def add(self, row: Row, record: Record, number: int) -> None:
         """
@@ -76,12 +80,18 @@ class Findings:
             self._add_texts(row, record, number)
         if not record.is_ranking and holds_pair(row) and _is_filled(row.get("completions")):
             self._unranked.append(number)
-        if rated := [rating for ratings in record.ratings for rating in ratings]:
-            for name in row.keys() & {*SOURCES}:
-                source, of_sources = str(row[name]), self._rated[name]
+        said: dict[str, list[float]] = {
+            "ratings": [rating for ratings in record.ratings for rating in ratings],
+            "strengths": [abs(strength) for comparison in record.comparisons for strength in comparison.strengths],
+        }
+        for what, given in said.items():
+            for name in row.keys() & {*SOURCES} if given else ():
+                source, of_sources = str(row[name]), self._scaled[what][name]
                 if source in of_sources or len(of_sources) < MOST_SOURCES:
                     count, highest = of_sources.get(source, (0, -np.inf))
-                    of_sources[source] = count + 1, max(highest, *rated)
+                    of_sources[source] = count + 1, max(highest, *given)
+        if "margin" in record.said and STRENGTH not in record.said and len(self._margins) <= MOST_LEVELS:
+            self._margins.add(record.comparisons[0].margin)
 
     def _add_texts(self, row: Row, record: Record, number: int) -> None:
         for name in row.keys() & {*SYSTEMS}:
@@ -127,6 +137,13 @@ class Findings:
                 f"column 'completions': not read beside 'chosen' and 'rejected' ({named(self._unranked)}), as there "
                 f"are no 'ranks'; to silence this, leave it out: {leave_out(['completions'])}"
             )
+        if are_grades(self._margins):
+            values = ", ".join(f"{margin:g}" for margin in sorted(self._margins))
+            found.append(
+                f"column 'margin': the whole numbers {values}, as strengths of preference are, and a margin is in "
+                "units of reward (about one logit each); if they are how much better 'chosen' is, rename the column: "
+                f'dataset.rename_column("margin", "{STRENGTH}")'
+            )
         return found + self._scales()
 
     def _system_fix(self, name: str) -> str:
@@ -139,17 +156,18 @@ class Findings:
         )
 
     def _scales(self) -> list[str]:
-        """Ratings of two sources that reach to different heights. Without a source, two scales cannot be told."""
+        """Two sources whose ratings or strengths reach to different heights. Without a source none of this is seen."""
         found = []
-        for column, of_sources in self._rated.items():
-            reached = sorted((high, source) for source, (count, high) in of_sources.items() if count >= ROWS_OF_SOURCE)
-            if reached and 0 < reached[0][0] * TWO_SCALES <= reached[-1][0]:
-                (low, one), (high, other) = reached[0], reached[-1]
-                found.append(
-                    f"column {' and '.join(map(repr, RATINGS))}: ratings reach {low:g} where {column!r} is {one!r}, "
-                    f"and {high:g} where it is {other!r}; if these are two scales, bring them to one, or leave the "
-                    f"ratings out: {leave_out(RATINGS)}"
-                )
+        for what, (names, fewest) in SCALED.items():
+            for column, of_sources in self._scaled[what].items():
+                reached = sorted((high, source) for source, (count, high) in of_sources.items() if count >= fewest)
+                if reached and 0 < reached[0][0] * TWO_SCALES <= reached[-1][0]:
+                    (low, one), (high, other) = reached[0], reached[-1]
+                    found.append(
+                        f"column {' and '.join(map(repr, names))}: {what} reach {low:g} where {column!r} is {one!r}, "
+                        f"and {high:g} where it is {other!r}; if these are two scales, bring them to one, or leave "
+                        f"the {what} out: {leave_out(names)}"
+                    )
         return found
 
 
@@ -179,6 +197,12 @@ def _some_rows(dataset: Dataset | IterableDataset) -> Iterator[tuple[int, Row]]:
     # Spread, because a mixture often has its sources one after the other.
     positions = np.unique(np.linspace(0, len(dataset) - 1, ROWS_SAMPLED).astype(int)).tolist()
     return zip(positions, dataset.select(positions), strict=True)
+
+
+def are_grades(margins: set[float]) -> bool:
+    """Whether these margins of a dataset look like a few grades: whole numbers, of which several are not 0."""
+    several = len(margins - {0}) >= 2
+    return several and all(margin == int(margin) and abs(margin) <= MOST_LEVELS for margin in margins)
 
 
 def media_of(row: Row) -> list[str]:

@@ -107,7 +107,7 @@ def why_not_a_scale(ratings: Mapping[float, int]) -> str | None:
     return None
 
 
-def readings(said: Collection[str], ratings: Mapping[float, int]) -> dict[Sequence[str], str]:
+def readings(said: Collection[str], ratings: Mapping[float, int], strength_levels: int) -> dict[Sequence[str], str]:
     """
     What the likelihood takes the columns of a dataset for.
 
@@ -116,6 +116,8 @@ def readings(said: Collection[str], ratings: Mapping[float, int]) -> dict[Sequen
             Columns of judgements that are filled.
         ratings (`Mapping[float, int]`):
             How often each rating was given; empty if they are not read.
+        strength_levels (`int`):
+            Number of strengths that are told apart; 0 if they are read as votes.
 
     Returns:
         `dict[Sequence[str], str]`: What columns are read as, for each kind of judgement other than TRL's margin.
@@ -129,15 +131,18 @@ def readings(said: Collection[str], ratings: Mapping[float, int]) -> dict[Sequen
             some = values if len(values) <= 12 else [*values[:3], "...", *values[-2:]]
             meaning += f", all on one scale of {len(values)} value{'s' * (len(values) != 1)} ({', '.join(some)})"
             there = there if values else ()
+        if columns == (STRENGTH,):
+            levels = f"on a scale from -{strength_levels} to {strength_levels}"
+            meaning += f", {levels}" if strength_levels > 1 else " (only the sign is read)"
         if there:
             found[there] = meaning
     return found
 
 
-def log_readings(dataset_name: str, found: Survey, ratings: Mapping[float, int]) -> None:
+def log_readings(dataset_name: str, found: Survey, likelihood: dict[str, Any]) -> None:
     """
     Log, once for all processes, what the likelihood takes columns for that TRL does not read, and whether it leaves
-    ratings out.
+    ratings out or reads strengths as votes.
 
     A dataset may have a column of such a name with a meaning of its own. So that this is seen, it is a warning.
 
@@ -146,11 +151,12 @@ def log_readings(dataset_name: str, found: Survey, ratings: Mapping[float, int])
             Name of the dataset in the log.
         found ([`Survey`]):
             Survey of the dataset.
-        ratings (`Mapping[float, int]`):
-            How often each rating was given; empty if they are not read.
+        likelihood (`dict`):
+            What the model knows of how people answer, as in [`check_answerable`].
     """
     if not PartialState().is_main_process:
         return
+    ratings: Mapping[float, int] = found.ratings if "rating_values" in likelihood else {}
     if found.ratings and not ratings:
         unread = [name for name in RATINGS if name in found.said]
         logger.warning(
@@ -158,7 +164,7 @@ def log_readings(dataset_name: str, found: Survey, ratings: Mapping[float, int])
             "they are not read as ratings. If they are some, round them to the steps of a scale, or pass "
             f"rating_values; else leave them out: {leave_out(unread)}"
         )
-    if read := readings(found.said, ratings):
+    if read := readings(found.said, ratings, likelihood.get("strength_levels", 0)):
         meanings = "; ".join(f"{', '.join(columns)}: {meaning}" for columns, meaning in read.items())
         logger.warning(
             f"{dataset_name} dataset, columns in the likelihood: {meanings}. If one means something else, leave it "
@@ -203,12 +209,20 @@ def check_answerable(
             [`~disco_trl.models.heads.LikelihoodHead`].
 
     Raises:
-        `ValueError`: If a rating or a tie is unknown to the model; it names row, column and fix.
+        `ValueError`: If a rating, a strength or a tie is unknown to the model; it names row, column and fix.
     """
     values: list[float] = likelihood.get("rating_values", [])
     strange = found.ratings.keys() - {*values} if values else set()
     has_strange_ties = found.has_ties and "tie_width" not in likelihood
-    for index, feedback in _feedback(dataset) if strange or has_strange_ties else ():
+    levels = likelihood.get("strength_levels")
+    too_strong = levels is not None and max(found.strengths, default=0) > levels
+    # (Preferences of one strength, and ties, are votes anyway.)
+    if max(found.strengths, default=0) > 1 and levels is None and PartialState().is_main_process:
+        logger.warning(
+            f"{dataset_name} dataset, column {STRENGTH!r}: read as votes, because the model knows no levels of "
+            "strength; train it with strength_levels to read how strong they are"
+        )
+    for index, feedback in _feedback(dataset) if strange or has_strange_ties or too_strong else ():
         columns = [name for name, given in zip(RATINGS, feedback.ratings, strict=False) if {*given} & strange]
         if columns:
             given = min(strange & {rating for ratings in feedback.ratings for rating in ratings})
@@ -217,10 +231,17 @@ def check_answerable(
                 f"knows the ratings {', '.join(f'{value:g}' for value in values)}, cannot give {given:g}; round it, "
                 "pass rating_values with all there are, or leave the column out"
             )
+        if too_strong:
+            try:
+                for comparison in feedback.comparisons:
+                    _count_strengths(comparison, levels)
+            except BadRow as error:
+                raise ValueError(f"{dataset_name} dataset, row {index}, {error}") from error
         if feedback.has_tie and has_strange_ties:
+            column = next((name for name in ("ranks", STRENGTH) if name in feedback.said), "tie")
             raise ValueError(
-                f"{dataset_name} dataset, row {index}, column {'ranks' if feedback.is_ranking else 'tie'!r}: a tie, "
-                "and the training data have none to learn from; give tie_width, or leave such rows out"
+                f"{dataset_name} dataset, row {index}, column {column!r}: a tie, and the training data have none to "
+                "learn from; give tie_width, or leave such rows out"
             )
 
 
@@ -290,6 +311,7 @@ def to_tensors(
     comparisons: Sequence[Sequence[tuple[Comparison, float]]],
     rating_values: Sequence[float] | None,
     strength_levels: int | None = None,
+    row_numbers: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """
     The judgements of a batch, for [`~disco_trl.distributions.judgements.Judgements`].
@@ -303,6 +325,8 @@ def to_tensors(
             The L ratings that the model knows, in order; None if ratings are not read.
         strength_levels (`int`, *optional*):
             Number of levels of strength that the model knows; None if strengths are read as votes.
+        row_numbers (`Sequence[int]`, *optional*):
+            Numbers of the B rows in the dataset, for the error.
 
     Returns:
         `dict[str, torch.Tensor]`: `judgements`, of shape `(P, 6)`: wins, losses, ties, whether a tie was allowed,
@@ -317,8 +341,15 @@ def to_tensors(
     table: list[tuple[float, ...]] = []
     levels = {value: level for level, value in enumerate(rating_values or ())}
     counts: tuple[list[list[float]], list[list[float]]] = ([], [])
-    for record, of_record in zip(records, comparisons, strict=True):
-        of_answers = _count_ratings(record, levels)
+    strength_counts: list[list[float]] = []
+    for position, (record, of_record) in enumerate(zip(records, comparisons, strict=True)):
+        try:
+            of_answers = _count_ratings(record, levels)
+            if strength_levels is not None:
+                strength_counts += [_count_strengths(one, strength_levels) for one, _ in of_record]
+        except BadRow as error:
+            where = f"row {position} of the batch" if row_numbers is None else f"row {row_numbers[position]}"
+            raise ValueError(f"{where}, {error}") from error
         for one, weight in of_record:
             table.append((one.wins, one.losses, one.ties, float(one.tie_allowed), one.margin, weight))
             for side, answer in zip(counts, (one.first, one.second), strict=True):
@@ -330,8 +361,7 @@ def to_tensors(
     if rating_values is not None:
         tensors["rating_counts"] = torch.tensor([*counts[0], *counts[1]], dtype=torch.float32)
     if strength_levels is not None:
-        compared = [one for of_record in comparisons for one, _ in of_record]
-        tensors["strength_counts"] = torch.tensor([_count_strengths(one, strength_levels) for one in compared])
+        tensors["strength_counts"] = torch.tensor(strength_counts, dtype=torch.float32)
     return tensors
 
 
@@ -340,10 +370,9 @@ def _count_strengths(comparison: Comparison, levels: int) -> list[float]:
     counts = [0.0] * (2 * levels)
     for strength in comparison.strengths:
         if abs(strength) > levels:
-            raise ValueError(
-                f"column {STRENGTH!r}: the strength {strength} is beyond the {levels} levels that the model knows; "
-                "pass strength_levels= with the largest there can be"
-            )
+            wrong = f"the strength {strength} is beyond the {levels} level{'s' * (levels != 1)} that the model knows"
+            fix = "pass strength_levels with the largest there can be, or leave such rows out"
+            raise BadRow(STRENGTH, wrong, fix)
         counts[abs(strength) - 1 + levels * (strength < 0)] += 1
     return counts
 
@@ -354,10 +383,8 @@ def _count_ratings(record: Record, levels: dict[float, int]) -> list[list[float]
     for answer, ratings in enumerate(record.ratings if levels else ()):
         for rating in ratings:
             if rating not in levels:
-                raise ValueError(
-                    f"column {RATINGS[answer]!r}: the rating {rating!r} is not one of those that the model knows "
-                    f"({', '.join(f'{value:g}' for value in levels)}); pass rating_values= with all of them, or "
-                    "round it"
-                )
+                known = ", ".join(f"{value:g}" for value in levels)
+                wrong = f"the rating {rating!r} is not one of those that the model knows ({known})"
+                raise BadRow(RATINGS[answer], wrong, "pass rating_values with all of them, or round it")
             counts[answer][levels[rating]] += 1
     return counts

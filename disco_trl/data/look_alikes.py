@@ -14,9 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .columns import KNOWN_COLUMNS, TEXT_PAIR, TOKENIZED_PAIR
+from .columns import KNOWN_COLUMNS, STRENGTH, TEXT_PAIR, TOKENIZED_PAIR
 from .curation.formats import fitting_formats
-from .values import Row, as_number
+from .records import MOST_LEVELS
+from .values import Row, as_number, as_ratings
 
 
 CLOSE = 0.85
@@ -32,6 +33,12 @@ PAIRS_OF_OTHERS = (
 """Names of `chosen` and `rejected` in other tools and well-known datasets. One of them alone may be anything: `winner`
 is a text in few datasets, and the name of a side or of a model in the others."""
 
+STRENGTHS_OF_OTHERS = (
+    *("strength", "overall_preference", "preference_degree", "degree_of_preference", "preference_margin"),
+    *("score_diff", "score_difference", "rating_diff", "rating_difference"),
+)
+"""Names by which other tools and well-known datasets call how much better the chosen answer is."""
+
 # Words in names of columns, and the word that disco-trl has for the same thing; nothing for words that add nothing
 WORDS = {
     **{"score": "rating", "scores": "rating", "ratings": "rating", "stars": "rating", "grade": "rating"},
@@ -40,7 +47,7 @@ WORDS = {
     **{"ties": "tie", "tied": "tie", "draw": "tie", "weights": "weight", "importance": "weight"},
     **{"rank": "ranks", "ranking": "ranks", "rankings": "ranks", "responses": "completions"},
     **{"answers": "completions", "prompts": "prompt", "question": "prompt", "instruction": "prompt"},
-    **{"query": "prompt", "input": "prompt", "token": "ids", "tokens": "ids"},
+    **{"query": "prompt", "input": "prompt", "token": "ids", "tokens": "ids", "strengths": "strength"},
     **dict.fromkeys(("is", "num", "n", "sample", "example", "user"), ""),
 }
 OF_ANSWERS = {"response", "answer", "text", "completion", "output", "reply", "message", "messages"}
@@ -65,12 +72,19 @@ def _is_number(value: Any) -> bool:
     return as_number(value) is not None
 
 
+def are_strengths(value: Any) -> bool:
+    """Whether it is a whole number that may say how much better an answer is, or a list of them."""
+    values = [as_number(number) for number in as_ratings(value)]
+    return bool(values) and all(n is not None and n == int(n) and abs(n) <= MOST_LEVELS for n in values)
+
+
 HOLDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys((*TEXT_PAIR, "prompt"), _is_content),
     **dict.fromkeys(TOKENIZED_PAIR, _are_ids),
     **dict.fromkeys(("chosen_votes", "rejected_votes", "weight", "margin"), _is_number),
     **dict.fromkeys(("chosen_rating", "rejected_rating"), lambda value: _is_number(value) or _are_numbers(value)),
     "preference_probability": lambda value: isinstance(value, float) and 0 <= value <= 1,
+    STRENGTH: are_strengths,
     "tie": lambda value: isinstance(value, bool),
     "completions": lambda value: isinstance(value, list) and all(map(_is_content, value)),
     "ranks": _are_numbers,
@@ -96,6 +110,8 @@ def _is_near(name: str, wanted: str) -> bool:
     meant = {WORDS.get(word, word) for word in words} - {""}
     if wanted in (*TEXT_PAIR, "prompt"):
         meant -= OF_ANSWERS
+    if wanted == STRENGTH and "_".join(words) in STRENGTHS_OF_OTHERS:
+        return True
     return meant == {*_words(wanted)} or _similarity(name, wanted) >= CLOSE
 
 

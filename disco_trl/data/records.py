@@ -317,7 +317,8 @@ def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
     if with_answers:
         _check_ranking(row)
     if "ranks" not in said:
-        # A strength of 0 is a tie, so a scale of strengths offers one.
+        # Whether a scale of strengths has a 0 is seen in the dataset, not in a row: of a model that has learned no tie
+        # width, because no row says 0, the band between the strengths 1 and -1 has no width.
         allowed = "tie" in said or strengths is not None
         graded = tuple(filter(None, strengths or ()))
         comparison = Comparison(0, 1, wins, losses, ties, allowed, margin, weight, graded)
@@ -370,8 +371,8 @@ def _strengths(row: Row, said: frozenset[str]) -> list[int] | None:
         wrong = f"given together with {others[0]!r}, which says the same thing"
         raise BadRow(STRENGTH, wrong, "remove one of the two from this row")
     if "tie" in said and as_truth(row["tie"]) is not (0 in strengths):
-        wrong = f"{shown(row['tie'])} in a row of the strength {shown(row[STRENGTH])}"
-        raise BadRow("tie", wrong, "remove it: a strength of 0 is a tie")
+        wrong = f"{shown(row['tie'])} in a row of the strength{'s' * (len(strengths) > 1)} {shown(row[STRENGTH])}"
+        raise BadRow("tie", wrong, "remove it from this row: a strength of 0 is a tie")
     return strengths
 
 

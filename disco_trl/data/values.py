@@ -54,8 +54,10 @@ def _plain(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a row has nothing in a column: None, NaN, or an empty list."""
+    """Whether a row has nothing in a column: None, NaN, or an empty list or array."""
     value = _plain(value)
+    if getattr(value, "shape", None) == (0,):
+        return True
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, list) and not value)
 
 

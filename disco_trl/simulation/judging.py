@@ -1,4 +1,4 @@
-"""What simulated people say: the pairs they are asked about, their votes and ratings, and rows of a dataset.
+"""What simulated people say: the pairs they are asked about, their votes, grades and ratings, and rows of a dataset.
 
 Arrays are NumPy's: `(N,)` for N texts, and `(P, 2)` for pairs of indices of texts. Rows are dictionaries with the
 columns that `DiscoRewardTrainer` reads.
@@ -7,7 +7,7 @@ columns that `DiscoRewardTrainer` reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,9 @@ class Votes:
             Numbers of votes.
         forced (`bool`):
             Whether nobody could have called a pair a tie.
+        strengths (`numpy.ndarray` of shape `(P, 2 * L)`, *optional*):
+            How many of the wins are of strength 1 to L, and after them how many of the losses. If `None`, nobody was
+            asked.
     """
 
     pairs: np.ndarray
@@ -90,6 +93,7 @@ class Votes:
     losses: np.ndarray
     ties: np.ndarray
     forced: bool
+    strengths: np.ndarray | None = None
 
     def rows(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """
@@ -99,6 +103,8 @@ class Votes:
         If people could call a pair a tie, there is a column `tie` as well. It is false in the row with the votes, and
         the ties of a pair are a row of their own, whose `weight` is their number.
 
+        With strengths, each pair is one row with all of them in the column `preference_strength`, ties as 0.
+
         Args:
             texts (`Sequence[str]`):
                 N texts.
@@ -106,6 +112,8 @@ class Votes:
         Returns:
             `list[dict[str, Any]]`: A row or two for each pair; none for a pair without votes.
         """
+        if self.strengths is not None:
+            return self._graded_rows(texts)
         rows: list[dict[str, Any]] = []
         for (first, second), wins, losses, ties in zip(self.pairs, self.wins, self.losses, self.ties, strict=True):
             sides = [(int(wins), texts[first]), (int(losses), texts[second])]
@@ -116,6 +124,21 @@ class Votes:
                 rows.append(row | votes | ({} if self.forced else {"tie": False, "weight": 1.0}))
             if ties:
                 rows.append(row | {"chosen_votes": 0, "rejected_votes": 0, "tie": True, "weight": float(ties)})
+        return rows
+
+    def _graded_rows(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        assert self.strengths is not None
+        levels = self.strengths.shape[1] // 2
+        values = [*range(1, levels + 1), *range(-1, -levels - 1, -1), 0]
+        rows: list[dict[str, Any]] = []
+        for pair, counts in zip(self.pairs, np.column_stack([self.strengths, self.ties]), strict=True):
+            given = np.repeat(values, counts)
+            # The side that more people prefer, or that is preferred more strongly, is `chosen`.
+            swapped = (np.sign(given).sum() or given.sum()) < 0
+            first, second = pair[::-1] if swapped else pair
+            if len(given):
+                strengths = sorted((-given if swapped else given).tolist(), reverse=True)
+                rows.append({"chosen": texts[first], "rejected": texts[second], "preference_strength": strengths})
         return rows
 
 
@@ -154,12 +177,59 @@ def vote(
     Raises:
         `ValueError`: If an argument is out of its range, or if a pair names a text that does not exist.
     """
+    said = grade(
+        population,
+        pairs,
+        (),
+        votes_per_pair,
+        tie_half_width=tie_half_width,
+        label_noise=label_noise,
+        same_annotator=same_annotator,
+        seed=seed,
+    )
+    return replace(said, strengths=None)
+
+
+def grade(
+    population: Population,
+    pairs: np.ndarray,
+    boundaries: ArrayLike,
+    votes_per_pair: int = 1,
+    *,
+    tie_half_width: float = 0.0,
+    label_noise: float = 0.0,
+    same_annotator: bool = False,
+    seed: int = 0,
+) -> Votes:
+    """
+    Lets people say of pairs which text is better and by how much: each draws a reward of either text.
+
+    Args:
+        population ([`Population`]):
+            Who judges, and what.
+        pairs (`numpy.ndarray` of shape `(P, 2)`):
+            Indices of texts.
+        boundaries (`ArrayLike` of shape `(L - 1,)`):
+            Boundaries c_2 to c_L between L strengths, increasing, above `tie_half_width`, in reward units: rewards
+            that differ by c_k or more make a preference of strength k or more.
+        votes_per_pair, tie_half_width, label_noise, same_annotator, seed:
+            As in [`vote`]. Label noise exchanges k and -k.
+
+    Returns:
+        [`Votes`]: What they said, with strengths.
+
+    Raises:
+        `ValueError`: If an argument is out of its range, or if a pair names a text that does not exist.
+    """
     pairs = np.asarray(pairs)
     if votes_per_pair < 1 or tie_half_width < 0 or not 0 <= label_noise < 0.5:
         raise ValueError(
             f"votes_per_pair={votes_per_pair} must be at least 1, tie_half_width={tie_half_width} at least 0, and "
             f"label_noise={label_noise} at least 0 and below 0.5"
         )
+    edges = np.array([tie_half_width, *np.asarray(boundaries, dtype=float)])
+    if (np.diff(edges) <= 0).any():
+        raise ValueError(f"boundaries must increase above tie_half_width={tie_half_width}, got {edges[1:].tolist()}")
     if (
         pairs.ndim != 2
         or pairs.shape[1] != 2
@@ -172,9 +242,11 @@ def vote(
     difference = rewards[..., 0] - rewards[..., 1]
     tied = np.abs(difference) < tie_half_width
     won = (difference > 0) ^ (rng.random(difference.shape) < label_noise)
-    ties = tied.sum(axis=1)
-    wins = (won & ~tied).sum(axis=1)
-    return Votes(pairs, wins, votes_per_pair - wins - ties, ties, forced=tie_half_width == 0)
+    level = np.searchsorted(edges[1:], np.abs(difference), side="right")
+    strengths = [(side & ~tied & (level == k)).sum(axis=1) for side in (won, ~won) for k in range(len(edges))]
+    counts = np.stack(strengths, axis=1)
+    wins, ties = counts[:, : len(edges)].sum(axis=1), tied.sum(axis=1)
+    return Votes(pairs, wins, votes_per_pair - wins - ties, ties, forced=tie_half_width == 0, strengths=counts)
 
 
 def soft_label_rows(population: Population, pairs: np.ndarray) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
-"""How much votes reveal: exact fits of linear models in seconds, the error that no method can beat, and votes needed.
+"""How much judgements reveal: exact fits of linear models in seconds, and the number of votes that are needed.
 
 The model is the package's own, with given features in place of a language model's hidden states: location and log
 scale are linear in the features of a text, the geometric mean of the scales is the family's unit (as in
-`disco_trl.models.heads.ScaleHead`), and a location may have an error τ that all votes on a pair share. The likelihood
-is the one that the trainer maximizes. With tens of features and tens of thousands of votes, its maximum can be found
-to the last digit and its Fisher information written down. Both judge a setup before labels are paid for and a GPU is
-rented: what fails here, where features and family are right, will not do better with a language model.
+`disco_trl.models.heads.ScaleHead`), and a location may have an error τ that all judgements on a pair, or on a text,
+share. The likelihood is the one that the trainer maximizes. With tens of features and tens of thousands of judgements,
+its maximum can be found to the last digit, and its Fisher information written down
+(`disco_trl.simulation.information`). Both judge a setup before labels are paid for and a GPU is rented: what fails
+here, where features and family are right, will not do better with a language model.
 """
 
 from __future__ import annotations
@@ -19,31 +20,11 @@ from numpy.typing import ArrayLike
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from ..distributions.judgements import Judgements
-from ..distributions.likelihood import Responses, log_likelihood
-from ..distributions.reward_distribution import RewardDistribution, get_family
+from ..distributions.reward_distribution import get_family
+from .information import Basis, Precision, asymptotic_errors
 from .judging import Votes, vote
 from .population import Population
-
-
-class _Basis:
-    """
-    The features' own coordinates: centred, uncorrelated, of variance 1, without directions in which nothing varies.
-
-    In these coordinates the likelihood is well scaled, whatever the units of the features are.
-    """
-
-    def __init__(self, features: np.ndarray):
-        self.mean = features.mean(axis=0)
-        _, singular, directions = np.linalg.svd(features - self.mean, full_matrices=False)
-        kept = singular > 1e-9 * singular.max(initial=0)
-        if not kept.any():
-            raise ValueError("the features are the same for every text, so that nothing can be inferred from them")
-        self.axes = directions[kept].T * (math.sqrt(len(features)) / singular[kept])  # (D, r)
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """From features `(N, D)` to coordinates `(N, r)`, with r the rank."""
-        return (features - self.mean) @ self.axes
+from .questions import Comparisons, Ratings, rewards_of
 
 
 # Fit
@@ -64,9 +45,13 @@ class LinearFit:
         location_error (`float`, *optional*):
             τ, in reward units. If `None`, the model has no such error.
         tie_half_width (`float`, *optional*):
-            δ, in reward units. If `None`, all votes were forced choices.
+            δ, in reward units. If `None`, all comparisons were forced choices.
+        boundaries (`numpy.ndarray` of shape `(L - 1,)`, *optional*):
+            Those between strengths, in reward units. If `None`, nobody said how much better a text is.
+        thresholds (`numpy.ndarray` of shape `(K - 1,)`, *optional*):
+            Those between ratings, in reward units. If `None`, there are no ratings.
         nll (`float`):
-            The mean of −log P of a vote, in nats.
+            The mean of −log P of a judgement, in nats.
     """
 
     location_weight: np.ndarray
@@ -75,6 +60,8 @@ class LinearFit:
     unit_scale: float
     location_error: float | None
     tie_half_width: float | None
+    boundaries: np.ndarray | None
+    thresholds: np.ndarray | None
     nll: float
 
     def predict(self, features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -93,126 +80,143 @@ class LinearFit:
 
 
 def fit_linear(
-    features: ArrayLike, votes: Votes, family: str = "normal", *, with_location_error: bool = False
+    features: ArrayLike,
+    votes: Votes | None,
+    family: str = "normal",
+    *,
+    ratings: ArrayLike | None = None,
+    with_location_error: bool = False,
+    log_scale_std: float | None = None,
 ) -> LinearFit:
     """
-    Fits the linear model under which the votes are most likely.
+    Fits the linear model under which the judgements are most likely.
 
     Args:
         features (`ArrayLike` of shape `(N, D)`):
             Features of all texts.
-        votes ([`Votes`]):
-            Votes on pairs of texts. If people could call a pair a tie, the tie band is fitted too.
+        votes ([`Votes`], *optional*):
+            Comparisons of pairs of texts. If people could call a pair a tie, the tie band is fitted too, and if they
+            said how much better a text is, the boundaries between strengths.
         family (`str`, *optional*, defaults to `"normal"`):
             A family without shape parameters.
+        ratings (`ArrayLike` of shape `(N, R)`, *optional*):
+            People's ratings of each text, as [`~disco_trl.simulation.judging.rate`] returns them; NaN where there is
+            none. The thresholds between them are fitted too.
         with_location_error (`bool`, *optional*, defaults to `False`):
-            Whether to fit τ as well, the error of a location that the features do not explain. It takes several votes
-            on a pair: with one, disagreement among people looks much the same.
+            Whether to fit τ as well, the error of a location that the features do not explain. It takes several
+            judgements of a pair or a text: with one, disagreement among people looks much the same.
+        log_scale_std (`float`, *optional*):
+            By how much log σ is expected to differ between texts: a normal prior on its weights, which a few
+            judgements need, and on log τ one of deviation 1 about half a unit. Without it, there is none.
 
     Returns:
-        [`LinearFit`]: The maximum of the likelihood.
+        [`LinearFit`]: The maximum of the likelihood, or of the posterior.
 
     Raises:
-        `ValueError`: If nobody voted, or if the features are the same for every text.
-        `RuntimeError`: If no maximum is found, because there are too few votes for so many features.
+        `ValueError`: If nobody judged, or if the features are the same for every text.
+        `RuntimeError`: If no maximum is found, because there are too few judgements for so many features.
     """
     features = np.asarray(features, dtype=float)
-    count = int(votes.wins.sum() + votes.losses.sum() + votes.ties.sum())
-    if not count:
-        raise ValueError("there are no votes to fit to")
-    basis, unit = _Basis(features), get_family(family).unit_scale
+    basis, unit = Basis(features), get_family(family).unit_scale
     inputs = torch.tensor(basis(features))
     rank = inputs.shape[1]
-    # τ and δ, where there are any, by their logarithms, which are free to be any number
-    extras = torch.full((with_location_error + (not votes.forced),), math.log(unit / 2), dtype=torch.float64)
-    parameters = torch.cat([torch.zeros(2 * rank, dtype=torch.float64), extras]).requires_grad_()
+    given = [
+        *([] if votes is None else [_given_votes(votes)]),
+        *([] if ratings is None else [_given_ratings(ratings)]),
+    ]
+    count = int(sum(counts.sum() for _, counts in given))
+    if not count:
+        raise ValueError("there are no votes to fit to" if ratings is None else "there are no judgements to fit to")
+    # What the answers depend on, by what makes it any number: logarithms of τ, of δ, and of gaps
+    half = math.log(unit / 2)
+    raw = {"location_error": torch.full((int(with_location_error),), half)}
+    for question, _ in given:
+        raw |= {name: torch.full((len(value),), half) for name, value in question.extras.items()}
+    if "thresholds" in raw:
+        raw["thresholds"][0] = -unit
+    parameters = torch.cat([torch.zeros(2 * rank), *raw.values()]).double().requires_grad_()
+    sizes = [len(value) for value in raw.values()]
     optimizer = torch.optim.LBFGS(
         [parameters], max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
+    def learned() -> dict[str, Tensor]:
+        values = dict(zip(raw, parameters[2 * rank :].split(sizes), strict=True))
+        found = {name: value.exp() for name, value in values.items()}
+        if "thresholds" in found:
+            first = values["thresholds"][:1]
+            found["thresholds"] = torch.cat([first, first + found["thresholds"][1:].cumsum(dim=0)])
+        if "boundaries" in found:
+            found["boundaries"] = found.get("tie_width", torch.zeros(1)) + found["boundaries"].cumsum(dim=0)
+        return found
+
+    def likelihood() -> Tensor:
+        """The mean of −log P."""
+        location, scale = inputs @ parameters[:rank], unit * (inputs @ parameters[rank : 2 * rank]).exp()
+        extras = learned()
+        error = extras["location_error"][0] if with_location_error else None
+        total = torch.zeros((), dtype=torch.float64)
+        for question, counts in given:
+            items = torch.tensor(question.items)
+            rewards = rewards_of(location[items], scale[items], family, error)
+            total = total - question.log_probs(rewards, counts, extras).sum()
+        return total / count
+
     def loss() -> Tensor:
         optimizer.zero_grad()
-        location, log_scale = inputs @ parameters[:rank], inputs @ parameters[rank : 2 * rank]
-        error = parameters[2 * rank].exp() if with_location_error else None
-        tie_width = None if votes.forced else parameters[-1].exp()
-        pairs = torch.tensor(votes.pairs)
-        log_probs = _log_probs(family, location[pairs], unit * log_scale.exp()[pairs], error, votes, tie_width)
-        value = -log_probs.sum() / count
+        value = likelihood()
+        if log_scale_std is not None:
+            penalty = rank * parameters[rank : 2 * rank].square().sum() / log_scale_std**2
+            if with_location_error:
+                penalty = penalty + (parameters[2 * rank] - half).square()
+            value = value + penalty / 2 / count
         value.backward()
         return value
 
     optimizer.step(loss)
-    nll = loss().item()
+    value = loss().item()
     solution = parameters.detach().numpy()
     gradient = np.inf if parameters.grad is None else parameters.grad.abs().max().item()
     location_weight, log_scale_weight = basis.axes @ solution[:rank], basis.axes @ solution[rank : 2 * rank]
     # Where the features separate the votes, the maximum lies at infinity, on the way to which gradients vanish too.
     steepest = np.abs((features - basis.mean) @ log_scale_weight).max()
-    if not gradient < 1e-5 or nll < 1e-6 or steepest > math.log(1e3):
+    if not gradient < 1e-5 or value < 1e-6 or steepest > math.log(1e3):
         raise RuntimeError(
             f"no maximum was found for {count} votes and {rank} features (gradient {gradient:.1e}): that is too few "
             "votes; simulate more, or reduce the features, for instance to their leading principal components"
         )
+    with torch.no_grad():
+        found = {name: value.numpy() for name, value in learned().items()}
+        nll = likelihood().item()
     return LinearFit(
         location_weight=location_weight,
         log_scale_weight=log_scale_weight,
         mean=basis.mean,
         unit_scale=unit,
-        location_error=math.exp(solution[2 * rank]) if with_location_error else None,
-        tie_half_width=None if votes.forced else math.exp(solution[-1]),
+        location_error=float(found["location_error"][0]) if with_location_error else None,
+        tie_half_width=float(found["tie_width"][0]) if "tie_width" in found else None,
+        boundaries=found.get("boundaries"),
+        thresholds=found.get("thresholds"),
         nll=nll,
     )
 
 
-def _log_probs(
-    family: str,
-    location: Tensor,
-    scale: Tensor,
-    location_error: Tensor | None,
-    votes: Votes,
-    tie_width: Tensor | None = None,
-) -> Tensor:
-    """Evaluates log P of the votes on each pair, `(P,)`, from locations and scales of both sides, `(P, 2)` each."""
-    first, second = (
-        RewardDistribution(
-            location[:, side],
-            scale[:, side],
-            family,
-            location_error=None if location_error is None else location_error.expand(len(location)),
-        )
-        for side in (0, 1)
-    )
-    zeros = torch.zeros(len(location), dtype=torch.float64)
-    judgements = Judgements(
-        wins=zeros + torch.tensor(votes.wins),
-        losses=zeros + torch.tensor(votes.losses),
-        ties=zeros + torch.tensor(votes.ties),
-        tie_allowed=zeros if votes.forced else zeros + 1,
-        margin=zeros,
-        weight=zeros + 1,
-    )
-    return log_likelihood(first, second, judgements, Responses(tie_width=tie_width))
+def _given_votes(votes: Votes) -> tuple[Comparisons | Ratings, Tensor]:
+    """The question that the votes answer, with any boundaries, and counts of the answers."""
+    strengths = np.stack([votes.wins, votes.losses], axis=1) if votes.strengths is None else votes.strengths
+    levels = strengths.shape[1] // 2
+    counts = strengths if votes.forced else np.column_stack([strengths, votes.ties])
+    question = Comparisons(votes.pairs, boundaries=range(1, levels), tie_half_width=0.0 if votes.forced else 0.5)
+    return question, torch.tensor(counts, dtype=torch.float64)
 
 
-# What can be expected of a fit
-
-
-@dataclass(frozen=True)
-class Precision:
-    """
-    How far a fit is, or is expected to be, from the truth.
-
-    Args:
-        scale_error (`float`):
-            Root mean square over texts of the error of log σ; 0.1 is about 10 % of σ. The unit of reward is not part
-            of it: the geometric mean of all scales is taken to be right.
-        location_spearman, scale_spearman (`float`):
-            Rank correlations over texts between fit and truth.
-    """
-
-    scale_error: float
-    location_spearman: float
-    scale_spearman: float
+def _given_ratings(ratings: ArrayLike) -> tuple[Comparisons | Ratings, Tensor]:
+    """The question that ratings `(N, R)` answer, with any thresholds, and counts of the answers."""
+    table = np.asarray(ratings, dtype=float)
+    texts = np.flatnonzero(~np.isnan(table).all(axis=1))
+    values = np.unique(table[~np.isnan(table)])
+    counts = (table[texts, :, None] == values).sum(axis=1)
+    return Ratings(texts, 1, range(len(values) - 1)), torch.tensor(counts, dtype=torch.float64)
 
 
 def measured_precision(population: Population, fit: LinearFit) -> Precision:
@@ -225,108 +229,7 @@ def measured_precision(population: Population, fit: LinearFit) -> Precision:
     )
 
 
-@dataclass(frozen=True)
-class AsymptoticErrors:
-    """
-    The standard errors of an efficient fit: the Cramér–Rao bound, which maximum likelihood reaches with many votes.
-
-    Args:
-        location (`numpy.ndarray` of shape `(N,)`):
-            Those of the locations, in the gauge in which the geometric mean of the scales is the family's unit.
-        log_scale (`numpy.ndarray` of shape `(N,)`):
-            Those of log σ.
-        location_error (`float`, *optional*):
-            That of τ, in the unit of the locations. If `None`, the features explain the locations in full.
-        precision ([`Precision`]):
-            What to expect of a fit overall.
-    """
-
-    location: np.ndarray
-    log_scale: np.ndarray
-    location_error: float | None
-    precision: Precision
-
-
-def asymptotic_errors(
-    population: Population, pairs: np.ndarray, votes_per_pair: int = 1, seed: int = 0
-) -> AsymptoticErrors:
-    """
-    Evaluates the errors that a linear fit to votes on these pairs is expected to make, from its Fisher information.
-
-    What the features do not explain of the true locations counts as the model's own error τ, which is learned as well.
-    The errors are sampling errors alone, of a model whose form is right. If it is not (the scales of [`camps`] and
-    [`tastes`] are not log-linear in the features), a fit stays further from the truth, however many votes there are.
-
-    Args:
-        population ([`Population`]):
-            The truth about N texts. The family of the model is that of the noise.
-        pairs (`numpy.ndarray` of shape `(P, 2)`):
-            Indices of texts.
-        votes_per_pair (`int`, *optional*, defaults to `1`):
-            The number of forced choices for each pair.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of 100 draws of the errors, from which rank correlations are computed.
-
-    Returns:
-        [`AsymptoticErrors`]: For every text and overall.
-
-    Raises:
-        `ValueError`: If the pairs do not determine the parameters at all.
-    """
-    pairs, basis, family = np.asarray(pairs), _Basis(population.features), population.noise_family
-    inputs = basis(population.features)
-    rank = inputs.shape[1]
-    # The truth in the gauge of the fit, and what the features explain of it (the basis is orthogonal, of variance 1)
-    unit = get_family(family).unit_scale / np.exp(np.log(population.scale).mean())
-    location, scale = (population.location - population.location.mean()) * unit, population.scale * unit
-    seen = inputs @ (inputs.T @ location) / len(location)
-    unseen_std = float(np.std(location - seen))
-    with_location_error = unseen_std > 1e-6 * float(np.std(location))
-
-    # The sum over all outcomes, `wins` of k votes, of P times the outer product of the slopes of log P
-    locations, scales = (torch.tensor(array)[pairs].requires_grad_() for array in (seen, scale))
-    errors = [torch.full((len(pairs),), unseen_std, dtype=torch.float64, requires_grad=True)] * with_location_error
-    count = 2 * rank + with_location_error
-    information = torch.zeros(count, count, dtype=torch.float64)
-    design = torch.tensor(inputs)[pairs]  # (P, 2, r)
-    k = votes_per_pair if with_location_error else 1  # without a shared error, k votes are k times as informative
-    for wins in range(k + 1):
-        won, lost, tied = (np.full(len(pairs), number) for number in (wins, k - wins, 0))
-        votes = Votes(pairs, won, lost, tied, forced=True)
-        log_prob = _log_probs(family, locations, scales, errors[0] if errors else None, votes)
-        by_location, by_scale, *by_error = torch.autograd.grad(log_prob.sum(), [locations, scales, *errors])
-        slopes = torch.cat(
-            [
-                torch.einsum("ps,psr->pr", by_location, design),
-                torch.einsum("ps,psr->pr", by_scale * scales.detach(), design),
-                *(slope[:, None] for slope in by_error),
-            ],
-            dim=1,
-        )
-        weighted = torch.exp((math.log(math.comb(k, wins)) + log_prob.detach()) / 2)[:, None] * slopes
-        information += weighted.T @ weighted
-    information *= votes_per_pair / k
-
-    eigenvalues, directions = np.linalg.eigh(information.numpy())
-    if eigenvalues[0] <= 1e-9 * eigenvalues[-1]:
-        raise ValueError(
-            f"votes on these {len(pairs)} pairs do not determine {count} parameters, however many they are; take more "
-            "pairs, or fewer features"
-        )
-    root = directions / np.sqrt(eigenvalues)  # root @ root.T is the covariance
-    location_root, log_scale_root = inputs @ root[:rank], inputs @ root[rank : 2 * rank]
-    draws = np.random.default_rng(seed).standard_normal((100, count))
-    location_spearman = np.mean([spearmanr(seen + location_root @ draw, location).statistic for draw in draws])
-    scale_spearman = np.mean([spearmanr(np.log(scale) + log_scale_root @ draw, scale).statistic for draw in draws])
-    log_scale_error = np.linalg.norm(log_scale_root, axis=1)
-    return AsymptoticErrors(
-        location=np.linalg.norm(location_root, axis=1),
-        log_scale=log_scale_error,
-        location_error=float(np.linalg.norm(root[-1])) if with_location_error else None,
-        precision=Precision(
-            float(np.sqrt(np.mean(log_scale_error**2))), float(location_spearman), float(scale_spearman)
-        ),
-    )
+# Plans
 
 
 @dataclass(frozen=True)
@@ -389,7 +292,7 @@ def plan(
 
     # Doubled until they are enough, then halved in between: each try is a Fisher information of all pairs.
     too_few, enough = 0, 1
-    while (errors := asymptotic_errors(population, pairs, enough)).precision.scale_error > scale_error:
+    while (errors := asymptotic_errors(population, Comparisons(pairs, enough))).precision.scale_error > scale_error:
         if enough == most_votes_per_pair:
             raise ValueError(
                 f"{enough} votes on each of {len(pairs)} pairs leave log σ an error of "
@@ -399,7 +302,7 @@ def plan(
         too_few, enough = enough, min(2 * enough, most_votes_per_pair)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        candidate = asymptotic_errors(population, pairs, middle)
+        candidate = asymptotic_errors(population, Comparisons(pairs, middle))
         if candidate.precision.scale_error > scale_error:
             too_few = middle
         else:

@@ -297,7 +297,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         check_pad_token(self._adoption.model, processing_class.pad_token_id)
         found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
         if dataset_name == "train":  # before a row is refused for what a column of another meaning holds
-            log_readings(dataset_name, found, found.ratings if "rating_values" in self._likelihood else {})
+            log_readings(dataset_name, found, self._likelihood)
         prepared = prepare_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
         # TRL tokenizes what is not tokenized yet, a stream say. Its own length filter is turned off, because it would
         # read the dataset row by row once more.

@@ -1,5 +1,6 @@
 """The batch of `disco_trl.data.collator` without prefix sharing, against TRL's."""
 
+import pytest
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -33,3 +34,20 @@ def test_equal_answers_are_told():
         assert answers.min() >= 0
         # Chosen sides first
         assert (answers[:, None] == answers).int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_strengths_are_counted_in_a_batch_and_a_bad_one_is_named_by_its_row():
+    ids = {"chosen_ids": [1, 2, 3], "rejected_ids": [4, 5]}
+    examples = [
+        {**ids, "preference_strength": [2, -1], ROW_COLUMN: 7},
+        {**ids, "preference_strength": 0, ROW_COLUMN: 3},
+    ]
+    for share_prefixes in (False, True):
+        collator = DataCollatorForDiscoPreference(pad_token_id=0, share_prefixes=share_prefixes, strength_levels=2)
+        batch = collator(examples)
+        assert batch["strength_counts"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
+        assert batch["strength_counts"].dtype == batch["judgements"].dtype == torch.float32
+        # Wins, losses, ties
+        assert batch["judgements"][:, :3].tolist() == [[1, 1, 0], [0, 0, 1]]
+        with pytest.raises(ValueError, match=r"row 3, column 'preference_strength': the strength 3 is beyond the 2"):
+            collator([examples[0], {**examples[1], "preference_strength": 3}])

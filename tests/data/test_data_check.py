@@ -10,6 +10,7 @@ from datasets import Dataset
 from preference_rows import CALL, EXPLICIT, IMPLICIT, LEGAL, STANDARD, TOKENIZED, assistant, streamed, user
 
 from disco_trl.cli.main import main
+from disco_trl.cli.scale_advice import scale_advice
 from disco_trl.data.curation.check import check_dataset
 from disco_trl.data.curation.survey import normalize
 from disco_trl.data.curation.survey import texts_of as texts_of_record
@@ -117,7 +118,7 @@ def test_the_examples_of_the_documentation_are_good():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     rows = [json.loads(line) for line in page.split("```json\n")[1].split("```")[0].splitlines()]
     found = check(rows)
-    assert len(rows) == 5 and found["errors"] == []
+    assert len(rows) == 6 and found["errors"] == []
 
 
 def test_errors_in_rankings():
@@ -352,6 +353,65 @@ def test_figures_of_every_kind_are_shown(tmp_path, capsys):
     ]:
         assert part in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_strengths_are_counted_and_shown(tmp_path, capsys):
+    rows = [
+        pair("a", "b", preference_strength=[2, -1, 0]),
+        pair("a", "c", preference_strength=3),
+        pair("a", "d", preference_strength=None, chosen_rating=[1, 2], rejected_rating=3),
+    ]
+    found = check(rows)
+    assert found["terms"]["strengths"] == 2 and found["terms"]["forced choices"] == 1
+    assert found["strengths"] == {
+        "of a pair": found["strengths"]["of a pair"],
+        **{"given": 4, "values": {"-1": 1, "0": 1, "2": 1, "3": 1}, "levels": 3},
+    }
+    assert found["asked"] == {"votes": {"1": 1}, "grades": {"1": 1, "3": 1}, "ratings": {"1": 1, "2": 1}}
+    assert found["columns"]["likelihood"]["preference_strength"].endswith(", on a scale from -3 to 3")
+    assert main(["data", "check", write(tmp_path / "graded.jsonl", rows), "--json", str(tmp_path / "x.json")]) == 0
+    shown = capsys.readouterr().out
+    for part in [
+        "2 rows  strengths of preference",
+        "strengths of a pair: 1 to 3 people; -1 25%, 0 25%, 2 25%, 3 25%",
+        "boundaries between 3 strengths of preference (strength_levels)",
+        "the width of the tie band (tie_width)",
+        "4 graded comparisons and 1 answers with several ratings: too few for a scale",
+    ]:
+        assert part in shown
+    scale = json.loads((tmp_path / "x.json").read_text())["scale"]
+    assert scale["expected"]["rank_correlation"] < 0.3
+    ranks = [row["rank_correlation"] for row in scale["next"]]
+    assert len(ranks) == 8 and ranks == sorted(ranks)
+
+
+def test_strengths_without_a_tie_beside_ties_are_warned_of():
+    graded, tied = pair("a", "b", preference_strength=[2, 1]), pair("a", "c", tie=True)
+    named = "column 'preference_strength': never 0, as where no tie was on offer"
+    assert [named in warning for warning in check([graded, tied])["warnings"]].count(True) == 1
+    for rows in ([graded], [graded, tied, pair("a", "d", preference_strength=0)]):
+        assert not any(named in warning for warning in check(rows)["warnings"])
+
+
+def test_a_row_of_nothing_but_ties_is_no_error():
+    assert check([pair(preference_strength=[0, 0])])["strengths"]["levels"] == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [
+        ({"votes": {"1": 30_000}}, "votes alone: the scale will very probably be constant. Ask how much better"),
+        ({"votes": {"1": 2400}, "ratings": {"1": 500}}, "votes alone"),
+        ({"votes": {}, "grades": {"1": 2400}}, "a scale can be learned, from 2,400 graded comparisons"),
+        (
+            {"votes": {"1": 9000}, "ratings": {"4": 800}},
+            "a scale can be learned, from 800 answers with several",
+        ),
+        ({"grades": {"7": 10}}, "70 graded comparisons: too few for a scale that can be relied on"),
+    ],
+)
+def test_what_to_ask_people(asked, advice):
+    assert scale_advice(asked)["advice"][0].startswith(advice)
 
 
 @pytest.mark.parametrize("kind", ["tokenized", "implicit prompt", "rankings"])

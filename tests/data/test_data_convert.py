@@ -12,6 +12,7 @@ from tiny_training import disco_trainer
 from disco_trl.cli.main import main
 from disco_trl.data.curation.convert import Converter, Report, detect_format, draw_pairs
 from disco_trl.data.curation.formats import FORMATS
+from disco_trl.data.curation.strength_words import degree_of
 from disco_trl.data.values import BadRow
 
 
@@ -63,7 +64,7 @@ EXAMPLES = {
     "ratings": RATED,
     "rankings": [RANKED],
     "ultrafeedback": [ULTRAFEEDBACK],
-    "helpsteer": [HELPSTEER_3],
+    "strengths": [HELPSTEER_3],
     "soft": [SOFT],
     "alpaca": [ALPACA],
     "sharegpt": [SHAREGPT],
@@ -100,7 +101,7 @@ def test_unknown_columns_list_what_was_found_and_what_there_is():
 
 
 def test_columns_of_two_formats_are_not_guessed():
-    with pytest.raises(ValueError, match="may be any of rankings, helpsteer; choose with --format"):
+    with pytest.raises(ValueError, match="may be any of rankings, strengths; choose with --format"):
         detect_format(RANKED | HELPSTEER_3)
 
 
@@ -130,31 +131,167 @@ def test_soft_labels_are_for_the_preferred_side(convert):
     assert rows[2]["preference_probability"] == 0.5
 
 
-def test_helpsteer_counts_votes_and_gives_ties_a_row_of_their_own(convert):
-    # -3 and -1 are for the first answer, 2 for the second, and two people say they are the same.
-    assert convert([HELPSTEER_3]) == [
-        {**FOUR_FIVE, "chosen_votes": 2, "rejected_votes": 1, "tie": False, "weight": None},
-        {**FOUR_FIVE, "chosen_votes": None, "rejected_votes": None, "tie": True, "weight": 2.0},
+def test_strengths_of_several_annotators_are_a_list_of_signed_numbers(convert, capsys):
+    # Below 0 the first response is better, which two of three who see a difference say: it is `chosen`, above 0.
+    assert convert([HELPSTEER_3]) == [{**FOUR_FIVE, "preference_strength": [3, 1, -2, 0, 0]}]
+    shown = capsys.readouterr().out
+    assert "judged           1  in 'individual_preference'" in shown
+    assert "given            5  strengths from -2 to 3, above 0 for 'chosen'; 2 are 0, a tie" in shown
+
+
+def test_the_second_response_may_be_the_better_one(convert, capsys):
+    prompt = [user("Hello."), assistant("Hi."), *QUESTION]
+    # All annotators, rather than the strength of all together
+    assert convert([HELPSTEER_2], "--format", "strengths") == [
+        {**FOUR_FIVE, "prompt": prompt, "preference_strength": [1, 3]}
+    ]
+    assert "none is 0: no tie was on offer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen", "strengths"),
+    [
+        ([-3, 1, 1], "second", [-3, 1, 1]),  # the majority
+        ([-3, 1], "first", [3, -1]),  # of two, the more decided
+        ([-1, 1], "first", [1, -1]),
+        ([0, 0], "first", [0, 0]),
+        ([0, 2], "second", [0, 2]),
+    ],
+)
+def test_chosen_is_the_majority_s_and_then_the_stronger_side(given, chosen, strengths):
+    row = {"prompt": "?", "response_1": "first", "response_2": "second", "preference_strength": given}
+    (converted,) = FORMATS["strengths"].convert(row)
+    assert (converted["chosen"], converted["preference_strength"]) == (chosen, strengths)
+
+
+def test_where_strengths_are_in_several_columns_it_is_shown(convert, capsys):
+    without = {**HELPSTEER_3, "individual_preference": None, "overall_preference": -2}
+    rows = convert([HELPSTEER_3, HELPSTEER_3, without])
+    assert rows[2]["preference_strength"] == [2]
+    shown = capsys.readouterr().out
+    assert "judged           2  in 'individual_preference'" in shown
+    assert "judged           1  in 'overall_preference'" in shown
+
+
+def preferences_of(*words):
+    return [{"evaluator": "x", "overall_pref": word, "helpful_pref": "Tie"} for word in words]
+
+
+MULTIPREF = {
+    "text": "Two and two?",
+    "completion_a": "Five.",
+    "completion_b": "Four.",
+    "normal_worker_annotations": preferences_of("B-is-clearly-better", "B-is-slightly-better"),
+    "expert_worker_annotations": preferences_of("A-is-slightly-better", "Tie"),
+}
+
+
+def test_multipref(convert, capsys):
+    assert convert([MULTIPREF]) == [{**FOUR_FIVE, "preference_strength": [2, 1, -1, 0]}]
+    shown = capsys.readouterr().out
+    assert "in 'normal_worker_annotations and expert_worker_annotations'" in shown
+    assert "words              'slightly' 1, 'clearly' 2; equal ones 0" in shown
+
+
+def test_words_beside_chosen_and_rejected_are_about_chosen(convert, tmp_path):
+    words = ["negligibly better / unsure", "slightly better", "better", "significantly better", "Slightly_Better"]
+    rows = [
+        {"prompt": f"{n}?", "chosen": "a", "rejected": "b", "preference_strength": word}
+        for n, word in enumerate(words)
+    ]
+    assert [row["preference_strength"] for row in convert(rows)] == [[1], [2], [3], [4], [2]]
+    (tmp_path / "out.jsonl").unlink()
+    # Fewer words may be of several scales, which is not guessed.
+    with pytest.raises(
+        SystemExit, match=r"words 'better', 'slightly', which may be of .* --strength_words \"better=1,"
+    ):
+        convert(rows[1:3])
+    assert [
+        row["preference_strength"] for row in convert(rows[1:3], "--strength_words", "slightly better=1,better=2")
+    ] == [
+        [1],
+        [2],
     ]
 
 
-def test_helpsteer_without_a_zero_on_the_scale_is_forced_choices(convert):
-    assert convert([HELPSTEER_2], "--format", "helpsteer") == [
-        {
-            **FOUR_FIVE,
-            "prompt": [user("Hello."), assistant("Hi."), *QUESTION],
-            **{"chosen_votes": 2, "rejected_votes": 0, "tie": None, "weight": None},
-        }
+@pytest.mark.parametrize(
+    ("word", "wrong"),
+    [
+        (
+            "B is awfully good",
+            r"'B is awfully good' is none of the words that are read \('slightly'=1, 'much'=2\); give",
+        ),
+        ("slightly better", "'slightly better' does not say which answer is better; write it as"),
+    ],
+)
+def test_words_that_are_not_known_are_a_bad_row(convert, word, wrong):
+    rows = [
+        {"response_a": "a", "response_b": "b", "overall_preference": word} for word in ("A is slightly better", word)
     ]
+    with pytest.raises(SystemExit, match=f"row 1, column 'overall_preference': {wrong}"):
+        convert(rows, "--strength_words", "slightly=1,much better=2")
 
 
-def test_strengths_that_are_never_negative_are_not_taken_for_helpsteers(convert, capsys, tmp_path):
+def test_words_of_no_usual_scale_have_to_be_given(convert):
+    rows = [
+        {"response_a": "a", "response_b": "b", "overall_preference": word} for word in ("A is ok", "B is great", "Tie")
+    ]
+    with pytest.raises(SystemExit, match=r"in the words 'great', 'ok', whose order is not known; give the level"):
+        convert(rows)
+    converted = convert(rows, "--strength_words", "ok=1,great=2")
+    assert [(row["chosen"], row["preference_strength"]) for row in converted] == [("a", [1]), ("b", [2]), ("a", [0])]
+
+
+@pytest.mark.parametrize("argument", ["slightly", "slightly=x", "=1", "A is better=1", "slightly=-1"])
+def test_levels_of_words_are_written_in_one_way(convert, argument):
+    with pytest.raises(SystemExit, match=r"--strength_words .*: write it as"):
+        convert([MULTIPREF], "--strength_words", argument)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("A-is-slightly-better", ("first", "slightly")),
+        ("@Response 2 is much better.", ("second", "much")),
+        ("B is better", ("second", "better")),
+        ("first answer is clearly better", ("first", "clearly")),
+        ("negligibly better / unsure", ("", "negligibly")),
+        ("about the same", ("", "about the same")),
+        ("A better", ("first", "better")),
+    ],
+)
+def test_words_are_taken_apart(words, meant):
+    assert degree_of(words) == meant
+
+
+def test_a_strength_that_is_none_is_a_bad_row():
+    for given in (1.5, True, 21, [None], [{"score": 2}], {}):
+        with pytest.raises(BadRow, match="column 'preference_strength'"):
+            FORMATS["strengths"].convert({"response_1": "a", "response_2": "b", "preference_strength": given})
+
+
+def test_pairs_of_other_formats_keep_their_strength(convert, tmp_path):
+    graded = {**ALPACA, "preference_strength": 2}
+    sum_of = {**FOUR_FIVE, "prompt": [user("Add.\n2 2")]}
+    assert convert([graded, {**graded, "preference_strength": None}]) == [
+        {**sum_of, "preference_strength": [2]},
+        {**sum_of, "preference_strength": None},
+    ]
+    (tmp_path / "out.jsonl").unlink()
+    assert convert([{**PAIR, "preference_strength": [1, -2]}], "--rename", "prompt=instruction") == [
+        {**FOUR_FIVE, "preference_strength": [1, -2]}
+    ]
+    for name, row in (("sharegpt", SHAREGPT), ("hh-rlhf", HH)):
+        assert FORMATS[name].convert({**row, "preference_strength": -3})[0]["preference_strength"] == [-3]
+
+
+def test_strengths_that_are_never_negative_are_not_taken_for_signed_ones(convert, capsys, tmp_path):
     # Absolute values, of which every row would say that the second answer is better
     sizes = [{"prompt": "?", "response_1": f"{n}", "response_2": "x", "preference_strength": n % 4} for n in range(8)]
-    with pytest.raises(SystemExit, match=r"none of 6 strengths of preference is below 0, .*pass --format helpsteer"):
+    with pytest.raises(SystemExit, match=r"none of 6 strengths of preference is below 0, .*pass --format strengths"):
         convert(sizes)
     assert not (tmp_path / "out.jsonl").exists()
-    assert len(convert(sizes, "--format", "helpsteer")) == 8
+    assert len(convert(sizes, "--format", "strengths")) == 8
     assert "warning: column 'preference_strength': none of 6 strengths" in capsys.readouterr().out
     (tmp_path / "out.jsonl").unlink()
     assert len(convert([*sizes, {**sizes[0], "preference_strength": -1}])) == 9
@@ -162,9 +299,10 @@ def test_strengths_that_are_never_negative_are_not_taken_for_helpsteers(convert,
 
 def test_a_strength_beside_chosen_and_rejected_is_no_direction():
     row = {"prompt": "?", "chosen": "Four.", "rejected": "Five.", "preference_strength": 3}
-    assert not FORMATS["helpsteer"].recognise(row)
+    assert not FORMATS["strengths"].recognise(row)  # training reads it as it is
+    assert FORMATS["strengths"].convert(row)[0] == {**row, "preference_strength": [3]}
     with pytest.raises(BadRow, match="two answers are missing"):
-        FORMATS["helpsteer"].convert(row)
+        FORMATS["strengths"].convert({"prompt": "?", "preference_strength": 3})
 
 
 PAIR = {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."}

@@ -132,3 +132,37 @@ def test_sources_whose_ratings_reach_to_different_heights(tiny_tokenizer, caplog
     # One row of a source tells nothing of its scale.
     check_preferences(Dataset.from_list([rows(5.0)[0], *rows(10.0)]), tiny_tokenizer, "train")
     assert caplog.messages == []
+
+
+def test_sources_whose_strengths_reach_to_different_heights(tiny_tokenizer, caplog):
+    def rows(*highest, each=16):
+        return [
+            {**STANDARD, "source": f"of {high}", "preference_strength": [1 + n % high, -1]}
+            for high in highest
+            for n in range(each)
+        ]
+
+    (warning,) = check_dataset(Dataset.from_list(rows(2, 3, each=20)))[0]["warnings"][:1]
+    assert "column 'preference_strength': strengths reach 2 where 'source' is 'of 2', and 3 where" in warning
+    assert 'leave the strengths out: dataset.remove_columns(["preference_strength"])' in warning
+    # Among the trainer's 32 rows a source has too few for the strongest to be among them.
+    check_preferences(Dataset.from_list(rows(2, 3)), tiny_tokenizer, "train")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("margins", "warns"),
+    [([3, 1, 2, 0], True), ([1.0, 3.0], True), ([1, 0, 1], False), ([3, 1.5], False), ([30, 1, 2], False)],
+)
+def test_margins_that_look_like_grades(margins, warns, tiny_tokenizer, caplog):
+    rows = [{**STANDARD, "margin": margin} for margin in margins]
+    check_preferences(map_style(rows), tiny_tokenizer, "train")
+    found = [message for message in caplog.messages if "column 'margin': the whole numbers" in message]
+    assert len(found) == warns
+    assert all('dataset.rename_column("margin", "preference_strength")' in message for message in found)
+    # Beside strengths a margin is what it says.
+    assert not any("margin" in warning for warning in warnings_of([row | {"preference_strength": 1} for row in rows]))
+
+
+def warnings_of(rows):
+    return check_dataset(map_style(rows))[0]["warnings"]

@@ -10,12 +10,12 @@ from tiny_training import SMALL_RUN, preferences
 
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer
 from disco_trl.data.columns import PREPARED, find_layout
-from disco_trl.data.judgements import in_turn, log_readings, survey, to_tensors
+from disco_trl.data.judgements import check_answerable, in_turn, log_readings, survey, to_tensors
 from disco_trl.data.records import ranked_pairs, read_answers, read_feedback, read_record
 from disco_trl.data.tokenization import tokenize
 from disco_trl.data.values import BadRow, Problem, is_missing
 from disco_trl.distributions.judgements import Judgements
-from disco_trl.distributions.likelihood import log_likelihood
+from disco_trl.distributions.likelihood import Responses, log_likelihood
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.models.inference import score
 
@@ -52,6 +52,30 @@ def problem_of(row: dict) -> Problem | None:
         ({"tie": "yes"}, "tie", "'yes' is not true or false", "a forced choice"),
         ({"tie": True, "chosen_votes": 1, "rejected_votes": 0}, "tie", "votes for either side", "a row of their own"),
         ({"tie": True, "preference_probability": 0.5}, "tie", "soft label", "remove one"),
+        ({"preference_strength": 1.5}, "preference_strength", "1.5 is not a strength", "whole number from -20 to 20"),
+        ({"preference_strength": True}, "preference_strength", "True is not a strength", "or a list of them"),
+        ({"preference_strength": "better"}, "preference_strength", "'better' is not a strength", "0 is a tie"),
+        ({"preference_strength": 21}, "preference_strength", "21 is not a strength", "to 20"),
+        ({"preference_strength": [1, math.nan]}, "preference_strength", "nan is not a strength", ""),
+        ({"preference_strength": [1, None]}, "preference_strength", "None is not a strength", ""),
+        ({"preference_strength": [[1]]}, "preference_strength", "[1] is not a strength", ""),
+        ({"preference_strength": -math.inf}, "preference_strength", "-inf is not a strength", ""),
+        (
+            {"preference_strength": 2, "chosen_votes": 1, "rejected_votes": 0},
+            *("preference_strength", "together with 'chosen_votes'", "remove one of the two"),
+        ),
+        (
+            {"preference_strength": [2], "preference_probability": 0.9},
+            *("preference_strength", "together with 'preference_probability'", "remove one of the two"),
+        ),
+        (
+            {"preference_strength": 2, "tie": True},
+            "tie",
+            "True in a row of the strength 2",
+            "a strength of 0 is a tie",
+        ),
+        ({"preference_strength": [0, 1], "tie": False}, "tie", "False in a row of the strengths", "remove it"),
+        ({**RANKING, "preference_strength": 1}, "preference_strength", "in a row of ranked ones", "different rows"),
         ({"weight": -1.0}, "weight", "-1.0 is negative", "leaves the row out"),
         ({"weight": math.inf}, "weight", "inf is not a finite number", "1.0 for an ordinary row"),
         ({"margin": None}, "margin", "None is not a finite number", "0.0 for no margin"),
@@ -122,6 +146,57 @@ def test_a_survey_finds_what_there_is_to_learn():
         assert survey(dataset).has_several_ratings == has_several
         assert survey(dataset.to_iterable_dataset()).has_several_ratings == has_several
     assert survey(Dataset.from_list([{"chosen": "a", "rejected": "b"}])).pairs_of_rows == {1}
+
+
+def test_a_survey_counts_strengths_and_their_ties():
+    def found(*given, **more):
+        rows = [{"preference_strength": strengths, **more} for strengths in given]
+        dataset = Dataset.from_list(rows)
+        stream = survey(dataset.to_iterable_dataset())
+        assert survey(dataset) == stream
+        return stream
+
+    assert found([2, -2, 1], None, [-1]).strengths == {2: 2, 1: 2}
+    assert not found([2, -2, 1], [3]).has_ties
+    assert found([2], [1, 0]).has_ties and found([0]).strengths == {0: 1}
+    assert found([1]).said == {"preference_strength"} and found([1]).has_comparisons
+
+
+@pytest.mark.parametrize(
+    ("given", "likelihood", "message"),
+    [
+        (
+            [1, -3],
+            {"strength_levels": 2},
+            r"row 1, column 'preference_strength': the strength -3 is beyond the 2 levels",
+        ),
+        ([0], {"strength_levels": 3}, r"row 1, column 'preference_strength': a tie, and the training data have none"),
+        ([0], {}, r"row 1, column 'preference_strength': a tie, .*; give tie_width"),
+    ],
+)
+def test_strengths_that_the_model_cannot_give_are_refused(given, likelihood, message):
+    dataset = Dataset.from_list([{"preference_strength": [1]}, {"preference_strength": given}])
+    with pytest.raises(ValueError, match=f"test dataset, {message}"):
+        check_answerable(dataset, "test", survey(dataset), likelihood)
+
+
+def test_strengths_that_the_model_can_give_pass(caplog):
+    dataset = Dataset.from_list([{"preference_strength": [1, -3, 0]}])
+    found = survey(dataset)
+    check_answerable(dataset, "test", found, {"strength_levels": 3, "tie_width": "learned"})
+    assert caplog.messages == []
+    check_answerable(dataset, "test", found, {"tie_width": 0.3})
+    (message,) = caplog.messages
+    assert "test dataset, column 'preference_strength': read as votes" in message and "strength_levels" in message
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "meaning"),
+    [({"strength_levels": 3}, ", on a scale from -3 to 3."), ({}, " (only the sign is read).")],
+)
+def test_how_strengths_are_read_is_logged(caplog, likelihood, meaning):
+    log_readings("train", survey(Dataset.from_list([{"preference_strength": 2}])), likelihood)
+    assert f"preference_strength: how much better the chosen answer is, below 0 if it is worse{meaning}" in caplog.text
 
 
 def rated(values, **more):
@@ -220,12 +295,12 @@ def test_a_survey_does_not_compare_the_answers_of_an_endless_ranking():
 # Batches
 
 
-def tensors(rows, weigh_by="pair", rating_values=None, pairs_per_row=None):
+def tensors(rows, weigh_by="pair", rating_values=None, pairs_per_row=None, strength_levels=None):
     rows = [{"chosen_ids": [1], "rejected_ids": [2], **row} for row in rows]
     rows = [row | {"completion_ids": [[1]] * len(row.get("ranks", []))} for row in rows]
     records = [read_answers(row, PREPARED, read_feedback(row)) for row in rows]
     comparisons = [in_turn(record, weigh_by, bool(rating_values), pairs_per_row) for record in records]
-    found = to_tensors(records, comparisons, rating_values)
+    found = to_tensors(records, comparisons, rating_values, strength_levels)
     return {key: value.tolist() for key, value in found.items()}
 
 
@@ -256,8 +331,46 @@ def test_ratings_are_counted_and_share_the_weight():
     found = tensors(rows, rating_values=[1.0, 3.0, 5.0])
     assert found["rating_counts"] == [[1, 0, 2], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert found["judgements"][0] == pytest.approx([0, 0, 0, 0, 0, 0.25])
-    with pytest.raises(ValueError, match=r"'rejected_rating': the rating 2 is not one of .*\(1, 3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of the batch, .*'rejected_rating': the rating 2 is not .*\(1, 3, 5\)"
+    ):
         tensors([{"rejected_rating": 2}], rating_values=[1.0, 3.0, 5.0])
+
+
+def test_strengths_are_counted_by_side_and_level():
+    rows = [
+        {"preference_strength": [2, -1, 0, 2], "margin": 0.5, "weight": 2.0},
+        {"chosen_votes": 2, "rejected_votes": 1},
+        {"ranks": [1, 2]},
+    ]
+    found = tensors([{"margin": 0.0, **row} for row in rows], strength_levels=3)
+    # Wins of strength 1, 2, 3 and then losses; votes and rankings have no strength.
+    assert found["strength_counts"] == [[0, 2, 0, 1, 0, 0], [0] * 6, [0] * 6]
+    assert found["judgements"] == [
+        pytest.approx(row) for row in ([2, 1, 1, 1, 0.5, 2 / 4], [2, 1, 0, 0, 0, 1 / 3], [1, 0, 0, 0, 0, 1])
+    ]
+    by_vote = tensors([{"margin": 0.0, **row} for row in rows], "vote", strength_levels=3)["judgements"]
+    assert [row[-1] for row in by_vote] == [2, 1, 1]
+    # A model that knows no levels reads votes.
+    assert "strength_counts" not in tensors(rows[:1])
+    assert tensors(rows[:1])["judgements"] == tensors(rows[:1], strength_levels=2)["judgements"]
+
+
+def test_a_strength_beyond_the_levels_is_named_with_its_row():
+    with pytest.raises(
+        ValueError, match=r"row 1 of the batch, column 'preference_strength': the strength -3 is beyond"
+    ):
+        tensors([{"preference_strength": 2}, {"preference_strength": [1, -3]}], strength_levels=2)
+
+
+def test_strengths_become_the_likelihood_of_their_signs_where_there_is_one_level():
+    """With one level there is no boundary to learn: the likelihood is that of the votes and ties."""
+    strengths = tensors([{"preference_strength": [1, 1, -1, 0]}], strength_levels=1)
+    batch = {name: torch.tensor(values) for name, values in strengths.items()}
+    graded, plain = (Judgements.of_batch({**batch, **more}) for more in ({}, {"strength_counts": None}))
+    sides = [RewardDistribution(torch.tensor([mean]), torch.tensor([0.8]), "normal") for mean in (0.7, 0.2)]
+    responses = Responses(tie_width=torch.tensor(0.3), strength_boundaries=torch.empty(0))
+    torch.testing.assert_close(log_likelihood(*sides, graded, responses), log_likelihood(*sides, plain, responses))
 
 
 def test_a_ranking_becomes_all_its_pairs():

@@ -65,6 +65,7 @@ def test_the_likelihood_of_extreme_rewards_is_finite(name, loc_a, loc_b, scale_a
 sequences = st.lists(st.integers(1, 4), min_size=1, max_size=9)
 pairs = st.fixed_dictionaries({"chosen_ids": sequences, "rejected_ids": sequences})
 votes = st.fixed_dictionaries({"chosen_votes": st.integers(0, 5), "rejected_votes": st.integers(0, 5)})
+strengths = st.lists(st.integers(-3, 3), min_size=1, max_size=4)
 rankings = st.lists(sequences, min_size=2, max_size=4).flatmap(
     lambda answers: st.fixed_dictionaries(
         {
@@ -125,6 +126,31 @@ def test_sharing_prefixes_does_not_change_what_was_judged(rows, weigh_by):
         )
         total = ((wins + losses + ties) * weight).sum().item() * len(examples) / len(weight)
         assert total == pytest.approx(len(examples) - silent, rel=1e-5)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(st.tuples(pairs, strengths), min_size=1, max_size=4))
+def test_a_batch_counts_each_strength_once(rows):
+    examples = [pair | {"preference_strength": given} for pair, given in rows]
+    padded, shared = collated(examples, strength_levels=3)
+    torch.testing.assert_close(padded["strength_counts"], shared["strength_counts"], rtol=0, atol=0)
+    won, lost = padded["strength_counts"].split(3, dim=-1)
+    wins, losses, ties, *_ = padded["judgements"].unbind(dim=-1)
+    assert won.sum(-1).tolist() == wins.tolist() and lost.sum(-1).tolist() == losses.tolist()
+    assert ties.tolist() == [given.count(0) for _, given in rows]
+    # The other way around, each side's counts are the other's.
+    mirrored, _ = collated(
+        [
+            {
+                "chosen_ids": pair["rejected_ids"],
+                "rejected_ids": pair["chosen_ids"],
+                "preference_strength": [-n for n in given],
+            }
+            for pair, given in rows
+        ],
+        strength_levels=3,
+    )
+    assert mirrored["strength_counts"].tolist() == torch.cat([lost, won], dim=-1).tolist()
 
 
 # Rows

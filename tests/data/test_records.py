@@ -1,6 +1,10 @@
 """`disco_trl.data.records`: whichever way a row is written, its record is the same."""
 
+import math
+
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from preference_rows import EXPLICIT, IMPLICIT, LEGACY, STANDARD, TOKENIZED, assistant, streamed, user
 
@@ -41,6 +45,50 @@ def test_a_pair_is_a_ranking_of_two():
     assert [*pair.comparisons] == [Comparison(0, 1, tie_allowed=True, margin=0.5, weight=2.0)]
     # Without equal ranks nobody can say whether a tie was on offer.
     assert [*ranking.comparisons] == [Comparison(0, 1, margin=0.5, weight=2.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "wins", "losses", "ties", "strengths"),
+    [
+        (2, 1, 0, 0, (2,)),
+        (-3.0, 0, 1, 0, (-3,)),
+        (0, 0, 0, 1, ()),
+        ([3, -1, 0, 0, 1], 2, 1, 2, (3, -1, 1)),
+        (np.array([1, -2]), 1, 1, 0, (1, -2)),
+        ([np.int64(2), np.float32(-1)], 1, 1, 0, (2, -1)),
+        (torch.tensor(-20), 0, 1, 0, (-20,)),
+    ],
+    ids=str,
+)
+def test_strengths_are_wins_losses_and_ties_by_their_sign(given, wins, losses, ties, strengths):
+    record = record_of(STANDARD | {"preference_strength": given, "margin": 0.5})
+    expected = Comparison(0, 1, wins, losses, ties, tie_allowed=True, margin=0.5, strengths=strengths)
+    assert [*record.comparisons] == [expected]
+    assert record.said >= {"preference_strength"} and record.has_tie == bool(ties)
+    assert all(type(strength) is int for strength in record.comparisons[0].strengths)
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, [], np.array([]), torch.tensor([]), np.float64("nan")], ids=repr)
+def test_a_row_without_a_strength_is_what_the_rest_of_it_says(nothing):
+    row = STANDARD | {"preference_strength": nothing}
+    assert [*record_of(row).comparisons] == [Comparison(0, 1)]
+    votes = {"chosen_votes": 3, "rejected_votes": 1}
+    assert [*record_of(row | votes).comparisons] == [Comparison(0, 1, wins=3.0, losses=1.0)]
+
+
+def test_strengths_in_arrow_are_read_row_by_row():
+    rows = [STANDARD | {"preference_strength": given} for given in ([1, -2], None, [0], [])]
+    dataset = Dataset.from_list(rows)
+    for of in (dataset, dataset.to_iterable_dataset(), dataset.with_format("numpy"), dataset.with_format("torch")):
+        read = [record_of(dict(row) | STANDARD).comparisons[0] for row in of]
+        assert [one.strengths for one in read] == [(1, -2), (), (), ()]
+        assert [(one.wins, one.losses, one.ties) for one in read] == [(1, 1, 0), (1, 0, 0), (0, 0, 1), (1, 0, 0)]
+
+
+def test_a_tie_that_agrees_with_the_strengths_says_nothing_new():
+    for given, tie in ((0, True), ([0, 2], True), (2, False), ([2, -1], False)):
+        row = STANDARD | {"preference_strength": given}
+        assert record_of(row | {"tie": tie}).comparisons == record_of(row).comparisons
 
 
 def test_a_missing_prompt_is_no_prompt():

@@ -97,6 +97,42 @@ TRAINING = (
             "number, 0 or more",
         ),
         (
+            "half a strength",
+            [PAIR | {"preference_strength": 1.5}],
+            "train dataset, row 0, column 'preference_strength': 1.5 is not a strength of preference; give a whole "
+            "number from -20 to 20, or a list of them; 0 is a tie",
+        ),
+        (
+            "true for a strength",
+            [PAIR | {"preference_strength": True}],
+            "train dataset, row 0, column 'preference_strength': True is not a strength of preference; give a whole "
+            "number from -20 to 20, or a list of them; 0 is a tie",
+        ),
+        (
+            "an endless strength",
+            [PAIR | {"preference_strength": [1.0, -INF]}],
+            "train dataset, row 0, column 'preference_strength': -inf is not a strength of preference; give a whole "
+            "number from -20 to 20, or a list of them; 0 is a tie",
+        ),
+        (
+            "a word for a strength",
+            [PAIR | {"preference_strength": "much better"}],
+            "train dataset, row 0, column 'preference_strength': 'much better' is not a strength of preference; give "
+            "a whole number from -20 to 20, or a list of them; 0 is a tie",
+        ),
+        (
+            "a strength beside votes",
+            [PAIR | {"preference_strength": 2, "chosen_votes": 1, "rejected_votes": 0}],
+            "train dataset, row 0, column 'preference_strength': given together with 'chosen_votes', which says the "
+            "same thing; remove one of the two from this row",
+        ),
+        (
+            "a strength that is no tie beside one",
+            [PAIR | {"preference_strength": 2, "tie": True}],
+            "train dataset, row 0, column 'tie': True in a row of the strength 2; remove it from this row: a strength "
+            "of 0 is a tie",
+        ),
+        (
             "a probability above 1",
             [PAIR | {"preference_probability": 1.01}],
             "train dataset, row 0, column 'preference_probability': 1.01 is not a probability; give "

@@ -11,7 +11,9 @@ from disco_trl.data.columns import find_layout
 from disco_trl.data.records import read_record
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.simulation.judging import (
+    Votes,
     balanced_pairs,
+    grade,
     random_pairs,
     rate,
     rating_rows,
@@ -49,6 +51,31 @@ def test_ties_are_rewards_nearer_than_the_half_width():
         votes.ties / DRAWS, difference.log_prob_within(torch.tensor(0.4)).exp(), atol=SIX_ERRORS
     )
     assert (votes.wins + votes.losses + votes.ties == DRAWS).all()
+
+
+def test_grades_are_differences_between_boundaries():
+    """P(k) = P(c_k < R_a - R_b < c_(k+1)), and the same mirrored; in sum the votes."""
+    population, bounds = POPULATIONS["normal"], [0.4, 0.9, 1.8, np.inf]
+    said = grade(population, PAIRS, bounds[1:3], DRAWS, tie_half_width=0.4)
+    rewards = RewardDistribution(torch.tensor(population.location), torch.tensor(population.scale), "normal")
+    difference = rewards[PAIRS[:, 0]] - rewards[PAIRS[:, 1]]
+    for side, sign in enumerate((difference, -difference)):
+        above = [sign.log_prob_exceeds(bound).exp().numpy() for bound in bounds]
+        for k in range(3):
+            found = said.strengths[:, 3 * side + k] / DRAWS
+            np.testing.assert_allclose(found, above[k] - above[k + 1], atol=SIX_ERRORS)
+    votes = vote(population, PAIRS, DRAWS, tie_half_width=0.4)
+    assert votes.strengths is None
+    for name in ("wins", "losses", "ties"):
+        np.testing.assert_array_equal(getattr(said, name), getattr(votes, name))
+    np.testing.assert_array_equal(said.strengths[:, :3].sum(axis=1), said.wins)
+    np.testing.assert_array_equal(said.strengths[:, 3:].sum(axis=1), said.losses)
+
+
+def test_label_noise_exchanges_a_strength_with_its_opposite():
+    population = POPULATIONS["camps"]
+    meant, said = (grade(population, PAIRS, [1.0], DRAWS, label_noise=noise).strengths / DRAWS for noise in (0, 0.2))
+    np.testing.assert_allclose(said, 0.8 * meant + 0.2 * meant[:, [2, 3, 0, 1]], atol=SIX_ERRORS)
 
 
 def test_label_noise_mixes_wins_and_losses():
@@ -134,6 +161,18 @@ def test_rows_of_ties_stand_by_themselves():
     assert all(row["weight"] == 1 for row in rows if not row["tie"])
 
 
+def test_rows_of_grades_hold_all_that_was_said_of_a_pair():
+    pairs = np.array([[0, 1], [2, 3], [4, 5], [1, 0]])
+    strengths = np.array([[1, 0, 0, 2], [0, 0, 2, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+    said = Votes(pairs, np.array([1, 0, 0, 1]), np.array([2, 2, 0, 1]), np.array([0, 1, 0, 0]), False, strengths)
+    # (No row of the pair that nobody judged; one and one: the stronger side.)
+    assert said.rows(TEXTS) == [
+        {"chosen": TEXTS[1], "rejected": TEXTS[0], "preference_strength": [2, 2, -1]},
+        {"chosen": TEXTS[3], "rejected": TEXTS[2], "preference_strength": [1, 1, 0]},
+        {"chosen": TEXTS[1], "rejected": TEXTS[0], "preference_strength": [2, -1]},
+    ]
+
+
 def test_rows_of_soft_labels_have_the_likelier_winner_first():
     population = POPULATIONS["camps"]
     probs = population.prob_greater(PAIRS)
@@ -163,6 +202,7 @@ def test_rows_are_what_training_reads():
     rows = [
         *vote(population, PAIRS, 4, tie_half_width=0.5).rows(TEXTS),
         *vote(population, PAIRS).rows(TEXTS),
+        *grade(population, PAIRS, [0.8, 1.6], 3, tie_half_width=0.3).rows(TEXTS),
         *soft_label_rows(population, PAIRS),
         *rating_rows(population, rate(population, 2, [0.0])),
     ]
@@ -181,6 +221,8 @@ def test_rows_are_what_training_reads():
         (lambda p: vote(p, PAIRS, label_noise=0.5), "label_noise=0.5"),
         (lambda p: vote(p, [[0, 6]]), "indices of the 6 texts"),
         (lambda p: vote(p, [0, 1]), "indices of the 6 texts"),
+        (lambda p: grade(p, PAIRS, [1.0, 1.0]), r"boundaries must increase above tie_half_width=0.0"),
+        (lambda p: grade(p, PAIRS, [0.4], tie_half_width=0.5), r"above tie_half_width=0.5, got \[0.4\]"),
         (lambda p: rate(p, 3, [1.0, 0.0]), "thresholds must increase"),
         (lambda p: balanced_pairs(5, 2), "texts=5 is odd"),
         (lambda p: random_pairs(1, 2), "a pair takes two"),

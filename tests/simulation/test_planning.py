@@ -15,9 +15,11 @@ import torch
 
 from disco_trl.distributions.reward_distribution import get_family
 from disco_trl.simulation import planning
+from disco_trl.simulation.information import asymptotic_errors
 from disco_trl.simulation.judging import Votes, balanced_pairs, random_pairs, vote
-from disco_trl.simulation.planning import asymptotic_errors, fit_linear, measured_precision, plan
+from disco_trl.simulation.planning import fit_linear, measured_precision, plan
 from disco_trl.simulation.population import camps, heteroscedastic, tastes
+from disco_trl.simulation.questions import Comparisons, rewards_of
 
 
 FEATURES = np.random.default_rng(0).standard_normal((200, 3))
@@ -61,8 +63,9 @@ def test_the_shared_error_is_integrated_out(count, wins, error):
     expected = math.log(scipy.integrate.quad(integrand, -10, 10, epsabs=0, epsrel=1e-10, limit=200)[0])
     votes = Votes(np.array([[0, 1]]), *(np.array([number]) for number in (wins, count - wins, 0)), forced=True)
     location, scale = (torch.tensor([pair], dtype=torch.float64) for pair in ((0.7, 0.0), (1.2, 0.9)))
-    found = planning._log_probs("normal", location, scale, torch.tensor(error, dtype=torch.float64), votes)
-    assert found.item() == pytest.approx(expected, abs=1e-6)
+    question, counts = planning._given_votes(votes)
+    rewards = rewards_of(location, scale, "normal", torch.tensor(error, dtype=torch.float64))
+    assert question.log_probs(rewards, counts, {}).item() == pytest.approx(expected, abs=1e-6)
 
 
 # Truth
@@ -73,7 +76,7 @@ def test_fits_find_the_truth(family):
     """Within five of their own standard errors at every text, and with a spread that is as wide as these say."""
     world = heteroscedastic(FEATURES, family=family)
     fit = fit_linear(FEATURES, vote(world, PAIRS, 10), family)
-    errors = asymptotic_errors(world, PAIRS, 10)
+    errors = asymptotic_errors(world, Comparisons(PAIRS, 10))
     location, scale = fit.predict(FEATURES)
     true_location, true_log_scale = in_the_fit_s_gauge(world)
     assert (np.abs(location - true_location) < 5 * errors.location).all()
@@ -88,7 +91,7 @@ def test_the_reference_world_is_learned():
     precision = measured_precision(world, fit_linear(features, vote(world, pairs)))
     assert precision.location_spearman > 0.99
     assert precision.scale_spearman > 0.95
-    bound = asymptotic_errors(world, pairs).precision
+    bound = asymptotic_errors(world, Comparisons(pairs)).precision
     assert precision.location_spearman == pytest.approx(bound.location_spearman, abs=0.001)
     assert precision.scale_spearman == pytest.approx(bound.scale_spearman, abs=0.01)
     assert precision.scale_error == pytest.approx(bound.scale_error, rel=0.3)
@@ -129,7 +132,7 @@ def test_errors_of_many_fits_are_the_asymptotic_ones(family):
         fitted = fit_linear(FEATURES, vote(world, pairs, 10, seed=seed), family).predict(FEATURES)
         location.append(fitted[0])
         log_scale.append(np.log(fitted[1]))
-    bound = asymptotic_errors(world, pairs, 10)
+    bound = asymptotic_errors(world, Comparisons(pairs, 10))
     for fits, expected in ((location, bound.location), (log_scale, bound.log_scale)):
         # The root mean square over texts of 60 fits of 6 parameters: known to about 1 / √(2 · 60 · 3) = 5 %
         measured = np.sqrt(np.var(fits, axis=0).mean())
@@ -138,9 +141,9 @@ def test_errors_of_many_fits_are_the_asymptotic_ones(family):
 
 def test_information_adds_up():
     """k votes of each pair, or each pair k times: the same, as no error is shared; errors fall with √k."""
-    once = asymptotic_errors(WORLD, PAIRS)
-    four = asymptotic_errors(WORLD, PAIRS, 4)
-    again = asymptotic_errors(WORLD, np.tile(PAIRS, (4, 1)))
+    once = asymptotic_errors(WORLD, Comparisons(PAIRS))
+    four = asymptotic_errors(WORLD, Comparisons(PAIRS, 4))
+    again = asymptotic_errors(WORLD, Comparisons(np.tile(PAIRS, (4, 1))))
     np.testing.assert_allclose(four.log_scale, once.log_scale / 2, rtol=1e-9)
     np.testing.assert_allclose(four.location, again.location, rtol=1e-9)
     assert once.location_error is None
@@ -155,9 +158,9 @@ def test_information_by_hand():
     """
     world = heteroscedastic([[-1.0], [1.0]], log_scale_std=0.0)
     with pytest.raises(ValueError, match="do not determine 2 parameters"):
-        asymptotic_errors(world, np.array([[0, 1]]))
+        asymptotic_errors(world, Comparisons(np.array([[0, 1]])))
     world = heteroscedastic([[-1.0], [1.0], [0.0]], log_scale_std=0.0)
-    bound = asymptotic_errors(world, np.array([[0, 1], [0, 2], [1, 2]]), 7)
+    bound = asymptotic_errors(world, Comparisons(np.array([[0, 1], [0, 2], [1, 2]]), 7))
     # x = ±√(3/2) after scaling to variance 1. In units of σ: Δ = 2 and 1, s = √2. Slopes of z by the weights:
     # of location, (x_a - x_b) / σ√2; of log scale, -z (x_a + x_b) / 2. Opposite signs of the latter for the pairs with
     # the third text leave no covariance.
@@ -204,7 +207,7 @@ def test_errors_of_many_fits_with_a_shared_error():
         log_scale.append(np.log(fit.predict(features)[1]))
         error.append(fit.location_error)
         if seed < 3:
-            bounds.append(asymptotic_errors(world, pairs, 6))
+            bounds.append(asymptotic_errors(world, Comparisons(pairs, 6)))
     expected = np.mean([bound.precision.scale_error for bound in bounds])
     assert np.sqrt(np.var(log_scale, axis=0).mean()) == pytest.approx(expected, rel=0.25)
     assert np.std(error) == pytest.approx(np.mean([bound.location_error for bound in bounds]), rel=0.35)
@@ -213,8 +216,8 @@ def test_errors_of_many_fits_with_a_shared_error():
 def test_one_vote_tells_little_of_a_shared_error():
     world = heteroscedastic(FEATURES, unseen_std=0.5)
     one, ten = (
-        asymptotic_errors(world, random_pairs(200, 10_000)),
-        asymptotic_errors(world, random_pairs(200, 1000), 10),
+        asymptotic_errors(world, Comparisons(random_pairs(200, 10_000))),
+        asymptotic_errors(world, Comparisons(random_pairs(200, 1000), 10)),
     )
     assert one.location_error > 3 * ten.location_error  # from the same number of votes
 
@@ -241,7 +244,7 @@ def test_a_plan_is_the_fewest_votes():
     answer = plan(WORLD, PAIRS, scale_error=0.05, simulations=3)
     assert answer.votes == answer.votes_per_pair * len(PAIRS)
     assert answer.expected.scale_error <= 0.05
-    assert asymptotic_errors(WORLD, PAIRS, answer.votes_per_pair - 1).precision.scale_error > 0.05
+    assert asymptotic_errors(WORLD, Comparisons(PAIRS, answer.votes_per_pair - 1)).precision.scale_error > 0.05
     measured = np.sqrt(np.mean([precision.scale_error**2 for precision in answer.simulated]))
     assert measured == pytest.approx(answer.expected.scale_error, rel=0.5)
 

@@ -18,6 +18,7 @@ from ..columns import (
     PAIRS,
     RANKING,
     RATINGS,
+    STRENGTH,
     find_layout,
 )
 from ..files import chunks
@@ -111,6 +112,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
         raise ValueError("the data is empty; check its path and split")
     figures = survey.figures()
     ratings = {} if figures.get("ratings", {}).get("why_not_read") else survey.rating_values
+    read_as = readings(said, ratings, figures.get("strengths", {}).get("levels", 0))
     found = {
         "rows": read,
         "errors": errors.figures(),
@@ -119,7 +121,7 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
             "not_read": [name for name in columns if name not in READ],
             "look_alikes": find_look_alikes(columns),
             "conversion": conversion_of(columns),
-            "likelihood": {", ".join(names): meaning for names, meaning in readings(said, ratings).items()},
+            "likelihood": {", ".join(names): meaning for names, meaning in read_as.items()},
         },
         **{name: value for name, value in figures.items() if name != "rows"},
     }
@@ -193,6 +195,12 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         warnings.append(
             f"{count:,} soft labels are below ½, for the rejected side; the likelihood takes them as they are, but "
             "the logged accuracy calls 'chosen' right"
+        )
+    strengths = found.get("strengths")
+    if strengths and "0" not in strengths["values"] and (terms.get("ties") or terms.get("ranked ties")):
+        warnings.append(
+            f"column {STRENGTH!r}: never 0, as where no tie was on offer, but there are ties in other rows; training "
+            "takes a tie to be possible in all of them. If it was not, train on the two apart"
         )
     if special := found.get("special_tokens"):
         warnings.append(

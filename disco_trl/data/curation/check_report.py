@@ -17,6 +17,7 @@ CHOSEN_COLOR, REJECTED_COLOR, PLAIN_COLOR = "#2a6fb0", "#d98032", "#5b7f95"
 TERMS = {
     "forced choices": "forced choices of one person",
     "votes": "votes",
+    "strengths": "strengths of preference",
     "soft labels": "soft labels",
     "ties": "ties",
     "rankings": "rankings",
@@ -43,6 +44,8 @@ def render(found: dict[str, Any], name: str) -> str:
     blocks = [_block(name, _schema_lines(found))]
     blocks.append(_block("What was judged", _judgement_lines(found)))
     blocks.append(_block("What can be learned", _learned_lines(found)))
+    if (scale := found.get("scale")) is not None:
+        blocks.append(_block("What can be learned of the scale", _scale_lines(scale)))
     blocks.append(_block("Lengths", _length_lines(found)))
     if repeats := _repetition_lines(found):
         blocks.append(_block("The same pair more than once", repeats))
@@ -87,6 +90,10 @@ def _judgement_lines(found: dict[str, Any]) -> list[str]:
             f"votes of a pair: {votes['mean']:.1f} on average, {spread['min']:g} to {spread['max']:g}; "
             f"{votes['unanimous']:,} of {votes['several']:,} pairs with several are unanimous"
         )
+    if strengths := found.get("strengths"):
+        spread, values = strengths["of a pair"], strengths["values"]
+        shares = ", ".join(f"{value} {count / strengths['given']:.0%}" for value, count in values.items())
+        lines.append(f"strengths of a pair: {spread['min']:g} to {spread['max']:g} people; {shares}")
     if soft := found.get("soft_labels"):
         lines.append(
             f"soft labels: median {soft['quantiles']['50 %']:.2f}; {soft['between_0.4_and_0.6']:.0%} are undecided "
@@ -125,9 +132,25 @@ def _learned_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"the model's own error (location_error), apart from disagreement: {why}"]
     if ratings:
         lines.append(f"rating thresholds: {len(ratings['values']) - 1}, between {len(ratings['values'])} ratings")
-    if terms.get("ties") or terms.get("ranked ties"):
+    strengths = found.get("strengths", {"values": {}, "levels": 0})
+    if strengths["levels"] > 1:
+        lines.append(f"boundaries between {strengths['levels']} strengths of preference (strength_levels)")
+    if terms.get("ties") or terms.get("ranked ties") or "0" in strengths["values"]:
         lines.append("the width of the tie band (tie_width)")
     return lines
+
+
+def _scale_lines(scale: dict[str, Any]) -> list[str]:
+    """What `disco_trl.cli.scale_advice` has found."""
+    rows = [{"what": "as it is", **scale["expected"]}, *scale["next"]]
+    width = max(len(row["what"]) for row in rows)
+    return [
+        *scale["advice"],
+        f"{'expected, with ' + format(scale['judgements'], ',') + ' further comparisons to read':{width + 2}s}"
+        "  rank correlation  error of log σ",
+        *(f"  {row['what']:{width}s}  {row['rank_correlation']:16.2f}  {row['scale_error']:14.2f}" for row in rows),
+        f"in a simulated world ({scale['world']}); what is reached on real texts is less",
+    ]
 
 
 def _length_lines(found: dict[str, Any]) -> list[str]:

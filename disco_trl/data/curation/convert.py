@@ -19,14 +19,15 @@ import numpy as np
 from datasets import Dataset, IterableDataset, List, Value
 from transformers.utils import logging
 
-from ..columns import Layout, find_layout, holds_pair
+from ..columns import STRENGTH, Layout, find_layout, holds_pair
 from ..files import chunks
 from ..findings import Findings, media_of, repeats_prompt
 from ..look_alikes import find_look_alikes
 from ..records import Record, read_record
 from ..values import BadRow, Row
 from .check import ErrorCounts
-from .formats import FORMATS, fitting_formats, pair_of, strengths_of
+from .formats import FORMATS, as_strength, fitting_formats, pair_of, strengths_of
+from .strength_words import detect_levels, is_word
 from .transcripts import prompt_messages
 
 
@@ -34,6 +35,7 @@ MESSAGES = List({"role": Value("string"), "content": Value("string")})
 TYPES = {
     **{"chosen_votes": Value("int64"), "rejected_votes": Value("int64"), "preference_probability": Value("float64")},
     **{"tie": Value("bool"), "weight": Value("float64"), "ranks": List(Value("float64")), "tools": Value("string")},
+    **{"preference_strength": List(Value("int64"))},
     **{"chosen_rating": List(Value("float64")), "rejected_rating": List(Value("float64"))},
 }
 
@@ -54,6 +56,12 @@ class Report:
             Rated answers without a second answer to their prompt.
         findings ([`~disco_trl.data.findings.Findings`], *optional*):
             What is probably not meant as it is, of the rows that were converted.
+        judged_in (`Counter[str]`, *optional*):
+            How many rows had their judgement in which column, where it may be in several.
+        strengths (`Counter[int]`, *optional*):
+            How often each strength of preference is in what was written, below 0 for the rejected side.
+        words (`dict[str, int]`, *optional*):
+            What strengths in words were read as.
     """
 
     format: str
@@ -62,9 +70,22 @@ class Report:
     bad: ErrorCounts = field(default_factory=ErrorCounts)
     alone: int = 0
     findings: Findings = field(default_factory=Findings)
+    judged_in: Counter[str] = field(default_factory=Counter)
+    strengths: Counter[int] = field(default_factory=Counter)
+    words: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"read     {self.read:9,}  as {self.format}"]
+        lines += [f"judged   {rows:9,}  in {column!r}" for column, rows in self.judged_in.most_common()]
+        if self.words:
+            levels = ", ".join(f"{words!r} {level}" for words, level in self.words.items())
+            lines.append(f"words              {levels}; equal ones 0")
+        if given := self.strengths.total():
+            ties = self.strengths[0]
+            lines.append(
+                f"given    {given:9,}  strengths from {min(self.strengths)} to {max(self.strengths)}, above 0 for "
+                f"'chosen'; " + (f"{ties:,} are 0, a tie" if ties else "none is 0: no tie was on offer")
+            )
         lines += [
             f"skipped  {kind['rows']:9,}  column {kind['column']!r}, such as row {kind['first'][0]}: {kind['wrong']}"
             for kind in self.bad.figures()
@@ -123,9 +144,33 @@ def _why_nothing_to_convert(row: Row) -> str:
     return f"{what}; to make messages of the texts, and of a column 'system', pass --rename {prompt}=instruction"
 
 
+def levels_of_words(rows: Iterable[Row]) -> dict[str, int]:
+    """
+    Infer what the words of the format `strengths` stand for, if it has some.
+
+    Args:
+        rows (`Iterable[dict]`):
+            Rows of the format. Only the first ones are read if the strengths are numbers there.
+
+    Returns:
+        `dict[str, int]`: As [`~disco_trl.data.curation.strength_words.detect_levels`]; empty if there are no words.
+
+    Raises:
+        `ValueError`: If the words are not known.
+    """
+    words: set[str] = set()
+    for row in rows:
+        with contextlib.suppress(BadRow):
+            _, strengths = strengths_of(row)
+            words.update(filter(is_word, strengths))
+            if strengths and not words:
+                return {}
+    return detect_levels(words) if words else {}
+
+
 def why_unsigned(rows: Iterable[Row]) -> str | None:
     """
-    Why the strengths of preference of the format `helpsteer` may not say which answer is better: none is negative.
+    Why the strengths of preference of the format `strengths` may not say which answer is better: none is negative.
 
     A file of sizes, such as absolute values, would otherwise be read as "the second answer is better" in every row.
 
@@ -140,9 +185,12 @@ def why_unsigned(rows: Iterable[Row]) -> str | None:
     for row in rows:
         with contextlib.suppress(BadRow):
             column, strengths = strengths_of(row)
-            if min(strengths, default=0) < 0:
+            if holds_pair(row) or any(map(is_word, strengths)):  # which say themselves which answer is better
                 return None
-            positive[column] += sum(strength > 0 for strength in strengths)
+            numbers = [as_strength(column, number) for number in strengths]
+            if min(numbers, default=0) < 0:
+                return None
+            positive[column] += sum(number > 0 for number in numbers)
     if not positive.total():
         return None
     return (
@@ -192,6 +240,8 @@ class Converter:
             Whether rows that cannot be converted are skipped and counted rather than raise an error.
         flat (`bool`, *optional*, defaults to `False`):
             Whether messages may hold only a role and a text.
+        judged_in (`Callable[[dict], str]`, *optional*):
+            As [`Format.judged_in`].
     """
 
     def __init__(
@@ -202,6 +252,7 @@ class Converter:
         renamed: dict[str, str] | None = None,
         skip_bad: bool = False,
         flat: bool = False,
+        judged_in: Callable[[Row], str] | None = None,
     ):
         self.convert = convert
         self.report = report
@@ -209,6 +260,7 @@ class Converter:
         self.renamed = renamed or {}
         self.skip_bad = skip_bad
         self.flat = flat
+        self.judged_in = judged_in
         self.first: tuple[set[str], Layout] | None = None  # columns and layout of the first row that came out
 
     def __call__(self, row: Row, number: int) -> list[Row]:
@@ -233,7 +285,10 @@ class Converter:
             for name in media_of(row):
                 wrong = "pictures, sound or video, without which the texts would be written"
                 raise BadRow(name, wrong, "drop the row, or, if the answers do not depend on it, the column")
-            return [self._checked(self._finished(converted), row, number) for converted in self.convert(row)]
+            rows = [self._checked(self._finished(converted), row, number) for converted in self.convert(row)]
+            if self.judged_in is not None:
+                self.report.judged_in[self.judged_in(row)] += 1
+            return rows
         except BadRow as error:
             self._refuse(error, number)
             return []
@@ -297,6 +352,9 @@ class Converter:
             fix = "cut it off them, or leave the prompt's column out of the data"
             raise BadRow("prompt", "the answers begin with it already", fix)
         self.report.findings.add({**source, **row}, record, number)
+        if STRENGTH in record.said:
+            (comparison,) = record.comparisons
+            self.report.strengths.update([*comparison.strengths, *[0] * int(comparison.ties)])
         return row
 
 

@@ -9,14 +9,16 @@ messages; `disco_trl.data.curation.convert` decides whether texts become message
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
-from ..columns import holds_pair
-from ..values import BadRow, Row, as_number, is_missing, shown
+from ..columns import STRENGTH, TEXT_PAIR, holds_pair
+from ..records import MOST_LEVELS
+from ..values import BadRow, Row, as_number, as_ratings, is_missing, shown
+from .strength_words import is_word, strength_of_words
 from .transcripts import is_transcript, transcript_messages
 
 
@@ -30,14 +32,17 @@ beside them is how much better `chosen` is.)"""
 PROBABILITIES = {"prob_a": False, "prob_b": True, "prob_1": False, "prob_2": True, "preference_probability": False}
 """Columns with a probability, and whether it is that the second answer is preferred."""
 STRENGTHS = {
-    "individual_preference": ("score", True),
-    "all_preferences_unprocessed": ("strength", False),
-    "three_most_similar_preferences": ("strength", False),
-    "preferences": ("score", True),
-    "preference_strengths": ("score", True),
+    ("individual_preference",): "score",  # HelpSteer3
+    ("all_preferences_unprocessed",): "strength",  # HelpSteer2
+    ("three_most_similar_preferences",): "strength",
+    ("normal_worker_annotations", "expert_worker_annotations"): "overall_pref",  # MultiPref
+    ("preferences",): "score",
+    ("preference_strengths",): "score",
+    (STRENGTH,): "",
+    ("overall_preference",): "",
 }
-"""Columns with a judgement of each annotator, fullest first: where a record holds its strength, and whether the scale
-has a 0 for two answers of the same worth."""
+"""Columns with how much each annotator prefers an answer, fullest first, and where a record in them holds it. The last
+two hold one number for all annotators, or one annotator's."""
 LISTS_OF_ANSWERS = (
     *("completions", "responses", "answers", "candidates", "candidates_completions", "outputs"),
     *("all_generated_responses", "generations"),
@@ -68,11 +73,14 @@ class Format:
         convert (`Callable[..., list[dict]]`):
             The rows that one row becomes. It raises [`~disco_trl.data.values.BadRow`] if the row cannot be converted.
             Rated answers come out as `answer` and `ratings`, to be paired.
+        judged_in (`Callable[[dict], str]`, *optional*):
+            Where one of several columns may say which answer is better: which of them does in a row.
     """
 
     what: str
     recognise: Callable[[Row], bool]
     convert: Callable[..., list[Row]]
+    judged_in: Callable[[Row], str] | None = None
 
 
 def first_of(row: Row, names: Iterable[str]) -> str | None:
@@ -271,62 +279,88 @@ def _ultrafeedback_score(column: str, completion: Any, score: str) -> list[float
     return [_finite(column, value, f"a number for {score!r}")]
 
 
-# Two answers and several judges
+# Two answers, and how much better one of them is
 
 
 def _two_answers(row: Row) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS_OF_ANSWERS if all(not is_missing(row.get(n)) for n in pair)), None)
 
 
-def _is_helpsteer(row: Row) -> bool:
-    return _two_answers(row) is not None and bool({*STRENGTHS, "preference_strength", "overall_preference"} & {*row})
+def _is_graded(row: Row) -> bool:
+    columns = {name for names in STRENGTHS for name in names} & {*row}
+    # Training reads the strengths of a pair as they are, but no words.
+    return bool(columns) and (
+        _two_answers(row) is not None or (holds_pair(row) and any(map(is_word, as_ratings(row.get(STRENGTH)))))
+    )
 
 
-def strengths_of(row: Row) -> tuple[str, list[float]]:
+def strengths_of(row: Row) -> tuple[str, list[Any]]:
     """
-    How much better each annotator finds an answer of a row of the format `helpsteer`.
+    How much each annotator prefers an answer of a row of the format `strengths`.
 
     Args:
         row (`dict`):
             The row.
 
     Returns:
-        `tuple[str, list[float]]`: The column, and the strengths: below 0 the first answer is better, above 0 the
-        second.
+        `tuple[str, list]`: The columns, and the strengths as they are written: numbers, or words.
 
     Raises:
-        [`~disco_trl.data.values.BadRow`]: If there are none, or one is not a number.
+        [`~disco_trl.data.values.BadRow`]: If there are none.
     """
-    column = _column(row, (*STRENGTHS, "preference_strength", "overall_preference"), "the annotators' preferences")
-    key, _ = STRENGTHS.get(column, ("", False))
-    records = row[column] if isinstance(row[column], list) else [row[column]]
-    strengths = [
-        _finite(column, record.get(key) if isinstance(record, dict) else record, "a strength of preference")
-        for record in records
-    ]
-    return column, strengths
+    column = _column(row, (name for names in STRENGTHS for name in names), "how much better an answer is")
+    columns, key = next((names, key) for names, key in STRENGTHS.items() if column in names)
+    filled = [name for name in columns if not is_missing(row.get(name))]
+    strengths = []
+    for name in filled:
+        for record in as_ratings(row[name]):
+            strength = record.get(key) if isinstance(record, dict) else record
+            if is_missing(strength):
+                raise BadRow(name, f"{shown(record)} without a strength of preference", "drop it, or fill it in")
+            strengths.append(strength)
+    return " and ".join(filled), strengths
 
 
-def _from_helpsteer(row: Row) -> list[Row]:
-    names = _two_answers(row)
+def as_strength(column: str, value: Any) -> int:
+    """The value as a strength of preference; raises [`~disco_trl.data.values.BadRow`] if it is none."""
+    number = _finite(column, value, "a strength of preference")
+    if number != int(number) or abs(number) > MOST_LEVELS:
+        wrong = f"{shown(value)} is not a strength of preference"
+        raise BadRow(column, wrong, f"give a whole number from -{MOST_LEVELS} to {MOST_LEVELS}")
+    return int(number)
+
+
+def _from_graded(row: Row, words: Mapping[str, int] | None = None) -> list[Row]:
+    names, sign = _two_answers(row), 1
+    if names is None and holds_pair(row):
+        # A number beside these says how much better `chosen` is, and beside two answers how much better the second.
+        names, sign = TEXT_PAIR, -1
     if names is None:
         raise BadRow("response_1", "two answers are missing", "name them 'response_1' and 'response_2'")
-    column, strengths = strengths_of(row)
-    _, can_tie = STRENGTHS.get(column, ("", False))
-    votes = [sum(strength < 0 for strength in strengths), sum(strength > 0 for strength in strengths)]
-    ties = len(strengths) - sum(votes)
-    chosen, rejected = names if votes[0] >= votes[1] else names[::-1]
-    pair = {**_prompt(row), "chosen": _answer(chosen, row[chosen]), "rejected": _answer(rejected, row[rejected])}
-    rows: list[Row] = []
-    if sum(votes):
-        won, lost = max(votes), min(votes)
-        said = {"chosen_votes": won, "rejected_votes": lost, "tie": False if can_tie or ties else None}
-        rows.append({**pair, **said, "weight": None})
-    if ties:
-        # A row is either votes or a tie; several people's ties are one row that counts as often.
-        said = {"chosen_votes": None, "rejected_votes": None, "tie": True}
-        rows.append({**pair, **said, "weight": float(ties) if ties > 1 else None})
-    return rows
+    column, given = strengths_of(row)
+    strengths = [
+        strength_of_words(column, value, words or {}, names) if is_word(value) else sign * as_strength(column, value)
+        for value in given
+    ]
+    # What TRL reads of the row is which side is `chosen`: the majority's, and of as many people the more decided's.
+    by_people = sum((strength > 0) - (strength < 0) for strength in strengths)
+    if (by_people or sum(strengths)) > 0:
+        names = names[::-1]
+    else:
+        strengths = [-strength for strength in strengths]
+    chosen, rejected = names
+    pair = {"chosen": _answer(chosen, row[chosen]), "rejected": _answer(rejected, row[rejected])}
+    # MultiPref has its prompts in `text`.
+    prompt = _prompt(row) or ({} if is_missing(row.get("text")) else {"prompt": row["text"]})
+    return [{**prompt, **pair, STRENGTH: strengths}]
+
+
+def _kept_strength(row: Row) -> Row:
+    """The strength of a row that holds `chosen` and `rejected` already, which is what training reads."""
+    if STRENGTH not in row:
+        return {}
+    given = [as_strength(STRENGTH, value) for value in as_ratings(row[STRENGTH])]
+    return {STRENGTH: given or None}
 
 
 def _is_soft(row: Row) -> bool:
@@ -374,7 +408,8 @@ def _from_alpaca(row: Row) -> list[Row]:
     sides = row["output"] if isinstance(row.get("output"), list) else [row.get("chosen"), row.get("rejected")]
     if len(sides) != 2:
         raise BadRow("output", f"{len(sides)} answers, not two", "give the better and then the worse")
-    return [{"prompt": prompt, "chosen": _answer("chosen", sides[0]), "rejected": _answer("rejected", sides[1])}]
+    pair = {"chosen": _answer("chosen", sides[0]), "rejected": _answer("rejected", sides[1])}
+    return [{"prompt": prompt, **pair, **_kept_strength(row)}]
 
 
 def _is_sharegpt(row: Row) -> bool:
@@ -388,7 +423,7 @@ def _from_sharegpt(row: Row) -> list[Row]:
     system = row.get("system")
     if not is_missing(system) and system != "" and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    converted: Row = {"prompt": messages}
+    converted: Row = {"prompt": messages, **_kept_strength(row)}
     for side in ("chosen", "rejected"):
         converted[side] = [_message(side, row.get(side))]
     if "tools" in row:
@@ -435,7 +470,8 @@ def _from_transcripts(row: Row) -> list[Row]:
     same = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))))
     # The answer that is judged is the last turn, even where both sides have the same.
     shared = min(same, len(sides[0]) - 1, len(sides[1]) - 1)
-    return [{"prompt": sides[0][:shared], "chosen": sides[0][shared:], "rejected": sides[1][shared:]}]
+    pair = {"chosen": sides[0][shared:], "rejected": sides[1][shared:]}
+    return [{"prompt": sides[0][:shared], **pair, **_kept_strength(row)}]
 
 
 FORMATS = {
@@ -454,10 +490,12 @@ FORMATS = {
         _is_ultrafeedback,
         _from_ultrafeedback,
     ),
-    "helpsteer": Format(
-        "two responses and the strength of each annotator's preference, negative for the first",
-        _is_helpsteer,
-        _from_helpsteer,
+    "strengths": Format(
+        "HelpSteer, MultiPref: two responses and how much better each annotator finds one, in numbers (negative for "
+        "the first) or words",
+        _is_graded,
+        _from_graded,
+        judged_in=lambda row: strengths_of(row)[0],
     ),
     "soft": Format(
         "two completions and the probability of one, such as `completion_a`, `completion_b`, `prob_b`",

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..columns import STRENGTH
 from ..contents import text_of
 from ..findings import ROWS_NAMED
 from ..judgements import why_not_a_scale
@@ -144,9 +145,13 @@ class DataSurvey:
         # What people said
         self.votes = (array("d"), array("d"))
         self.probabilities = array("d")
+        self.strengths: Counter[int] = Counter()
+        self.strength_counts = array("Q")
         self.rating_values: Counter[float] = Counter()
         self.rating_counts, self.rating_means, self.rating_deviations = array("Q"), array("d"), array("d")
         self.ranked = array("Q")
+        # How many pairs, or answers, so many people judged: by what they were asked, and by their number
+        self.asked: dict[str, Counter[int]] = {what: Counter() for what in ("votes", "grades", "ratings")}
 
     def add(self, record: Record, number: int, tokens: Sequence[int] | None = None) -> None:
         """
@@ -177,12 +182,17 @@ class DataSurvey:
             self.terms["rankings"] += 1
             self.terms["ranked ties"] += record.has_tie
             self.ranked.append(len(answers))
+            # K ranked answers say no more than K - 1 comparisons that do not follow from each other.
+            self.asked["votes"][1] += len(answers) - 1
         else:
             self._add_pair(record, number, prompt, answers)
 
     def _add_pair(self, record: Record, number: int, prompt: str, answers: list[str]) -> None:
         won, lost = self._compared(record)
         self.terms["pairs with several votes"] += won + lost >= 2
+        self.asked["grades" if STRENGTH in record.said else "votes"][round(record.comparisons[0].people)] += 1
+        if STRENGTH in record.said:
+            self._add_strengths(record)
         hashes = [_hash(answer) for answer in answers]
         if hashes[0] == hashes[1]:
             self.identical.append(number)
@@ -197,18 +207,28 @@ class DataSurvey:
 
         if record.ratings:
             self.terms["ratings"] += 1
-            if record.said.isdisjoint(("chosen_votes", "preference_probability", "tie")):
+            if record.said.isdisjoint(("chosen_votes", "preference_probability", STRENGTH, "tie")):
                 self.terms["ratings with a forced choice"] += 1
         for values in filter(None, record.ratings):
             self.rating_values.update(values)
             self.rating_counts.append(len(values))
+            self.asked["ratings"][len(values)] += 1
             self.rating_means.append(float(np.mean(values)))
             self.rating_deviations.append(float(np.std(values, ddof=1)) if len(values) > 1 else np.nan)
+
+    def _add_strengths(self, record: Record) -> None:
+        (comparison,) = record.comparisons
+        self.strengths.update(comparison.strengths)
+        self.strengths[0] += int(comparison.ties)
+        self.strength_counts.append(int(comparison.people))
 
     def _compared(self, record: Record) -> tuple[float, float]:
         """Wins and losses of the chosen side, counted under the term of the likelihood that they belong to."""
         (comparison,) = record.comparisons
         won, lost = comparison.wins, comparison.losses
+        if STRENGTH in record.said:
+            self.terms["strengths"] += 1
+            return won, lost
         if comparison.ties:
             self.terms["ties"] += 1
             return won, lost
@@ -260,8 +280,22 @@ class DataSurvey:
                 "below_half": int((soft < 0.5).sum()),
                 "between_0.4_and_0.6": float(np.mean((soft > 0.4) & (soft < 0.6))),
             }
+        if self.strength_counts:
+            values = {value: count for value, count in sorted(self.strengths.items()) if count}
+            figures["strengths"] = {
+                "of a pair": quantiles(self.strength_counts),
+                "given": sum(self.strength_counts),
+                "values": {str(value): count for value, count in values.items()},
+                "levels": max(map(abs, values)),
+            }
         if self.rating_counts:
             figures["ratings"] = self._ratings()
+        unread = figures.get("ratings", {}).get("why_not_read")
+        figures["asked"] = {
+            what: {str(people): count for people, count in sorted(counts.items()) if people}
+            for what, counts in self.asked.items()
+            if not (what == "ratings" and unread)
+        }
         if self.ranked:
             figures["rankings"] = {"answers": quantiles(self.ranked), "with_ties": self.terms["ranked ties"]}
         return figures
