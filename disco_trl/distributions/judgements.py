@@ -88,6 +88,19 @@ class Judgements:
         """The same judgements, with strengths read as votes."""
         return replace(self, strength_counts=None)
 
+    def only(self, keep: Tensor) -> Judgements:
+        """
+        The comparisons alone, and nothing said about some of them.
+
+        Args:
+            keep (`torch.BoolTensor` of shape `(P,)`):
+                Comparisons about which the same is said as before.
+        """
+        kept = keep.to(self.wins)
+        counts = {name: getattr(self, name) * kept for name in ("wins", "losses", "ties")}
+        strengths = None if self.strength_counts is None else self.strength_counts * kept[:, None]
+        return replace(self, **counts, rating_counts=None, strength_counts=strengths)
+
     def select(self, keep: Tensor) -> Judgements:
         """The judgements of some of the comparisons, given by a boolean tensor of shape `(P,)`."""
         return replace(

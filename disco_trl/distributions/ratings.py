@@ -21,6 +21,7 @@ gradient of one function, so that a line search takes one of them at a time.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,6 +187,16 @@ class SpreadTable:
         ]
         spline = CubicSpline(knots.numpy(), torch.stack(values).cpu().numpy())
         self._coefficients = torch.from_numpy(spline.c).to(counts)  # [4, knots - 1, distinct], the cubic one first
+
+    def select(self, keep: Tensor) -> SpreadTable:
+        """The table of some of the answers, given by a boolean tensor of shape `(B,)`."""
+        part = copy.copy(self)
+        kept = keep[self.rows]
+        # Where those that are kept stand among each other
+        part.rows = (keep.cumsum(dim=0) - 1)[self.rows[kept]]
+        if len(self.rows):
+            part._place = self._place[kept]
+        return part
 
     def __call__(self, scale: Tensor) -> Tensor:
         """

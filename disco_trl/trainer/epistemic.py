@@ -122,9 +122,9 @@ def fit_posterior(head: DiscoHead, family: Family, predictions: Predictions, pai
     unit = states.flatten(0, 1).std(dim=0).clamp_min(1e-12)
     features = (states - mean) / unit
     with torch.no_grad():
-        output = head(states.to(head.weight.device).float(), full_output=True)
-        own_scale = head.scale(predictions.scale_states.to(head.weight.device))
-    location, scale = (overall(values).cpu().double() for values in (output.location, own_scale))
+        device = head.weight.device
+        output = head(states.to(device).float(), True, predictions.scale_states.to(device))
+    location, scale = (overall(values).cpu().double() for values in (output.location, output.scale))
     shape = None if output.raw_shape is None else family.shape_from_raw(output.raw_shape.cpu().double())
     bends = curvature(family, location, scale, shape, predictions.judgements, head.responses())
     values, vectors = torch.linalg.eigh(bends)

@@ -9,6 +9,10 @@ fold. These predictions are compared with a constant scale by the log-likelihood
 share an answer are not independent, which the standard error of the comparison takes into account (dyadic clustering;
 P. Aronow, C. Samii, V. Assenova, 2015).
 
+What is evidence: strengths of preference, and the spread of several ratings of an answer about its own level.
+Votes and single ratings say next to nothing about the scale beside them, and mistake an error of a location for
+disagreement. They are evidence only where there is no better.
+
 What flows: states that the scale is read from `[P, 2, H]`, locations and judgements → weights for several ridges →
 cross-fitted log scales `[P, 2]` → gain over a constant scale, in nats, and its standard error → one weight, or none.
 """
@@ -17,12 +21,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..distributions.likelihood import log_likelihood
+from ..distributions.ratings import SpreadTable, has_spread
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead, LikelihoodHead, to_responses, width_penalty
 from ..models.scale_head import bounded_exp
@@ -33,8 +38,9 @@ RIDGES = (100.0, 30.0, 10.0, 3.0)
 """Ridges that are tried. At ridge r the prior standard deviation of log σ is about 1/√r."""
 FOLDS = 4
 """Number of folds of answers. A weight is fitted to the pairs without the answers of one fold, 9 of 16 on average."""
-LEAST_Z = 2.0
-"""Number of standard errors by which a scale has to be better than a constant one."""
+LEAST_Z = 1.645
+"""Number of standard errors by which a scale has to be better than a constant one: chance exceeds it once in 20 times
+at most, as a scale that was fitted to noise predicts other answers worse than a constant one."""
 TOLERANCE = 0.01
 """Largest distance to its optimum, in log σ, at which a fit counts as converged."""
 
@@ -84,18 +90,43 @@ class Evidence:
         self.features = (predictions.scale_states.double() - head.scale.mean_hidden.detach().cpu().double()) / unit
         self.location = predictions.location.double()
         self.shape = family.shape_from_raw(predictions.raw_shape.double()) if family.shape_names else None
-        self.judgements = predictions.judgements
         self.family = family
         self.unit_scale = head.scale.unit_scale
+        self.answers = numbered(predictions.answers)
+        self.judgements = self.all_judgements = predictions.judgements
         self.likelihood: LikelihoodHead | None = None
         if head.likelihood is not None:
             self.likelihood = copy.deepcopy(head.likelihood).cpu().double().requires_grad_()
         self.start = {} if self.likelihood is None else _copies(self.likelihood)
         self.scale_level, self.location_error = 1.0, 0.0
 
+        # Each answer's ratings once, though they stand in every row with the answer
+        counts = predictions.rating_counts.flatten(0, 1)
+        self.rated = _last_of_each(torch.cat([self.answers.flatten()[:, None], counts], dim=1), has_spread(counts))
+        self.rated_answers, self.rated_features = (x.flatten(0, 1)[self.rated] for x in (self.answers, self.features))
+        self.spread: SpreadTable | None = None
+        if len(self.rated):
+            assert head.likelihood is not None
+            thresholds = head.likelihood.values()["thresholds"].detach().cpu()
+            shape = None if self.shape is None else self.shape.flatten(0, 1)[self.rated]
+            self.spread = SpreadTable(family, shape, counts[self.rated], thresholds)
+        is_graded = predictions.strength_counts.sum(dim=-1) + predictions.judgements.ties > 0
+        is_graded &= predictions.strength_counts.shape[-1] > 0
+        if self.spread is not None or is_graded.any():
+            self.judgements = self.judgements.only(is_graded)
+
     def select(self, keep: Tensor) -> Evidence:
-        """The evidence of some of the pairs, given by a boolean tensor of shape `(P,)`."""
+        """
+        The evidence of some of the answers.
+
+        Args:
+            keep (`torch.BoolTensor` of shape `(answers,)`):
+                Which answers, by their numbers. Pairs are kept with both of their answers.
+        """
         part = copy.copy(self)
+        kept_ratings, keep = keep[self.rated_answers], keep[self.answers].all(dim=1)
+        part.rated_features, part.rated_answers = self.rated_features[kept_ratings], self.rated_answers[kept_ratings]
+        part.spread = None if self.spread is None else self.spread.select(kept_ratings)
         part.features, part.location = self.features[keep], self.location[keep]
         part.shape = None if self.shape is None else self.shape[keep]
         part.judgements = self.judgements.select(keep)
@@ -117,57 +148,64 @@ class Evidence:
         weight = weight.clone().requires_grad_()
         # About an optimum the objective bends at least as the ridge does, so the gradient bounds the distance to it.
         # In log σ a distance of the weight is √H times shorter.
-        slope = self._minimize(lambda: self.features @ weight, [weight], lambda: ridge * weight.square().sum() / 2)
+        slope = self._minimize(
+            lambda: (self.features @ weight, self.rated_features @ weight),
+            [weight],
+            lambda: ridge * weight.square().sum() / 2,
+        )
         # (A slope of nan is not below the tolerance.)
         is_converged = slope is not None and slope.norm() / ridge / len(weight) ** 0.5 < TOLERANCE
         return weight.detach() if is_converged else None
 
     def log_probs(self, log_scale: Tensor) -> Tensor:
         """
-        Evaluate the weighted log-likelihood of each pair, with everything but the scales at its best.
+        Evaluate the weighted log-likelihood of each pair and of each answer's ratings, with everything but the scales
+        at its best.
 
         Args:
             log_scale (`torch.DoubleTensor` of shape `(P, 2)`):
-                log(σ / unit) of both sides.
+                log(σ / unit) of both sides, of the evidence of all pairs.
 
         Returns:
-            `torch.DoubleTensor` of shape `(P,)`: In nats.
+            `torch.DoubleTensor` of shape `(P + R,)`: In nats, for R answers with several ratings.
         """
-        self._minimize(lambda: log_scale, [], lambda: torch.zeros((), dtype=torch.float64))
+        both = log_scale, log_scale.flatten()[self.rated]
+        self._minimize(lambda: both, [], lambda: torch.zeros((), dtype=torch.float64))
         with torch.no_grad():
-            return self._log_probs(log_scale, self.log_factor)
+            return torch.cat([self._log_probs(both[0], self.log_factor), self._log_spread(both[1])])
+
+    @property
+    def clusters(self) -> Tensor:
+        """Answers that each term of [`Evidence.log_probs`] is about, of shape `(P + R, 2)`."""
+        alone = self.answers.max() + 1 + torch.arange(len(self.rated))
+        return torch.cat([self.answers, torch.stack([self.rated_answers, alone], dim=1)])
 
     def settle(
         self, head: DiscoHead, weight: Tensor, factor: float, scale_level: float, location_error: float
     ) -> None:
         """
-        Fit a head's tie width and boundaries between strengths, in place, given everything else.
+        Fit what a head's likelihood learns beside the rewards to all that people said, in place, given everything else.
 
         Args:
             head ([`~disco_trl.models.heads.DiscoHead`]):
-                Head whose [`~disco_trl.models.heads.LikelihoodHead`] is changed. One without either is left as it is.
+                Head whose [`~disco_trl.models.heads.LikelihoodHead`] is changed. One without it is left as it is.
             weight (`torch.DoubleTensor` of shape `(H,)`):
                 Weight of the scale, for features in the unit of this evidence.
             factor, scale_level, location_error (`float`):
                 Factors of locations and scales, and the model's own error, in reward units.
         """
-        names = {"tie_width", "strength_boundaries"}
-        if self.likelihood is None or not names & dict(self.likelihood.named_parameters()).keys():
+        if self.likelihood is None or not list(self.likelihood.parameters()):
             return
-        self.scale_level, self.location_error = scale_level, location_error
-        for name, parameter in self.likelihood.named_parameters():
-            parameter.requires_grad_(name in names)
+        self.scale_level, self.location_error, self.judgements = scale_level, location_error, self.all_judgements
         log_factor = torch.tensor(factor, dtype=torch.float64).log()
         log_scale = self.features @ weight
-
-        def objective() -> Tensor:
-            return self._prior_of_others() - self._log_probs(log_scale, log_factor).sum()
-
-        minimize(objective, [parameter for parameter in self.likelihood.parameters() if parameter.requires_grad])
+        minimize(
+            lambda: self._prior_of_others() - self._log_probs(log_scale, log_factor).sum(),
+            list(self.likelihood.parameters()),
+        )
         with torch.no_grad():
-            for name in names:
-                if name in dict(self.likelihood.named_parameters()):
-                    head.likelihood.get_parameter(name).copy_(self.likelihood.get_parameter(name))  # type: ignore[union-attr]
+            for name, parameter in self.likelihood.named_parameters():
+                cast(LikelihoodHead, head.likelihood).get_parameter(name).copy_(parameter)
 
     def _prior_of_others(self) -> Tensor:
         """Negative log prior of the quantities of the likelihood: what they were, within a factor of e or so."""
@@ -181,18 +219,29 @@ class Evidence:
 
     def _minimize(self, log_scale: Any, weights: list[Tensor], prior: Any) -> Tensor | None:
         """Minimize over the weights and all else, in place. Returns the gradient of the first weight."""
-        self.log_factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        others = [self.log_factor]
+        self.log_factor, self.log_rating_unit = (
+            torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2)
+        )
+        others = [self.log_factor, self.log_rating_unit]
         if self.likelihood is not None:
             self.likelihood.load_state_dict(self.start)
             others += list(self.likelihood.parameters())
 
         def objective() -> Tensor:
-            own = prior() + self.log_factor.square() / 2 + self._prior_of_others()
-            return own - self._log_probs(log_scale(), self.log_factor).sum()
+            own = self.log_factor.square() / 2 + self.log_rating_unit.square() / 2 + self._prior_of_others()
+            of_pairs, of_rated = log_scale()
+            said = self._log_probs(of_pairs, self.log_factor).sum() + self._log_spread(of_rated).sum()
+            return prior() + own - said
 
         minimize(objective, [*weights, *others])
         return weights[0].grad if weights else None
+
+    def _log_spread(self, log_scale: Tensor) -> Tensor:
+        """Log-likelihood `(R,)` of the spread of each answer's ratings."""
+        if self.spread is None:
+            return log_scale
+        # The thresholds are in the unit of the locations, in which the scale may be another one on average.
+        return self.spread(self.unit_scale * self.log_rating_unit.exp() * bounded_exp(log_scale))
 
     def _log_probs(self, log_scale: Tensor, log_factor: Tensor) -> Tensor:
         learned = {} if self.likelihood is None else self.likelihood.values()
@@ -235,14 +284,14 @@ def fit_scale(head: DiscoHead, family: Family, predictions: Predictions) -> Scal
     # Features are in units of their standard deviations, divided by √H, so that one ridge suits every hidden size.
     unit = states.std(dim=0).clamp_min(1e-12) * states.shape[-1] ** 0.5
     evidence = Evidence(head, family, predictions, unit)
-    answers = numbered(predictions.answers)
     generator = torch.Generator().manual_seed(0)
-    folds = (torch.randperm(int(answers.max()) + 1, generator=generator) % FOLDS)[answers]
+    fold_of = torch.randperm(int(evidence.answers.max()) + 1, generator=generator) % FOLDS
+    folds = fold_of[evidence.answers]
     constant = torch.zeros_like(evidence.location)
     # For each ridge, as far as the fits of all folds converge
     log_scales = {ridge: constant.clone() for ridge in RIDGES}
     for fold in range(FOLDS):
-        part, weight = evidence.select((folds != fold).all(dim=1)), torch.zeros_like(unit)
+        part, weight = evidence.select(fold_of != fold), torch.zeros_like(unit)
         for ridge in list(log_scales):  # each starts from the one before, which was held closer to zero
             found = part.fit(ridge, weight)
             if found is None:
@@ -256,7 +305,7 @@ def fit_scale(head: DiscoHead, family: Family, predictions: Predictions) -> Scal
         gains = evidence.log_probs(log_scale) - reference
         gain = gains.sum().item()
         if best_ridge is None or gain > best.gain:
-            best, best_ridge = ScaleFit(None, log_scale, gain, dyadic_standard_error(gains, answers)), ridge
+            best, best_ridge = ScaleFit(None, log_scale, gain, dyadic_standard_error(gains, evidence.clusters)), ridge
     if best_ridge is None or not best.gain > LEAST_Z * best.standard_error:
         best.log_scale = constant
         return best
@@ -268,6 +317,15 @@ def fit_scale(head: DiscoHead, family: Family, predictions: Predictions) -> Scal
         weight = found
     best.weight = weight / unit
     return best
+
+
+def _last_of_each(rows: Tensor, is_wanted: Tensor) -> Tensor:
+    """Places `(R,)` of the last of each set of equal rows, among those that are wanted."""
+    places = is_wanted.nonzero()[:, 0]
+    _, number = rows[places].unique(dim=0, return_inverse=True)
+    count = int(number.max()) + 1 if len(number) else 0
+    last = torch.zeros(count, dtype=torch.long).scatter_reduce(0, number, torch.arange(len(places)), "amax")
+    return places[last]
 
 
 def numbered(answers: Tensor) -> Tensor:

@@ -274,3 +274,13 @@ def test_known_scales_are_recovered():
     optimizer.step(loss)
     # Standard errors are about 0.013.
     assert weights.tolist() == pytest.approx([math.log(0.8), 0.3], abs=0.04)
+
+
+def test_a_table_of_some_answers_is_that_of_these():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 3, (12, 5), generator=generator) * torch.tensor([0, 1] * 6)[:, None]
+    counts[3] = torch.tensor([0, 1, 0, 0, 0])  # one rating, which says nothing
+    scale, keep = torch.rand(12, generator=generator).double() + 0.5, torch.arange(12) % 3 > 0
+    table = SpreadTable(get_family("normal"), None, counts, THRESHOLDS)
+    torch.testing.assert_close(table.select(keep)(scale[keep]), table(scale)[keep], rtol=0, atol=0)
+    assert table.select(torch.zeros(12, dtype=torch.bool))(scale[:0]).shape == (0,)

@@ -115,7 +115,7 @@ def test_the_moments_are_those_of_the_head_that_is_saved(trained):
     with torch.no_grad():
         output = trained.model.eval()(input_ids=ANSWERS)
     head = trained.model.scale_head
-    traits = head.traits(output.pooled_hidden_state, output.logits, output.scale)
+    traits = head.traits(output.scale_state, output.logits, output.scale)
     spread = head.var_traits.sqrt()
     torch.testing.assert_close(traits[:, :2].std(dim=0, correction=0), spread[:2], rtol=0.15, atol=0)
     assert ((traits.mean(dim=0) - head.mean_traits) / spread).abs().max() < 0.5
