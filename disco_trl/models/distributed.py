@@ -20,6 +20,7 @@ import torch.distributed.fsdp
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .heads import DiscoHead
 from .lending import lend
@@ -147,6 +148,11 @@ def heads_as_their_own_units() -> Iterator[None]:
 
     with lend(vars(torch.distributed.fsdp), "fully_shard", shard):
         yield
+
+
+def is_in_shards(parameter: torch.Tensor) -> bool:
+    """Whether this process has a part of a parameter, or none of it: FSDP2 makes it a DTensor, ZeRO-3 marks it."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 def process_state(use_cpu: bool = False, **kwargs: Any) -> PartialState:

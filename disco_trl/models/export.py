@@ -1,8 +1,7 @@
 """Export: a reward model of any kind as files that other tools load as they are.
 
-- `to="scalar"` writes the stock class with one label, the location. Any tool that loads a scalar reward model loads
-it,
-  strict ones too.
+- `to="scalar"` writes the stock class with one label, the location. Any tool that loads a scalar reward model, however
+  strict, loads it.
 - `to="two-logit"` writes the stock class with two labels, the location and the raw scale, for engines (vLLM, SGLang,
   ONNX Runtime) whose clients compute the scale with [`from_two_logits`].
 - `to="disco"` writes a disco checkpoint, which other tools load as a scalar reward model.
@@ -30,6 +29,9 @@ constants = config["reward_distribution"]
 raw = (logits[1] - constants["raw_scale_offset"]) / constants["max_log_scale"]
 location, scale = logits[0], constants["unit_scale"] * exp(constants["max_log_scale"] * tanh(raw))
 ```
+
+Both logits read the pooled last hidden state. A scale that reads a middle layer (`scale_layer`) cannot be exported in
+this form. One that is the same for all answers can: its logit is 0 everywhere, and the formula gives the constant.
 
 A learned location error (`score.likelihood`) is not included. Probabilities from a two-logit model use σ alone, and
 are overconfident by that much.
@@ -133,6 +135,8 @@ class ExportReport:
             Largest |Δμ| between the exported model, run in `dtype`, and the source in float32.
         log_scale_rounding (`float`, *optional*):
             Largest |Δ log σ| of the same kind. `None` for a scalar model.
+        constant_scale (`float`, *optional*):
+            The scale of all answers, in reward units, if it is the same for all. `None` for a scalar model.
     """
 
     architecture: str
@@ -141,6 +145,7 @@ class ExportReport:
     log_scale_difference: float | None
     location_rounding: float
     log_scale_rounding: float | None
+    constant_scale: float | None
 
     def __str__(self) -> str:
         def figures(location: float, log_scale: float | None) -> str:
@@ -156,6 +161,10 @@ class ExportReport:
             lines.append(
                 f"  run in {self.dtype}, against the source in float32: "
                 + figures(self.location_rounding, self.log_scale_rounding)
+            )
+        if self.constant_scale is not None:
+            lines.append(
+                f"  the scale is {self.constant_scale:.6g} for all answers, and says nothing about a single one"
             )
         return "\n".join(lines)
 
@@ -198,6 +207,8 @@ def export(
     _check_output(model, output, overwrite)
 
     tokenizer, source = _load(model, to)
+    head = (source.get_base_model() if is_peft_model(source) else source).scale_head
+    constant = (head.fixed_scale or head.unit_scale) if to != "scalar" and head.is_constant else None
     sequences = _samples(tokenizer, source)
     expected = _score(source, sequences)
     merging: _Differences = (0.0, None)
@@ -225,6 +236,7 @@ def export(
         log_scale_difference=None if log_scale_difference is None else max(log_scale_difference, merging[1] or 0.0),
         location_rounding=location_rounding,
         log_scale_rounding=log_scale_rounding,
+        constant_scale=constant,
     )
 
 
@@ -272,12 +284,17 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
             f"{path}: a {inner.config.disco['reward_family']!r} reward has shape parameters beside location and "
             "scale, which two logits cannot hold; use --to scalar or --to disco"
         )
-    # A learned scale whose weight is zero is a fact about the weights and says nothing about the kind of checkpoint: a
-    # disco checkpoint has one before training moves it. A file that promises a scale for each answer would mislead.
-    if to != "scalar" and scale.fixed_scale is None and not bool(scale.weight.any()):
+    if to == "two-logit" and scale.layer is not None and not scale.is_constant:
         raise ValueError(
-            f"{path}: its scale is the same for all answers, because its weight is zero, as before training; use --to "
-            "scalar"
+            f"{path}: its scale reads the mean hidden state of layer {scale.layer} (scale_layer), and the second of "
+            "two logits reads what the first one does, the last hidden state; use --to scalar or --to disco"
+        )
+    # A scale that training has left or made constant is an honest result. One that no training has seen is none, and a
+    # file that promises a scale would mislead.
+    if to != "scalar" and scale.fixed_scale is None and scale.is_constant and not scale.rows_seen:
+        raise ValueError(
+            f"{path}: its scale is the same for all answers, because its weight is zero and no answers have trained "
+            "it; use --to scalar"
         )
 
     tokenizer = _load_tokenizer(path, inner)

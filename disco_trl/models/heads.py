@@ -409,7 +409,7 @@ class DiscoHead(nn.Linear):
             self.scale.retrack(latest, self(latest))
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, full_output: bool = False
+        self, hidden_states: Tensor, full_output: bool = False, scale_states: Tensor | None = None
     ) -> Tensor | HeadOutput:
         """
         Compute rewards.
@@ -420,10 +420,15 @@ class DiscoHead(nn.Linear):
             full_output (`bool`, *optional*, defaults to `False`):
                 Whether to return a [`~disco_trl.models.outputs.HeadOutput`] rather than the location alone. It is an
                 argument, and not a method of its own, because FSDP and ZeRO gather the parameters only for a call.
+            scale_states (`torch.Tensor` of shape `(..., H)`, *optional*):
+                What the scale reads, if it reads a layer of its own. By default `hidden_states`.
 
         Returns:
             `torch.Tensor` of shape `(..., 1)` or [`~disco_trl.models.outputs.HeadOutput`]: The location, in reward
             units, or everything. Within [`heads_bypassed`], `hidden_states`.
+
+        Raises:
+            `ValueError`: If the scale reads a layer of its own, and `scale_states` is missing.
         """
         if getattr(_BYPASS, "is_on", False):
             return hidden_states
@@ -433,9 +438,18 @@ class DiscoHead(nn.Linear):
             location = F.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
             if not full_output:
                 return location
+            if scale_states is None:
+                if self.scale.layer is not None:
+                    raise ValueError(
+                        f"the scale reads layer {self.scale.layer} (scale_layer), so that its head needs "
+                        "scale_states, which disco_trl.models.scale_layer computes"
+                    )
+                scale_states = hidden_states
+            if self.scale.reads_detached:
+                scale_states = scale_states.detach()
             return HeadOutput(
                 location,
-                self.scale(hidden_states),
+                self.scale(scale_states.to(hidden_states)),
                 None if self.shape is None else self.shape(hidden_states),
                 None if self.likelihood is None else self.likelihood(hidden_states),
             )

@@ -150,8 +150,9 @@ def _load_full(
     beside = stored_with_adapter or {}
     if "likelihood" in beside:
         settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), beside["likelihood"], path)
-    if "epistemic" in beside:
-        settings["epistemic"] = beside["epistemic"]
+    if stored_with_adapter is not None:
+        settings.pop("scale_layer", None)  # the scale is the adapter's own, and so is what it reads
+    settings |= {name: beside[name] for name in ("epistemic", "scale_layer") if name in beside}
     stock = stock_class(config, path, trust_remote_code, hub_kwargs)
     config.num_labels = 1
     config.disco = settings

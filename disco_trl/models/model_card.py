@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import get_config_model_id
 
 from .._version import versions_of
+from .distributed import is_in_shards
 from .modeling import DiscoRewardModel
+from .scale_head import ScaleHead
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -70,11 +72,20 @@ def make_model_card(
         dataset_name=dataset_name,
         family=reward_model.family,
         fixed_scale=reward_model.config.disco["fixed_scale"],
+        scale_layer=reward_model.scale_layer,
+        constant_scale=_constant_scale(reward_model.scale_head),
         is_adapter=is_adapter,
         metrics=metrics,
         calibration_factor=calibration_factor,
         versions=versions_of(PACKAGES),
     )
+
+
+def _constant_scale(head: ScaleHead) -> float | None:
+    """The learned scale that all answers have, or `None` if it varies or is fixed, or is in shards."""
+    if head.fixed_scale is not None or is_in_shards(head.weight):
+        return None
+    return head.unit_scale if head.is_constant else None
 
 
 def add_evaluation(folder: Path, text: str, pictures: list[Path]) -> None:

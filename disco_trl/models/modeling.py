@@ -18,12 +18,13 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
@@ -35,6 +36,16 @@ from .outputs import OWN_OUTPUTS, STOCK_OUTPUTS, RewardModelOutput, overall
 from .prefix_sharing import as_attention_mask
 from .scalar import ScalarReward
 from .scale_head import ScaleHead
+from .scale_layer import (
+    hook_layer,
+    last_places,
+    last_tokens,
+    latest,
+    mean_over_paths,
+    mean_over_tokens,
+    reading,
+    tokens_to_read,
+)
 from .settings import resolve_settings
 
 
@@ -92,6 +103,7 @@ class DiscoRewardModel(_Stock):
     unquantized_modules: tuple[str, ...]
     has_summary: bool
     newly_initialized: tuple[str, ...] = ()
+    _scale_layer_hooks: Sequence[RemovableHandle] = ()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -263,9 +275,65 @@ class DiscoRewardModel(_Stock):
             if "epistemic" in settings:
                 head.add_epistemic(settings["epistemic"])
         self.config.disco = settings
+        self._read_scale_layer()
         ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
         stock = [key for key in ignored if key not in OWN_OUTPUTS]
         self.config.keys_to_ignore_at_inference = [*stock, *OWN_OUTPUTS]
+
+    @property
+    def scale_layer(self) -> int | None:
+        """Layer whose mean hidden state the scale reads, or `None` if it reads the pooled last hidden state."""
+        return self.config.disco.get("scale_layer")
+
+    def set_scale_layer(self, layer: int | None) -> None:
+        """
+        Choose what the scale reads, in a model whose scale has not been learned yet.
+
+        Args:
+            layer (`int`, *optional*):
+                Number of a layer, from 1: the scale then reads the mean of the hidden states after it over the tokens
+                of the text. `None` for the pooled last hidden state. See `disco_trl.models.scale_layer`, also for a
+                default.
+
+        Raises:
+            `ValueError`: If the scale has been learned from other states; if it is fixed, and reads none; or if the
+                model has no such layer.
+        """
+        if layer == self.scale_layer:
+            return
+        where = self.config._name_or_path or type(self).__name__
+        heads = [head for _, head in self.named_reward_heads()]
+        if layer is not None and self.scale_head.fixed_scale is not None:
+            raise ValueError(
+                f"{where}: its scale is fixed at {self.scale_head.fixed_scale:g} and reads nothing; leave scale_layer "
+                "out"
+            )
+        if not all(head.scale.is_constant for head in heads):
+            raise ValueError(
+                f"{where}: scale_layer={layer!r} contradicts the model, whose scale has been learned with "
+                f"scale_layer={self.scale_layer!r}; leave it out to go on with that, or start from a model without a "
+                "learned scale"
+            )
+        before = self.config.disco
+        self.config.disco = {name: value for name, value in before.items() if name != "scale_layer"}
+        if layer is not None:
+            self.config.disco["scale_layer"] = layer
+        try:
+            self._read_scale_layer()
+        except ValueError:
+            self.config.disco = before
+            self._read_scale_layer()
+            raise
+        for head in heads:  # a constant scale may have seen rows, of which the moments are those of other states
+            for moments in head.scale.buffers():
+                moments.zero_()
+
+    def _read_scale_layer(self) -> None:
+        for hook in self._scale_layer_hooks:
+            hook.remove()
+        self._scale_layer_hooks = () if self.scale_layer is None else hook_layer(self, self.scale_layer)
+        for _, head in self.named_reward_heads():
+            head.scale.layer = self.scale_layer
 
     def add_epistemic(self, max_directions: int) -> None:
         """
@@ -313,6 +381,8 @@ class DiscoRewardModel(_Stock):
 def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
     """Make the `forward` of a disco class. `nodes` and `read_at` come from `disco_trl.data.forest.pack`."""
 
+    positional = [*inspect.signature(stock.forward).parameters][1:]
+
     @functools.wraps(stock.forward)
     def forward(
         self: Any,
@@ -323,28 +393,41 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         read_at: Tensor | None = None,
         **kwargs: Any,
     ) -> RewardModelOutput | tuple[Tensor, ...]:
-        embeddings, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        if nodes is not None:
-            # A forest is not continued, so no cache is needed.
-            kwargs |= {"attention_mask": as_attention_mask(nodes), "use_cache": False}
-            output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
-            pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]
-        elif embeddings is not None and mask is not None and self.head_name == "score":
-            # Adapters that learn a prompt pass embeddings, in which the stock pooling of a decoder does not see the
-            # padding: it reads the last position, and the reward of a text would depend on the others in its batch.
-            output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
-            hidden_states = output.last_hidden_state
-            positions = torch.arange(mask.shape[-1], device=mask.device)
-            last = (positions * mask.ne(0)).argmax(dim=-1).to(hidden_states.device)
-            pooled = hidden_states[torch.arange(len(last), device=hidden_states.device), last]
-        else:
-            with heads_bypassed():
-                output = stock.forward(self, *args, return_dict=True, **kwargs)
-            pooled = output.logits
-        head = self.reward_head(pooled, full_output=True)
+        given: dict[str, Any] = {**dict(zip(positional, args, strict=False)), **kwargs}
+        tokens, embeddings, mask = map(given.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        last = None  # where the reward of each row is read, if it is at one of its tokens
+        with reading() as states:
+            if nodes is not None:
+                # A forest is not continued, so no cache is needed.
+                mask = as_attention_mask(nodes)
+                kwargs |= {"attention_mask": mask, "use_cache": False}
+                output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
+                pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]
+            elif embeddings is not None and mask is not None and self.head_name == "score":
+                # Adapters that learn a prompt pass embeddings, in which the stock pooling of a decoder does not see
+                # the padding: it reads the last position, and the reward of a text would depend on its batch.
+                output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
+                hidden_states = output.last_hidden_state
+                last = last_places(mask.ne(0)).to(hidden_states.device)
+                pooled = hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+            else:
+                with heads_bypassed():
+                    output = stock.forward(self, *args, return_dict=True, **kwargs)
+                pooled = output.logits
+                if tokens is not None and self.head_name == "score":
+                    last = last_tokens(tokens, self.config.get_text_config().pad_token_id)
+        scale_states = None
+        if self.scale_layer is not None:
+            kept = latest(states, self, (embeddings if tokens is None else tokens).shape[:2])
+            if nodes is not None:
+                scale_states = mean_over_paths(kept, mask.forest_layout.tokens_up_to(read_at))
+            else:
+                scale_states = mean_over_tokens(kept, tokens_to_read(kept.shape[:2], mask, last, kept.device))
+        # By position, because DeepSpeed looks at no other arguments of a module.
+        head = self.reward_head(pooled, True, scale_states)
         loss = None if labels is None else F.mse_loss(overall(head.location), labels.to(head.location).reshape(-1))
         handed_on = {name: output[name] for name in STOCK_OUTPUTS if name in output}
-        result = RewardModelOutput.from_head(head, pooled, loss=loss, **handed_on)
+        result = RewardModelOutput.from_head(head, pooled, scale_states, loss=loss, **handed_on)
         if return_dict is None:
             return_dict = self.config.return_dict
         return result if return_dict else result.to_tuple()

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 STOCK_OUTPUTS = tuple({field.name for field in fields(SequenceClassifierOutputWithPast)} - {"loss", "logits"})
 # The fields that a stock classifier does not have. The model lists them in `keys_to_ignore_at_inference`, so that
 # `compute_metrics` still receives a single array.
-OWN_OUTPUTS = ("scale", "raw_shape", "likelihood", "pooled_hidden_state")
+OWN_OUTPUTS = ("scale", "raw_shape", "likelihood", "pooled_hidden_state", "scale_state")
 
 
 # A named tuple and not a dataclass: a sharded head is found by what its forward returns. FSDP2 registers its hooks for
@@ -75,24 +75,32 @@ class RewardModelOutput(SequenceClassifierOutputWithPast):
         likelihood (`dict` from `str` to `torch.Tensor` of shape `(B, J)`, *optional*):
             As in [`HeadOutput`].
         pooled_hidden_state (`torch.Tensor` of shape `(B, H)`):
-            The hidden state that the head read for each row, without gradient.
+            The hidden state that the location was read from in each row, without gradient.
+        scale_state (`torch.Tensor` of shape `(B, H)`):
+            What the scale was read from, without gradient: the mean hidden state of the scale layer, or
+            `pooled_hidden_state` in a model without one.
     """
 
     scale: Tensor | None = None
     raw_shape: Tensor | None = None
     likelihood: dict[str, Tensor] | None = None
     pooled_hidden_state: Tensor | None = None
+    scale_state: Tensor | None = None
 
     @classmethod
-    def from_head(cls, head: HeadOutput, pooled_hidden_state: Tensor, **stock: Any) -> RewardModelOutput:
+    def from_head(
+        cls, head: HeadOutput, pooled_hidden_state: Tensor, scale_states: Tensor | None = None, **stock: Any
+    ) -> RewardModelOutput:
         """
         Build the output from what the head returned.
 
         Args:
             head ([`HeadOutput`]):
-                Output of the head for `pooled_hidden_state`.
+                Output of the head for these hidden states.
             pooled_hidden_state (`torch.Tensor` of shape `(..., H)`):
                 Hidden states that the head read.
+            scale_states (`torch.Tensor` of shape `(..., H)`, *optional*):
+                As the head got them.
             **stock:
                 Fields of the stock output other than `logits`.
         """
@@ -102,5 +110,6 @@ class RewardModelOutput(SequenceClassifierOutputWithPast):
             raw_shape=head.raw_shape,
             likelihood=head.likelihood,
             pooled_hidden_state=pooled_hidden_state.detach(),
+            scale_state=(pooled_hidden_state if scale_states is None else scale_states).detach(),
             **stock,
         )

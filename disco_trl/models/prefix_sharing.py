@@ -78,6 +78,25 @@ class _Layout:
             self._masks[node, window] = mask if window is None else mask.triu(keys - queries - window + 1)
         return self._masks[node, window].to(device)
 
+    def tokens_up_to(self, places: Tensor) -> Tensor:
+        """
+        The tokens that a token sees, itself included, apart from sliding windows.
+
+        Args:
+            places (`torch.Tensor` of shape `(N,)`):
+                Places of tokens in the row.
+
+        Returns:
+            `torch.Tensor` of shape `(N, T)`, boolean: Which tokens of the row each of them sees.
+        """
+        is_on_path = torch.zeros(len(self.paths), len(self.paths), dtype=torch.bool)
+        for node, path in enumerate(self.paths):
+            is_on_path[node, path] = True
+        nodes = torch.arange(len(self.paths)).repeat_interleave(torch.tensor(self.lengths))
+        is_on_path, nodes = is_on_path.to(places.device), nodes.to(places.device)
+        row = torch.arange(len(nodes), device=places.device)
+        return is_on_path[nodes[places]][:, nodes] & (row <= places[:, None])
+
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """
         Indices for a kernel that takes sequences of various lengths.

@@ -14,6 +14,7 @@ from ..distributions.transforms import Sample, get_transform
 from .distributed import process_state
 from .outputs import RewardModelOutput
 from .scale_head import MAX_LOG_SCALE
+from .scale_layer import states_of
 
 
 class ScalarReward(nn.Module):
@@ -76,13 +77,19 @@ class ScalarReward(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., H)`):
-                Last hidden states of the backbone.
+                Last hidden states of the backbone; the very tensor that it returned, if the scale reads a layer of its
+                own.
 
         Returns:
             `torch.Tensor` of shape `(..., 1)`: Transformed rewards.
+
+        Raises:
+            `ValueError`: If the scale reads a layer of its own, and the states of that layer do not come with
+                `hidden_states`.
         """
-        head = self.model_.reward_head(hidden_states, full_output=True)
-        output = RewardModelOutput.from_head(head, hidden_states)
+        scale_states = None if self.model_.scale_layer is None else states_of(hidden_states)
+        head = self.model_.reward_head(hidden_states, True, scale_states)
+        output = RewardModelOutput.from_head(head, hidden_states, scale_states)
         return self.transform(self.model_.rewards_of(output))[..., None]
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutputWithPast:

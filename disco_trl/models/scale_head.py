@@ -31,7 +31,7 @@ def bounded_log(value: Tensor) -> Tensor:
 
 class ScaleHead(nn.Module):
     """
-    Scale of a reward as a function of its hidden state h.
+    Scale of a reward as a function of a hidden state h of its answer.
 
     ```text
     raw = weight · (h - mean_hidden)
@@ -65,11 +65,17 @@ class ScaleHead(nn.Module):
         weight (`torch.nn.Parameter` of shape `(1, H)`):
             Weight of the raw scale.
         mean_hidden, var_hidden (`torch.Tensor` of shape `(H,)`):
-            Running moments of the pooled hidden states of the training rows.
+            Running moments of the hidden states that it has read of the training rows.
         mean_traits, var_traits (`torch.Tensor` of shape `(3,)`):
             Running moments of the traits of the training rows.
         rows_seen (`torch.Tensor` of shape `()`):
             Number of rows that the moments were computed from.
+        layer (`int`, *optional*):
+            Layer whose mean hidden state the scale reads (see `disco_trl.models.scale_layer`). `None` for the pooled
+            last hidden state, which the location reads.
+        reads_detached (`bool`):
+            Whether the gradient of the scale ends at the weight, and does not go on to the hidden states. It is for a
+            trainer to set, and is not saved.
     """
 
     # Not an `nn.Linear`: quantizers and `target_modules="all-linear"` would take it for a layer of the backbone.
@@ -79,6 +85,8 @@ class ScaleHead(nn.Module):
     mean_traits: Tensor
     var_traits: Tensor
     rows_seen: Tensor
+    layer: int | None = None
+    reads_detached: bool = False
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
         super().__init__()
@@ -96,13 +104,22 @@ class ScaleHead(nn.Module):
         for tensor in (*self.parameters(), *self.buffers()):
             init.zeros_(tensor)
 
+    @property
+    def is_constant(self) -> bool:
+        """
+        Whether every answer has the same scale: the fixed one, or the unit, because the weight is zero.
+
+        The weight has to be whole, and not in shards.
+        """
+        return self.fixed_scale is not None or not bool(self.weight.any())
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """
         Compute scales.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., H)`):
-                Pooled hidden states, or those of every token.
+                What the scale reads of each answer, or at each token.
 
         Returns:
             `torch.Tensor` of shape `(..., 1)`: Scales, positive, in reward units.
@@ -123,7 +140,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, H)`):
-                Pooled hidden states.
+                What the scale reads of each row.
             location (`torch.Tensor` of shape `(B, 1)`):
                 Locations, in reward units.
             scale (`torch.Tensor` of shape `(B, 1)`):
@@ -154,7 +171,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, H)`):
-                Pooled hidden states of the rows of this process.
+                What the scale has read of the rows of this process.
             location (`torch.Tensor` of shape `(B, 1)`):
                 Their locations, in reward units.
             gather (`Callable`, *optional*, defaults to the identity):
@@ -194,7 +211,7 @@ class ScaleHead(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Pooled hidden states of training rows, the oldest first. They weigh as in [`ScaleHead.track`].
+                What the scale reads of training rows, the oldest first. They weigh as in [`ScaleHead.track`].
             location (`torch.Tensor` of shape `(N, 1)`):
                 Their locations, in reward units, by the head as it is now.
         """

@@ -11,6 +11,10 @@ from ..data.values import as_number, shown
 from ..distributions.reward_distribution import get_family
 
 
+# Settings that a checkpoint has only where there is something to say
+_FURTHER = ("likelihood", "epistemic", "scale_layer")
+
+
 def resolve_settings(
     stored: dict[str, Any] | None, reward_family: str | None = None, fixed_scale: float | None = None, where: str = ""
 ) -> dict[str, Any]:
@@ -28,8 +32,8 @@ def resolve_settings(
             Path of the checkpoint, for error messages.
 
     Returns:
-        `dict`: `"reward_family"` and `"fixed_scale"`; and, if the checkpoint has them, `"likelihood"` and
-        `"epistemic"`.
+        `dict`: `"reward_family"` and `"fixed_scale"`; and, if the checkpoint has them, `"likelihood"`, `"epistemic"`
+        and `"scale_layer"`.
 
     Raises:
         `ValueError`: If the two contradict each other, the family is unknown, the scale is not positive and finite, or
@@ -40,7 +44,7 @@ def resolve_settings(
         settings: dict[str, Any] = {"reward_family": reward_family or "normal", "fixed_scale": fixed_scale}
     else:
         _check_stored(stored, where)
-        settings = {name: stored[name] for name in (*asked, "likelihood", "epistemic") if name in stored}
+        settings = {name: stored[name] for name in (*asked, *_FURTHER) if name in stored}
         for name, value in asked.items():
             if value is not None and value != settings[name]:
                 raise ValueError(
@@ -77,6 +81,7 @@ def _check_stored(stored: Any, where: str) -> None:
         "likelihood": (are_likelihood, "settings as training writes them"),
         # There are never more directions than dimensions of the hidden state, of which some models have 16,384.
         "epistemic": (lambda value: type(value) is int and 0 < value <= 2**16, "a number of directions"),
+        "scale_layer": (lambda value: type(value) is int and 0 < value, "the number of a layer, from 1"),
     }
     if not isinstance(stored, dict):
         raise ValueError(f"{where}: its reward settings are {shown(stored)}, and have to be an object; save it again")
@@ -88,6 +93,11 @@ def _check_stored(stored: Any, where: str) -> None:
                 f"{where}: its reward settings say {name}={shown(stored[name])}, which has to be {wanted}; save it "
                 "again"
             )
+    if stored["fixed_scale"] is not None and "scale_layer" in stored:
+        raise ValueError(
+            f"{where}: its reward settings say scale_layer={stored['scale_layer']} and "
+            f"fixed_scale={stored['fixed_scale']:g}, and a fixed scale reads no layer; save it again"
+        )
 
 
 def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) -> dict[str, Any]:

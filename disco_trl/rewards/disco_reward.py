@@ -253,11 +253,12 @@ class DiscoReward(RewardFunction):
             order += indices
             parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
             if knows_training_rows:
-                traits[indices] = head.traits(output.pooled_hidden_state, output.logits, output.scale).cpu()
+                traits[indices] = head.traits(output.scale_state, output.logits, output.scale).cpu()
         if not parts:
             # An empty batch has the same tensors as that of every other process, which `gather` relies on.
             nothing = torch.empty(0, self._inner.reward_head.in_features, device=self._inner.reward_head.weight.device)
-            output = RewardModelOutput.from_head(self._inner.reward_head(nothing, full_output=True), nothing)
+            head_output = self._inner.reward_head(nothing, True, nothing)
+            output = RewardModelOutput.from_head(head_output, nothing, nothing)
             parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
         # `run_in_batches` sorts the rows by length; here they return to the order of the arguments.
         rewards = RewardDistribution.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]

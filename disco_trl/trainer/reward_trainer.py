@@ -374,7 +374,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             self._guard.check_loss(loss, rows, self.args, self.state)
             head = self._reward_model.scale_head
             if head.fixed_scale is None:
-                head.track(outputs.pooled_hidden_state, outputs.logits, gather=self.accelerator.gather)
+                head.track(outputs.scale_state, outputs.logits, gather=self.accelerator.gather)
             # Only in the first pass are predictions made in advance, which calibration needs. A posterior uses all.
             if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
                 self._memory.add(outputs.pooled_hidden_state, outputs.logits, outputs.raw_shape, judgements, answers)

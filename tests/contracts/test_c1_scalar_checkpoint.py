@@ -68,6 +68,17 @@ def assert_same_rewards(stock, disco, tolerance: float = 1e-6) -> None:
 
 
 @all_architectures
+def test_what_the_scale_reads_leaves_the_location_alone(architecture, base_model_dir, tmp_path):
+    disco = DiscoRewardModel.from_pretrained(base_model_dir(architecture))
+    disco.set_scale_layer(1)
+    randomize_heads(disco).save_pretrained(tmp_path)
+    stock, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert_same_rewards(stock.eval(), disco)
+
+
+@all_architectures
 def test_the_stock_class_gives_the_locations(architecture, disco_dir):
     path = disco_dir(architecture)
     stock, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)

@@ -127,12 +127,16 @@ def token_ids(tokenizer: Any, conversation: Any, end: bool = True, **chat_templa
 
 
 @torch.no_grad()
-def by_hand(directory: str | Path, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+def by_hand(
+    directory: str | Path, sequences: list[list[int]], scale_layer: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Location and scale `[N]` of token sequences from a checkpoint's files, normal family with a learned scale."""
     stock = load_stock(directory)
     outputs = [stock(torch.tensor([ids]), output_hidden_states=True) for ids in sequences]
     location = torch.cat([output.logits[:, 0] for output in outputs])
     hidden_states = torch.stack([output.hidden_states[-1][0, -1] for output in outputs])
+    if scale_layer is not None:
+        hidden_states = torch.stack([output.hidden_states[scale_layer][0].mean(dim=0) for output in outputs])
 
     (weights,) = Path(directory).glob("*model.safetensors")
     state = load_file(weights)

@@ -54,10 +54,10 @@ def run_ppo(policy, reward_model, output_dir):
     return [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry], sequences
 
 
-def assert_scores(scores, sequences, path, transform=lambda location, scale: location):
+def assert_scores(scores, sequences, path, transform=lambda location, scale: location, scale_layer=None):
     assert len(scores) == len(sequences) == 2
     for score, ids in zip(scores, sequences, strict=True):
-        location, scale = by_hand(path, ids)
+        location, scale = by_hand(path, ids, scale_layer)
         expected = transform(location, scale)
         assert expected.std() > 0.01
         assert score == pytest.approx(expected.mean().item(), rel=1e-5, abs=1e-5)
@@ -82,6 +82,17 @@ def test_with_the_uncertainty_used(checkpoint, reward_dirs, tiny_llama_dir, tmp_
     model = load(reward_dirs[checkpoint]).as_scalar("lower_bound", k=1)
     scores, sequences = run_ppo(tiny_llama_dir, model, tmp_path)
     assert_scores(scores, sequences, reward_dirs[checkpoint], lambda location, scale: location - scale)
+
+
+@pytest.mark.parametrize("scale_layer", [1, 2])
+def test_with_a_scale_that_reads_a_layer(scale_layer, tiny_llama_dir, tiny_tokenizer, tmp_path):
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir)
+    model.set_scale_layer(scale_layer)
+    randomize_heads(model).save_pretrained(tmp_path / "reward")
+    tiny_tokenizer.save_pretrained(tmp_path / "reward")
+    scalar = load(tmp_path / "reward").as_scalar("lower_bound", k=1)
+    scores, sequences = run_ppo(tiny_llama_dir, scalar, tmp_path)
+    assert_scores(scores, sequences, tmp_path / "reward", lambda location, scale: location - scale, scale_layer)
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,74 @@ def test_a_fixed_scale(sources, tmp_path):
     assert expected(tmp_path / "disco").scale.tolist() == [0.5] * len(TEXTS)
 
 
+@pytest.fixture(scope="module")
+def with_layer(sources, tmp_path_factory):
+    """`with_layer(architecture, is_constant)`: a model whose scale reads a middle layer, trained or left constant."""
+
+    def make(architecture: str, is_constant: bool) -> str:
+        path = tmp_path_factory.mktemp("layer")
+        model = DiscoRewardModel.from_pretrained(sources(architecture, "base"))
+        model.set_scale_layer(1)
+        randomize_heads(model)
+        if is_constant:
+            model.scale_head.weight.data.zero_()
+        model.save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_scale_of_a_middle_layer(architecture, with_layer, tmp_path):
+    source = with_layer(architecture, is_constant=False)
+    reward = expected(source)
+    assert reward.scale.log().std() > 1e-3
+    export(source, tmp_path / "scalar", to="scalar")
+    torch.testing.assert_close(logits(tmp_path / "scalar")[:, 0], reward.location, rtol=1e-6, atol=1e-6)
+    report = export(source, tmp_path / "disco", to="disco")
+    assert report.constant_scale is None
+    torch.testing.assert_close(expected(tmp_path / "disco").scale, reward.scale, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"its scale reads the mean hidden state of layer 1 .*--to disco"):
+        export(source, tmp_path / "two", to="two-logit")
+
+
+@pytest.mark.parametrize("has_layer", [True, False])
+def test_a_scale_that_training_has_left_constant(has_layer, with_layer, sources, tmp_path):
+    """A result of training (C10): it goes into every form, and a line says so."""
+    source = with_layer("llama", is_constant=True)
+    if not has_layer:
+        source = tmp_path / "source"
+        model = randomize_heads(DiscoRewardModel.from_pretrained(sources("llama", "base")))
+        model.scale_head.weight.data.zero_()
+        model.save_pretrained(source)
+        build_tokenizer().save_pretrained(source)
+    unit = 2 / math.sqrt(math.pi)
+    reward = expected(source)
+    assert reward.scale.tolist() == pytest.approx([unit] * len(TEXTS))
+    for to in ("disco", "two-logit"):
+        report = export(source, tmp_path / to, to=to)
+        assert report.constant_scale == pytest.approx(unit)
+        assert "the scale is 1.12838 for all answers" in str(report)
+    torch.testing.assert_close(expected(tmp_path / "disco").scale, reward.scale, rtol=1e-6, atol=0)
+    assert DiscoRewardModel.from_pretrained(tmp_path / "disco").scale_layer == (1 if has_layer else None)
+    constants = AutoConfig.from_pretrained(tmp_path / "two-logit").reward_distribution
+    ours = from_two_logits(logits(tmp_path / "two-logit"), constants)
+    torch.testing.assert_close(ours.location, reward.location, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.scale, reward.scale, rtol=1e-6, atol=0)
+    assert "for all answers" not in str(export(source, tmp_path / "scalar", to="scalar"))
+
+
+@pytest.mark.parametrize("to", ["two-logit", "disco"])
+def test_a_scale_that_no_training_has_seen(to, sources, tmp_path):
+    model = randomize_heads(DiscoRewardModel.from_pretrained(sources("llama", "base")))
+    model.scale_head.weight.data.zero_()
+    model.scale_head.rows_seen.zero_()
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"weight is zero and no answers have trained it; use --to scalar"):
+        export(tmp_path / "source", tmp_path / "out", to=to)
+
+
 def test_pipelines_apply_no_softmax(sources, tmp_path):
     export(sources("llama", "disco"), tmp_path / "out", to="two-logit")
     text = TEXTS[1] + "<|im_end|>"  # as in training

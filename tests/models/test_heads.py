@@ -76,6 +76,22 @@ def test_all_that_a_head_returns():
     assert overall(output.location).shape == (2, 3)
 
 
+def test_the_scale_may_read_other_states():
+    head = full_head()
+    hidden_states, scale_states = torch.randn(2, 3, 4), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    output, plain = head(hidden_states, True, scale_states), head(hidden_states, full_output=True)
+    assert torch.equal(output.scale, head.scale(scale_states.float()))
+    assert not torch.equal(output.scale, plain.scale)
+    for name in ("location", "raw_shape"):
+        assert torch.equal(getattr(output, name), getattr(plain, name))
+    output.scale.sum().backward()
+    assert scale_states.grad.any()
+    head.scale.reads_detached = True
+    head.zero_grad()
+    head(hidden_states.requires_grad_(), True, scale_states.detach().requires_grad_()).scale.sum().backward()
+    assert hidden_states.grad is None and head.scale.weight.grad.any()
+
+
 def test_what_a_plain_head_has_not():
     head = DiscoHead.convert(nn.Linear(4, 1), unit_scale=0.5, fixed_scale=None)
     output = head(torch.randn(3, 4), full_output=True)

@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 import disco_trl
@@ -21,6 +22,8 @@ CARD = {
     "dataset_name": "org/pairs",
     "family": "normal",
     "fixed_scale": None,
+    "scale_layer": None,
+    "constant_scale": None,
     "is_adapter": False,
     "metrics": {"accuracy": 0.84912, "pairs": 30000},
     "calibration_factor": 1.5837,
@@ -69,6 +72,33 @@ def test_names_what_a_family_lacks():
     assert "geometrically" not in text
 
 
+def test_says_what_the_scale_reads():
+    text = render_card()
+    assert "| The scale reads | the last hidden state, at the token where the location is read |" in text
+    assert "for every answer" not in text
+    text = render_card(scale_layer=20)
+    assert "| The scale reads | the hidden states after layer 20, averaged over the tokens |" in text
+    text = render_card(scale_layer=20, constant_scale=1.128379)
+    assert "| Scale σ | 1.12838 for every answer |" in text
+    assert "The scale is the same for every answer, and says nothing about" in text
+    assert "The scale reads" not in text and "spread that the training preferences show" not in text
+    assert "The scale reads" not in render_card(fixed_scale=0.5)
+
+
+def test_the_card_of_a_model_says_what_its_scale_is(tiny_llama_dir):
+    def card() -> str:
+        model_of = {"model_name": None, "hub_model_id": None, "dataset_name": None, "tags": set(), "metrics": {}}
+        return make_model_card(model, **model_of).text
+
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir)
+    model.set_scale_layer(1)
+    assert f"| Scale σ | {model.family.unit_scale:.6g} for every answer |" in card()
+    torch.nn.init.ones_(model.scale_head.weight)
+    assert "the hidden states after layer 1, averaged" in card()
+    model = DiscoRewardModel.from_pretrained(tiny_llama_dir, fixed_scale=0.25)
+    assert "| Scale σ | fixed at 0.25 |" in card()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_code_parses(family):
     text = render_card(family=family)
@@ -78,7 +108,9 @@ def test_code_parses(family):
         ast.parse(block)
 
 
-@pytest.mark.parametrize("changes", [{}, {"base_model": None, "dataset_name": None, "metrics": {}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"base_model": None, "dataset_name": None, "metrics": {}}, {"constant_scale": 1.0}]
+)
 def test_is_tidy_markdown(changes):
     text = render_card(**changes)
     assert "{{" not in text and "{%" not in text

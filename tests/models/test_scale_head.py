@@ -84,3 +84,11 @@ def test_the_mean_hidden_state_centres_the_scales_of_the_rows_it_was_made_of():
     # Exactly zero but for tanh, which at |raw| < 1 bends it by less than raw³ / (3 L²) = 0.007.
     assert abs(log_scale.mean().item()) < 0.002
     assert log_scale.std() > 0.05
+
+
+def test_is_constant():
+    head = scale_head()
+    assert head.is_constant
+    head.weight.data[0, 1] = 1e-3
+    assert not head.is_constant
+    assert scale_head(fixed_scale=2.0).is_constant

@@ -33,6 +33,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "shared": {"train_sampling_strategy": "sequential"},
     "padded": {"train_sampling_strategy": "sequential", "prefix_sharing": False},
     "grouped": {"train_sampling_strategy": "group_by_length", "rows": 32},
+    "layer": {"train_sampling_strategy": "sequential", "scale_layer": 2},
 }
 EVALUATION = (
     "loss",
@@ -47,15 +48,21 @@ EVALUATION = (
 )
 
 
-def train(folder: Path, rows: Any = ROWS, **options: Any) -> Run:
+def train(folder: Path, rows: Any = ROWS, scale_layer: int | None = None, **options: Any) -> Run:
     import conftest
 
     tokenizer = conftest.build_tokenizer()
     tokenizer.pad_token_id = PAD
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    model = random_model("llama")
+    if scale_layer is not None:
+        weight = model.scale_head.weight.data.clone()
+        model.scale_head.weight.data.zero_()
+        model.set_scale_layer(scale_layer)
+        model.scale_head.weight.data.copy_(weight)
     trainer = disco_trainer(
         folder,
-        model=random_model("llama"),
+        model=model,
         processing_class=tokenizer,
         train_dataset=pairs(rows) if isinstance(rows, int) else rows,
         eval_dataset=pairs(EVALUATED, seed=1),
@@ -70,8 +77,8 @@ def train(folder: Path, rows: Any = ROWS, **options: Any) -> Run:
     seen = []
     forward = DiscoHead.forward
 
-    def watch(self, hidden_states, full_output=False):
-        result = forward(self, hidden_states, full_output)
+    def watch(self, hidden_states, full_output=False, scale_states=None):
+        result = forward(self, hidden_states, full_output, scale_states)
         if full_output:
             tensors = (self.weight, self.scale.weight, hidden_states, result.location, result.scale)
             seen.append([str(tensor.dtype) for tensor in tensors])
@@ -163,9 +170,10 @@ def fsdp2(tmp_path_factory) -> dict[str, Run]:
     return launch("fsdp2", tmp_path_factory.mktemp("fsdp2"), **environment)
 
 
-def test_fsdp2_is_one_process(fsdp2, tmp_path):
-    two = fsdp2["float32"]
-    one = train(tmp_path, pairs(16), train_sampling_strategy="sequential", calibrate=False)
+@pytest.mark.parametrize(("name", "scale_layer"), [("float32", None), ("layer", 2)])
+def test_fsdp2_is_one_process(name, scale_layer, fsdp2, tmp_path):
+    two = fsdp2[name]
+    one = train(tmp_path, pairs(16), scale_layer, train_sampling_strategy="sequential", calibrate=False)
     assert two["is_fsdp2"]
     assert two["processes"] == 2
     for log, other in zip(two["logs"], one["logs"], strict=True):
@@ -200,12 +208,13 @@ if __name__ == "__main__":
         PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
         common = {"rows": 16, "train_sampling_strategy": "sequential", "use_cpu": False}
-        runs = {"float32": train(folder / "float32", **common)}
         from accelerate.state import AcceleratorState, GradientState
 
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        runs["bfloat16"] = train(folder / "bfloat16", bf16=True, **common)
+        runs = {}
+        for name, options in {"float32": {}, "layer": {"scale_layer": 2}, "bfloat16": {"bf16": True}}.items():
+            runs[name] = train(folder / name, **common, **options)
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
     if int(os.environ["RANK"]) == 0:
         torch.save(runs, folder / "runs.pt")
     # Otherwise gloo's threads are sometimes still busy when the interpreter exits, and abort the process.

@@ -50,6 +50,7 @@ OUTPUT = RewardModelOutput(
     logits=torch.tensor([[1.0], [0.0], [0.0], [2.0]]),
     scale=torch.tensor([[3.0], [0.6], [4.0], [0.8]]),
     pooled_hidden_state=torch.zeros(4, 16),
+    scale_state=torch.zeros(4, 16),
 )
 BATCH = {"input_ids": torch.ones(4, 3, dtype=torch.long), "attention_mask": torch.ones(4, 3, dtype=torch.long)}
 # Φ(0.2) = 0.5792597, -ln = 0.5460044; Φ(-2) = 0.0227501, -ln = 3.7831843
