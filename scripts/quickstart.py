@@ -59,8 +59,8 @@ from disco_trl.models.inference import score
 RATED = 0.1
 """Share of the reading that people spend on ratings, the rest being comparisons."""
 BLOCK = (16, 16)
-"""Texts, and comparisons among them, in an optimizer step. Our trainer computes a text of a batch once, so that it needs
-half the time, and about as many different texts are read as in pairs drawn one by one."""
+"""Texts, and comparisons among them, in an optimizer step. Our trainer computes a text of a batch once, so that it
+needs half the time, and about as many different texts are read as in pairs drawn one by one."""
 
 # What a user without disco-trl writes. It runs in a process of its own, in which disco-trl is not imported.
 PLAIN_LOADER = """

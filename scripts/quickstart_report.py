@@ -165,8 +165,8 @@ def _three_texts(report: Report) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draws the chart: what the scale says about people's disagreement, if they rated the texts, and the reliability of
-    both models.
+    """Draws the chart: what the scale says about people's disagreement, if they rated the texts, and the reliability
+    of both models.
     """
     import matplotlib
 
