@@ -172,9 +172,10 @@ def plot(report: Report, path: Path) -> None:
 
     matplotlib.use("Agg")  # draws without a screen
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context({**style, "savefig.facecolor": "white"}):
+    style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
         if not report.rated:
             figure = plt.figure(figsize=(6, 5.6), layout="constrained")
             _plot_reliability(report, figure.add_subplot())
@@ -183,13 +184,12 @@ def plot(report: Report, path: Path) -> None:
             _plot_locations(report, figure.add_subplot(1, 2, 1))
             _plot_reliability(report, figure.add_subplot(1, 2, 2))
         else:
-            figure = plt.figure(figsize=(11, 9.6), layout="constrained")
-            figure.get_layout_engine().set(wspace=0.06, hspace=0.03)
+            figure = plt.figure(figsize=(11, 9.6), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.03))
             grid = figure.add_gridspec(3, 2, height_ratios=[4.6, 2.4, 1.1])
             _plot_scales(report, figure.add_subplot(grid[0, 0]))
             _plot_reliability(report, figure.add_subplot(grid[0, 1]))
             _plot_two_texts(report, [[figure.add_subplot(grid[row, column]) for row in (1, 2)] for column in (0, 1)])
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, facecolor="white")
         plt.close(figure)
 
 

@@ -66,12 +66,14 @@ def test_studies_from_end_to_end(tiny_llama_dir, tmp_path, monkeypatch, capsys):
     arms = (Arm(BRADLEY_TERRY), Arm(SOFT), Arm(NORMAL))
     graded = Study(
         {"32 graded": "--said grades --votes 32 --rated 0.1 --test_votes 300"},
-        (*arms, Arm(NORMAL, 4)),
+        arms,
         scale_studies.OF_SCALE + scale_studies.OF_VOTES,
     )
-    arguments = Study({"32 pairs": "--pairs 32"}, arms[::2], scale_studies.OF_SHARES, STUDIES["arguments"].draw)
+    arguments = Study(
+        {"32 pairs": "--pairs 32"}, (Arm(NORMAL, 4),), scale_studies.OF_SHARES, STUDIES["arguments"].draw
+    )
     monkeypatch.setattr(scale_studies, "STUDIES", {"graded": graded, "arguments": arguments})
-    options = ["--model", tiny_llama_dir, "--seeds", "0", "1", "--output", str(tmp_path)]
+    options = ["--model", tiny_llama_dir, "--seeds", "0", "--output", str(tmp_path)]
     votes = str(write_votes(tmp_path / "votes"))
     scale_studies.main(["graded", "arguments", "--argument_votes", votes, *options])
 
@@ -80,18 +82,18 @@ def test_studies_from_end_to_end(tiny_llama_dir, tmp_path, monkeypatch, capsys):
     heads, *rows = ([cell.strip() for cell in line.split(" | ")] for line in (lines[0], *lines[2:]))
     assert [row[1] for row in rows] == [arm.title for arm in graded.arms]
     column = heads.index("ceiling")
-    assert [row[column] == "–" for row in rows] == [True, True, False, True]
+    assert [row[column] == "–" for row in rows] == [True, True, False]
     assert sum("accuracy less that of" in head for head in heads) == 2
     assert rows[0][-4:-2] == ["–", "–"] and " to " in rows[2][-4]
 
     lines = (tmp_path / "arguments.md").read_text().splitlines()
-    assert len(lines) == 4 and "cross-entropy" in lines[0]
+    assert len(lines) == 3 and "cross-entropy" in lines[0] and "disco, normal, rank 4" in lines[2]
 
     # What is finished is not repeated.
     capsys.readouterr()
     files = ("metrics.json", scale_studies.CEILING_FILE, "train.jsonl")
     before = {path: path.stat().st_mtime_ns for name in files for path in tmp_path.rglob(name)}
-    assert len(before) == (8 + 4) + 2 + (2 + 2)
+    assert len(before) == (3 + 1) + 1 + 2
     scale_studies.main(["graded", *options])
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
