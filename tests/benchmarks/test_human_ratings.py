@@ -22,11 +22,17 @@ from benchmarks.human_ratings import (
     draw_votes,
     fetch,
     flip_some,
+    grade_some,
     parse_ratings,
+    randomize_strengths,
+    rate_some,
     reverse_some,
     split_by_text,
+    strength_of,
     win_probability,
 )
+from disco_trl.data.columns import find_layout
+from disco_trl.data.records import read_record
 
 
 # Fetching
@@ -289,6 +295,85 @@ def test_choices_are_votes_of_one():
     assert abs(wins - chance) < 4 * (chance * (1 - chance) / 4000) ** 0.5
 
 
+def test_strengths_by_points():
+    assert [strength_of(points) for points in range(9)] == [0, 1, 2, 2, 3, 3, 3, 3, 3]
+
+
+def test_grades_come_out_as_the_ratings_say():
+    # Differences of the nine draws, a − b: 2 − {0, 0, −2} = 2, 2, 4 twice, and −1 − {0, 0, −2} = −1, −1, 1.
+    rated = [RatedText("a", np.array([2, 2, -1])), RatedText("b", np.array([0, 0, -2]))]
+    rows = draw_judged_pairs(rated, 9000, "grades", seed=0)
+    signed = [row["preference_strength"] * (1 if row["chosen"] == "a" else -1) for row in rows]
+    for strength, share in {-1: 2 / 9, 1: 1 / 9, 2: 4 / 9, 3: 2 / 9}.items():
+        assert signed.count(strength) / 9000 == pytest.approx(share, abs=0.02)
+    assert rows[:50] == draw_judged_pairs(rated, 50, "grades", seed=0)
+
+
+def test_ties_are_counted_and_their_sides_are_in_random_order():
+    rated = [RatedText("a", np.array([1])), RatedText("b", np.array([1])), RatedText("c", np.array([3]))]
+    rows = draw_judged_pairs(rated, 3000, "grades", seed=0)
+    ties = [row["chosen"] for row in rows if row["preference_strength"] == 0]
+    assert len(ties) / 3000 == pytest.approx(1 / 3, abs=0.03)
+    assert ties.count("a") / len(ties) == pytest.approx(0.5, abs=0.06)
+    assert {row["chosen"] for row in rows if row["preference_strength"]} == {"c"}
+
+
+def graded_rows(count: int, texts: int = 60) -> list[dict]:
+    return draw_judged_pairs(rated_texts(texts), count, "grades", seed=0)
+
+
+def test_some_texts_are_rated_once():
+    rated = {row.text: row.ratings.tolist() for row in rated_texts(60)}
+    before = graded_rows(200)
+    rows = rate_some(before, rated_texts(60), 0.2, seed=1)
+    assert rows == rate_some(before, rated_texts(60), 0.2, seed=1) != rate_some(before, rated_texts(60), 0.2, seed=2)
+    found = [(row[side], row[f"{side}_rating"]) for row in rows for side in ("chosen", "rejected")]
+    ratings = [(text, values) for text, values in found if values is not None]
+    assert len({text for text, _ in ratings}) == len(ratings)
+    total = sum(len(values) for _, values in ratings)
+    # A fifth of the reading: 400 texts are read to compare them, and 100 to rate them.
+    assert 100 - 3 < total <= 100
+    assert {len(values) for _, values in ratings} <= {3, 4, 5}
+    for text, values in ratings:
+        given = rated[text]
+        assert all(values.count(value) <= given.count(value) for value in values)
+    sides = ("chosen_rating", "rejected_rating")
+    assert [{name: value for name, value in row.items() if name not in sides} for row in rows] == before
+    record = next(read_record(row, find_layout(row)) for row in rows if row["chosen_rating"])
+    assert len(record.ratings[0]) >= 3 and record.comparisons[0].tie_allowed
+
+
+def test_more_ratings_than_texts_are_an_error():
+    with pytest.raises(ValueError, match="have 4 texts, too few to spend 50% of the reading"):
+        rate_some(graded_rows(50, texts=4), rated_texts(4), 0.5)
+    with pytest.raises(ValueError, match=r"a share of 1.0 of the reading"):
+        rate_some(graded_rows(5), rated_texts(60), 1.0)
+
+
+def test_strengths_at_random_keep_who_wins():
+    rows = graded_rows(900)
+    changed = randomize_strengths(rows, 1.0, seed=3)
+    strengths = [row["preference_strength"] for row in changed]
+    assert [strength == 0 for strength in strengths] == [row["preference_strength"] == 0 for row in rows]
+    wins = [strength for strength in strengths if strength]
+    for strength in (1, 2, 3):
+        assert wins.count(strength) / len(wins) == pytest.approx(1 / 3, abs=0.06)
+    quarter = randomize_strengths(rows, 0.25, seed=3)
+    assert 0 < sum(row != before for row, before in zip(quarter, rows, strict=True)) <= 225
+    assert [row["chosen"] for row in quarter] == [row["chosen"] for row in rows]
+
+
+def test_some_comparisons_are_graded():
+    rows = graded_rows(200)
+    some = grade_some(rows, 0.1)
+    assert sum(row["preference_strength"] is not None for row in some) == 20
+    for row, before in zip(some, rows, strict=True):
+        assert (row["tie"] is None) == (row["preference_strength"] is not None)
+        said, meant = (read_record(one, find_layout(one)).comparisons[0] for one in (row, before))
+        assert (said.wins, said.losses, said.ties) == (meant.wins, meant.losses, meant.ties)
+        assert said.tie_allowed
+
+
 def test_blocks_hold_few_texts():
     rows = draw_judged_pairs(rated_texts(12), 100, "choices", seed=0, block=(4, 16))
     blocks = [{text for row in rows[start : start + 16] for text in row.values()} for start in range(0, 100, 16)]
@@ -341,6 +426,37 @@ def test_files(said, tmp_path, monkeypatch):
     for row in test:
         assert all(row[f"{side}_rating"] == ratings[row[side]] for side in ("chosen", "rejected"))
     assert not {row["chosen"] for row in train} & {row["chosen"] for row in test}
+
+
+def test_files_of_grades_and_ratings(tmp_path, monkeypatch):
+    rated = rated_texts(200)
+    monkeypatch.setattr(human_ratings, "load_ratings", lambda source: rated)
+    options = ["--said", "grades", "--rated", "0.1", "--votes", "64", "--block", "8", "16", "--test_votes", "25"]
+    human_ratings.main([*options, "--output", str(tmp_path / "study")])
+    human_ratings.main([*options, "--development", "--graded", "0.5", "--output", str(tmp_path / "tuning")])
+    study, tuning = (read_lines(tmp_path / name / "train.jsonl") for name in ("study", "tuning"))
+    assert len(study) == len(tuning) == 64
+    assert {row["preference_strength"] for row in study} == {0, 1, 2, 3}
+    assert sum(row["preference_strength"] is None for row in tuning) == 32
+    assert sum(len(row[f"{side}_rating"] or []) for row in study for side in ("chosen", "rejected")) in (12, 13, 14)
+    train, test = ({row.text for row in rows} for rows in split_by_text(rated))
+    held_out = {row["chosen"] for row in read_lines(tmp_path / "tuning" / "test.jsonl")}
+    assert held_out <= train and not held_out & {row["chosen"] for row in tuning}
+    assert {row["chosen"] for row in read_lines(tmp_path / "study" / "test.jsonl")} <= test
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--graded", "0.5"], "--graded and --random_strengths are about strengths"),
+        (["--said", "votes", "--random_strengths", "0.5"], "--graded and --random_strengths are about strengths"),
+        (["--said", "ratings", "--rated", "0.1"], "--rated goes beside comparisons"),
+    ],
+)
+def test_options_that_do_not_fit(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        human_ratings.main([*options, "--output", str(tmp_path)])
+    assert message in capsys.readouterr().err
 
 
 def test_flipping_is_for_choices(tmp_path, capsys):
