@@ -160,6 +160,12 @@ class LikelihoodHead(nn.Module):
                 raw = bounded_log(2 * in_units)
             self.get_parameter(name).copy_(raw)
 
+    @torch.no_grad()
+    def forget_location_error(self) -> None:
+        """Make a location error that is learned as small as can be, in place."""
+        if "location_error" in self.settings:
+            self.get_parameter("location_error").fill_(-1e4)
+
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """
         Return the quantities once for each row of a batch.

@@ -10,7 +10,8 @@ seen. The predictions that it made of its training pairs before it learned from 
 2. two dials, to which of two answers people prefer and not to how strongly. A factor multiplies the locations
    (temperature scaling; C. Guo et al., 2017), and a share of the variance of a reward is taken to be the model's own
    error τ, which all answers have alike, rather than people's disagreement σ. Strengths and ratings say how people
-   differ; a probability has to count the model's error as well;
+   differ; a probability has to count the model's error as well. (It takes the place of an error that was learned
+   during training.);
 3. the tie width and the boundaries between strengths, given these.
 
 The dials are forecasts in advance (A. P. Dawid, 1984), made by the model in the later half of training. Both have
@@ -127,7 +128,6 @@ class Signs:
         self.error_factor = None if error_factor is None else error_factor[said]
         self.family = family
         self.unit_scale = head.scale.unit_scale
-        self.learned_error = learned_error(head)
 
     def __len__(self) -> int:
         return len(self.location)
@@ -137,8 +137,7 @@ class Signs:
         """The loss of each pair `(P,)`, in nats."""
         location = self.location * dials.factor
         scale = self.unit_scale * dials.scale_level * bounded_exp(self.log_scale)
-        shared = math.hypot(dials.location_error, self.learned_error * dials.factor)
-        error = torch.full_like(location, shared) if shared else None
+        error = torch.full_like(location, dials.location_error) if dials.location_error else None
         if self.error_factor is not None:
             own = self.error_factor.norm(dim=-1)
             error = own if error is None else torch.hypot(own, error)
@@ -270,16 +269,16 @@ def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> dict
         )
     scale = fit_scale(head, family, predictions.in_hindsight())
     signs = Signs(head, family, predictions.recent(), scale.log_scale[len(predictions) // 2 :])
-    # An error that is learned takes the part of the second dial.
-    has_one_dial = scale.weight is None or learned_error(head) > 0
     dials = Dials()
     if len(signs):
-        dials, loss = signs.fit(is_constant=has_one_dial)
+        dials, loss = signs.fit(is_constant=scale.weight is None)
         signs.check(dials, loss)
     weight = torch.zeros_like(head.scale.weight) if scale.weight is None else scale.weight[None].to(head.scale.weight)
     head.refit(predictions.scale_states.flatten(0, 1), predictions.location.flatten(), dials.factor, weight)
     head.scale.log_level.fill_(math.log(dials.scale_level))
     head.scale.location_error.fill_(dials.location_error)
+    if head.likelihood is not None:
+        head.likelihood.forget_location_error()
     evidence = Evidence(head, family, predictions.recent(), torch.ones_like(head.scale.mean_hidden).cpu().double())
     evidence.settle(head, weight[0].cpu().double(), dials.factor, dials.scale_level, dials.location_error)
     return {
@@ -319,13 +318,6 @@ def recalibrate_unit(head: DiscoHead, family: Family, predictions: Predictions) 
     factor = signs.fit_factor(dials)[0].factor if len(signs) else 1.0
     head.refit(predictions.scale_states.flatten(0, 1), predictions.location.flatten(), factor)
     return factor
-
-
-def learned_error(head: DiscoHead) -> float:
-    """Standard deviation of the location error that the likelihood of a head has learned, or 0."""
-    if head.likelihood is None or "location_error" not in head.likelihood.settings:
-        return 0.0
-    return head.likelihood.values()["location_error"].item()
 
 
 def announce(factor: float) -> None:

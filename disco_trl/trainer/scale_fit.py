@@ -184,7 +184,7 @@ class Evidence:
         self, head: DiscoHead, weight: Tensor, factor: float, scale_level: float, location_error: float
     ) -> None:
         """
-        Fit what a head's likelihood learns beside the rewards to all that people said, in place, given everything else.
+        Fit what a head's likelihood learns beside the rewards to all that was said, in place, given everything else.
 
         Args:
             head ([`~disco_trl.models.heads.DiscoHead`]):
@@ -194,17 +194,16 @@ class Evidence:
             factor, scale_level, location_error (`float`):
                 Factors of locations and scales, and the model's own error, in reward units.
         """
-        if self.likelihood is None or not list(self.likelihood.parameters()):
+        if self.likelihood is None:
             return
         self.scale_level, self.location_error, self.judgements = scale_level, location_error, self.all_judgements
         log_factor = torch.tensor(factor, dtype=torch.float64).log()
         log_scale = self.features @ weight
-        minimize(
-            lambda: self._prior_of_others() - self._log_probs(log_scale, log_factor).sum(),
-            list(self.likelihood.parameters()),
-        )
+        # The error of the locations has been fitted to which answers people prefer.
+        fitted = {n: p for n, p in self.likelihood.named_parameters() if n != "location_error"}
+        minimize(lambda: self._prior_of_others() - self._log_probs(log_scale, log_factor).sum(), [*fitted.values()])
         with torch.no_grad():
-            for name, parameter in self.likelihood.named_parameters():
+            for name, parameter in fitted.items():
                 cast(LikelihoodHead, head.likelihood).get_parameter(name).copy_(parameter)
 
     def _prior_of_others(self) -> Tensor:
