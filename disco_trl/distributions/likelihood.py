@@ -33,7 +33,7 @@ from torch import Tensor
 from .judgements import Judgements
 from .numerics import to_float64
 from .quadrature import log_marginal
-from .ratings import has_spread, rating_log_likelihood, spread_log_likelihood
+from .ratings import rating_log_likelihood
 from .reward_distribution import RewardDistribution
 
 
@@ -92,22 +92,13 @@ def log_likelihood(
     judgements = Judgements(**_all_in_float64(judgements))
     responses = Responses(**_all_in_float64(responses or Responses()))
     total = _comparisons(chosen, rejected, judgements, responses)
-    if judgements.rating_counts is None:
-        return total
-    return total + _ratings(RewardDistribution.cat([chosen, rejected]), judgements.rating_counts, responses)
-
-
-def _ratings(sides: RewardDistribution, counts: Tensor, responses: Responses) -> Tensor:
-    """The log-likelihood `(P,)` of the ratings of either side of each pair, of sides `(2 * P,)`."""
-    if responses.thresholds is None:
-        raise ValueError("there are ratings, but no thresholds to read them by")
-    return _in_pairs(rating_log_likelihood(sides, counts, responses.thresholds))
-
-
-def _in_pairs(of_sides: Tensor) -> Tensor:
-    """Sums over both sides of each pair, `(P,)`, of values `(2 * P,)`."""
-    chosen, rejected = of_sides.chunk(2)
-    return chosen + rejected
+    if judgements.rating_counts is not None:
+        if responses.thresholds is None:
+            raise ValueError("there are ratings, but no thresholds to read them by")
+        sides = RewardDistribution.cat([chosen, rejected])
+        rated = rating_log_likelihood(sides, judgements.rating_counts, responses.thresholds)
+        total = total + rated[: len(total)] + rated[len(total) :]
+    return total
 
 
 def split_log_likelihood(
@@ -117,16 +108,13 @@ def split_log_likelihood(
     responses: Responses | None = None,
 ) -> Tensor:
     """
-    Evaluates [`log_likelihood`] with a gradient in which location and scale do not act on each other.
+    Evaluates [`log_likelihood`] with a gradient in which the locations and everything else do not act on each other.
 
     The location has the gradient of the likelihood in which strengths are read as votes, given the scales, the
     boundaries and whatever else is learned. All of these have the gradient of the whole likelihood, given the
-    locations, except for the scale of an answer with two ratings or more: what these teach of it is their spread about
-    the answer's own level ([`~disco_trl.distributions.ratings.spread_log_likelihood`]), in which no location enters.
-
-    These are estimating equations, and not the gradient of one function; each has mean zero at the truth. An error of
-    a location then cannot pass for disagreement among people while the location is still being learned, and what a
-    strength or a spread says about the scale does not move the location.
+    locations. The two are estimating equations, and not the gradient of one function; each has mean zero at the truth.
+    An error of a location then cannot pass for disagreement among people while the location is still being learned,
+    and what a strength says about the scale does not move the location.
 
     Args:
         chosen, rejected, judgements, responses:
@@ -135,25 +123,14 @@ def split_log_likelihood(
     Returns:
         `torch.Tensor` of shape `(P,)`: As in [`log_likelihood`].
     """
-    chosen, rejected = chosen.map(to_float64), rejected.map(to_float64)
-    judgements = Judgements(**_all_in_float64(judgements))
-    responses = Responses(**_all_in_float64(responses or Responses()))
+    responses = responses or Responses()
     given = Responses(**{name: value if value is None else value.detach() for name, value in vars(responses).items()})
     rest = [name for name in ("scale", "shape", "location_error") if getattr(chosen, name) is not None]
     of_location = log_likelihood(
         _detached(chosen, *rest), _detached(rejected, *rest), judgements.without_strengths(), given
     )
-    chosen, rejected = _detached(chosen, "location"), _detached(rejected, "location")
-    value = _comparisons(chosen, rejected, judgements, responses)
-    spread = torch.zeros_like(value)
-    if judgements.rating_counts is not None:
-        sides, counts = RewardDistribution.cat([chosen, rejected]), judgements.rating_counts
-        is_known = has_spread(counts)
-        if is_known.any():
-            spread = _in_pairs(spread_log_likelihood(sides, counts, given.thresholds))
-            sides = replace(sides, scale=torch.where(is_known, sides.scale.detach(), sides.scale))
-        value = value + _ratings(sides, counts, responses)
-    return value + of_location - of_location.detach() + spread - spread.detach()
+    of_rest = log_likelihood(_detached(chosen, "location"), _detached(rejected, "location"), judgements, responses)
+    return of_rest + of_location - of_location.detach()
 
 
 def _detached(rewards: RewardDistribution, *names: str) -> RewardDistribution:

@@ -520,8 +520,6 @@ class DiscoHead(nn.Linear):
                         "scale_states, which disco_trl.models.scale_layer computes"
                     )
                 scale_states = hidden_states
-            if self.scale.reads_detached:
-                scale_states = scale_states.detach()
             return HeadOutput(
                 location,
                 self.scale(scale_states.to(hidden_states)),

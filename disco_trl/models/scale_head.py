@@ -81,9 +81,6 @@ class ScaleHead(nn.Module):
         layer (`int`, *optional*):
             Layer whose mean hidden state the scale reads (see `disco_trl.models.scale_layer`). `None` for the pooled
             last hidden state, which the location reads.
-        reads_detached (`bool`):
-            Whether the gradient of the scale ends at the weight, and does not go on to the hidden states. It is for a
-            trainer to set, and is not saved.
     """
 
     # Not an `nn.Linear`: quantizers and `target_modules="all-linear"` would take it for a layer of the backbone.
@@ -96,7 +93,6 @@ class ScaleHead(nn.Module):
     log_level: Tensor
     location_error: Tensor
     layer: int | None = None
-    reads_detached: bool = False
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
         super().__init__()

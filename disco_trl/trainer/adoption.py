@@ -200,8 +200,6 @@ class Adoption:
     def _choose_what_the_scale_reads(self) -> None:
         """Set the layer that the scale reads, as the user says, or by default in a model that is new to training."""
         scale, layer = self.model.scale_head, self.args.scale_layer
-        for _, head in self.model.named_reward_heads():
-            head.scale.reads_detached = self.args.scale_training == "split"
         if layer is not None:
             self.model.set_scale_layer(layer or None)
         elif scale.fixed_scale is None and self.model.scale_layer is None and not scale.rows_seen:

@@ -382,14 +382,10 @@ class Calibration(HeadFit):
     def give_up(self) -> str:
         scale = self.head.scale
         is_whole = not isinstance(scale.weight, DTensor) and not hasattr(scale.weight, "ds_id")
-        if is_whole and scale.is_constant:
-            return ""
-        scale.make_constant()
-        self.changed = True
-        return (
-            " The scale, which nothing supports then, is made the same for every answer. Checkpoints that were saved "
-            "during training have the one that was learned, and so has a model trained with calibrate=False."
-        )
+        if not (is_whole and scale.is_constant):
+            scale.make_constant()
+            self.changed = True
+        return " The scale is the same for every answer, as nothing supports another one."
 
 
 def why_constant(metrics: dict[str, float]) -> str:

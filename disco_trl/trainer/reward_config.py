@@ -69,10 +69,12 @@ class DiscoRewardConfig(RewardConfig):
             Number L of levels of `preference_strength`, which holds whole numbers from −L to L. If `None`, L is the
             largest strength in the training data (for a stream, in its first 1,000 rows). With 1, strengths are read
             as votes.
-        scale_training (`str`, *optional*, defaults to `"split"`):
-            What location and scale learn from each other's errors. With `"split"`, the location is trained by votes,
-            ties and ratings given the scale, and scale and boundaries by everything given the location, without
-            changing the language model. With `"joint"`, all are trained by the one likelihood.
+        scale_training (`str`, *optional*, defaults to `"at_end"`):
+            When the scale is learned. With `"at_end"`, it stays as it is (in a new model, the same for every answer)
+            until training ends, and `calibrate` fits it then. Until then the location is trained by votes, ties and
+            ratings, and how strong a preference is moves the boundaries between strengths alone. With `"joint"`, all
+            are trained together by the one likelihood, the language model included, before `calibrate` fits the scale
+            again.
         weigh_by (`str`, *optional*, defaults to `"pair"`):
             What has weight 1 in the loss. With `"pair"`, all judgements in a row of the dataset together. With
             `"vote"`, each vote, each rating and each ranked pair. A column `weight` multiplies either.
@@ -177,12 +179,11 @@ class DiscoRewardConfig(RewardConfig):
         },
     )
     scale_training: str = field(
-        default="split",
+        default="at_end",
         metadata={
-            "help": "Whether the location is trained by votes, ties and ratings given the scale, and the scale by "
-            "everything given the location and without changing the language model ('split'), or all by the one "
-            "likelihood ('joint').",
-            "choices": ["split", "joint"],
+            "help": "Whether the scale stays as it is until training ends and is fitted then ('at_end'), or is trained "
+            "together with the location, by the one likelihood ('joint').",
+            "choices": ["at_end", "joint"],
         },
     )
     weigh_by: str = field(
@@ -281,8 +282,8 @@ class DiscoRewardConfig(RewardConfig):
             raise ValueError(
                 f"strength_levels={self.strength_levels!r} must be a whole number from 1 to {MOST_LEVELS}, or None"
             )
-        if self.scale_training not in ("split", "joint"):
-            raise ValueError(f"scale_training={self.scale_training!r} must be 'split' or 'joint'")
+        if self.scale_training not in ("at_end", "joint"):
+            raise ValueError(f"scale_training={self.scale_training!r} must be 'at_end' or 'joint'")
         if self.weigh_by not in ("pair", "vote"):
             raise ValueError(f"weigh_by={self.weigh_by!r} must be 'pair' or 'vote'")
 

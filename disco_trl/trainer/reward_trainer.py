@@ -8,6 +8,7 @@ the unit of reward, and checks the data. `docs/upstream.md` lists what is overri
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,13 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         self.add_callback(SamplerEpoch())
 
         # What is fitted when training ends, to the predictions that it has made
-        wants_calibration = args.calibrate is not False and self._reward_model.scale_head.fixed_scale is None
+        learns_scale = self._reward_model.scale_head.fixed_scale is None
+        wants_calibration = args.calibrate is not False and learns_scale
+        if args.calibrate is False and args.scale_training == "at_end" and learns_scale:
+            logger.warning(
+                "The scale will be the same for every answer: calibrate=False turns off what fits it when training "
+                "ends. Set scale_training='joint' to train it with the rest, which nothing checks then."
+            )
         refusal = self._why_no_calibration() if wants_calibration else None
         self._calibrates = wants_calibration and refusal is None
         # The first process keeps them and fits; the others receive the result, for all to have the same head.
@@ -348,8 +355,14 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
 
         responses = self._reward_model.responses_of(outputs)
-        evaluate = split_log_likelihood if self.args.scale_training == "split" else log_likelihood
-        log_likelihoods = evaluate(chosen, rejected, judgements, responses)
+        if self.args.scale_training == "joint":
+            log_likelihoods = log_likelihood(chosen, rejected, judgements, responses)
+        else:
+            # The scale stays as it is until training ends. Its gradient is 0 and not missing, for which DDP would wait.
+            chosen, rejected = (
+                replace(side, scale=side.scale.detach() + 0 * side.scale) for side in (chosen, rejected)
+            )
+            log_likelihoods = split_log_likelihood(chosen, rejected, judgements, responses)
         # accelerate repeats rows to even out the last batches. In training they count, as in every other trainer.
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
         loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)

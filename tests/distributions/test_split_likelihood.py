@@ -6,7 +6,6 @@ from torch import Tensor
 
 from disco_trl.distributions.judgements import Judgements
 from disco_trl.distributions.likelihood import Responses, log_likelihood, split_log_likelihood
-from disco_trl.distributions.ratings import spread_log_likelihood
 from disco_trl.distributions.reward_distribution import RewardDistribution
 
 
@@ -102,33 +101,3 @@ def test_at_the_truth_every_score_has_mean_zero(name):
     moved = gradients(split_log_likelihood, given | {name: 1.3 * given[name]}, drawn(given))[name]
     away = moved * torch.sign(given[name])
     assert abs(away.mean()) > 10 * away.std() / away.numel() ** 0.5
-
-
-def test_several_ratings_teach_the_scale_by_their_spread():
-    """The first answer has ratings of 1, 3 and 4, the second one of 2, both others none."""
-    counts = torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
-    said = torch.zeros(2)
-    judgements = Judgements(said, said, said, said, said, said + 1, rating_counts=counts)
-    free = {name: tensor.requires_grad_() for name, tensor in leaves(2).items() if name != "boundaries"}
-    thresholds = torch.tensor([-1.0, 0.1, 1.3], dtype=torch.float64)
-
-    def sides() -> list[RewardDistribution]:
-        return [
-            RewardDistribution(location, log_scale.exp(), "normal")
-            for location, log_scale in zip(free["location"], free["log_scale"], strict=True)
-        ]
-
-    def gradient(value: Tensor) -> list[Tensor]:
-        return [g.flatten() for g in torch.autograd.grad(value.sum(), list(free.values()), materialize_grads=True)]
-
-    responses = Responses(thresholds=thresholds)
-    location, log_scale = gradient(split_log_likelihood(*sides(), judgements, responses))
-    whole_location, whole_log_scale = gradient(log_likelihood(*sides(), judgements, responses))
-    _, of_spread = gradient(spread_log_likelihood(RewardDistribution.cat(sides()), counts, thresholds))
-    torch.testing.assert_close(location, whole_location)
-    torch.testing.assert_close(log_scale[0], of_spread[0])  # several
-    torch.testing.assert_close(log_scale[2], whole_log_scale[2])  # one
-    assert log_scale[[1, 3]].tolist() == [0, 0]
-    torch.testing.assert_close(
-        split_log_likelihood(*sides(), judgements, responses), log_likelihood(*sides(), judgements, responses)
-    )

@@ -274,21 +274,6 @@ def test_an_error_in_the_backbone_leaves_the_model_as_it_was(base_model_dir):
         assert model.as_scalar().score(model.model(input_ids=ids).last_hidden_state).shape == (1, 3, 1)
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-def test_reading_detached_trains_the_weight_of_the_scale_alone(layer, base_model_dir):
-    model = layered(base_model_dir("llama"), layer)
-    model.train()
-    _, connected = scales_and_gradients(model, batch(4))
-    assert "model.embed_tokens.weight" in connected
-    model.scale_head.reads_detached = True
-    _, detached = scales_and_gradients(model, batch(4))
-    assert detached.keys() == {"score.scale.weight"}
-    torch.testing.assert_close(detached["score.scale.weight"], connected["score.scale.weight"])
-    model.zero_grad()
-    model(**batch(4)).logits.sum().backward()
-    assert model.model.embed_tokens.weight.grad.any()  # the location's gradient goes on
-
-
 def test_four_bits(wider_llama_dir):
     pytest.importorskip("bitsandbytes")
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

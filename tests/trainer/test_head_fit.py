@@ -130,7 +130,8 @@ def test_the_moments_are_those_of_the_head_that_is_saved(trained):
         ({"num_train_epochs": 2, "calibrate": True}, "training goes through its data 2 times"),
         ({}, "16 predictions are kept on the first process, and 512 are needed"),
         ({"location_error": True}, "16 predictions are kept on the first process"),
-        ({"calibrate": False}, None),
+        ({"scale_training": "joint"}, "16 predictions are kept on the first process"),
+        ({"calibrate": False, "scale_training": "joint"}, None),
         ({"fixed_scale": 1.0}, None),
     ],
     ids=str,
@@ -151,12 +152,12 @@ def test_a_run_without_calibration_says_so(tiny_llama_dir, tiny_tokenizer, tmp_p
         trainer.train()
     said = [record.message for record in caplog.records if "The rewards are not calibrated: " in record.message]
     assert [line in message for message in said] == ([] if line is None else [True])
-    # A scale that was learned and is not supported has become constant, and the head is evaluated again. The card
-    # names no factor.
-    is_silenced = line is not None
+    assert all("The scale is the same for every answer" in message for message in said)
+    # A scale that was learned together with the rest, and that nothing supports, has become constant, and the head is
+    # evaluated again. The card names no factor.
+    is_silenced = options.get("scale_training") == "joint" and line is not None
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 1 + is_silenced
-    assert trainer.model.scale_head.is_constant == (is_silenced or "fixed_scale" in options)
-    assert all("is made the same for every answer" in message for message in said)
+    assert trainer.model.scale_head.is_constant == (options.get("calibrate") is not False)
     trainer.create_model_card()
     assert "were calibrated" not in (tmp_path / "README.md").read_text()
 
