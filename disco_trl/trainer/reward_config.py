@@ -181,8 +181,8 @@ class DiscoRewardConfig(RewardConfig):
     scale_training: str = field(
         default="at_end",
         metadata={
-            "help": "Whether the scale stays as it is until training ends and is fitted then ('at_end'), or is trained "
-            "together with the location, by the one likelihood ('joint').",
+            "help": "Whether the scale stays as it is until training ends and is fitted then ('at_end'), or is "
+            "trained together with the location, by the one likelihood ('joint').",
             "choices": ["at_end", "joint"],
         },
     )
