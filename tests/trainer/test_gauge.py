@@ -76,7 +76,9 @@ def log_scales(model) -> np.ndarray:
 
 def trainer_of(folder, tokenizer, *, seed: int = 0, **options):
     settings = {"per_device_train_batch_size": 32, "max_steps": 300, "learning_rate": 5e-3, "logging_steps": 1000}
-    settings |= {"model": tiny_llama(seed), "train_dataset": votes(9600, seed)} | options
+    settings |= {"model": tiny_llama(seed), "train_dataset": votes(9600, seed)}
+    # A scale that is fitted when training ends has no time to drift.
+    settings |= {"scale_training": "joint", "scale_layer": 0, "calibrate": False} | options
     return disco_trainer(folder, processing_class=tokenizer, **settings)
 
 

@@ -30,6 +30,8 @@ def trainer(tmp_path, wider_llama_dir):
         peft_config=LoraConfig(target_modules="all-linear"),
         gradient_checkpointing=True,
         bf16=True,
+        scale_training="joint",
+        calibrate=False,
     )
 
 
@@ -109,6 +111,8 @@ def test_variants_train_and_come_back(variant, tmp_path, wider_llama_dir):
         quantization_config=quantization,
         peft_config=LoraConfig(r=4, target_modules="all-linear", **options),
         learning_rate=1e-2,
+        scale_training="joint",
+        calibrate=False,
     )
     config = trainer.model.peft_config["default"]
     assert {name: getattr(config, name) for name in options} == options

@@ -21,10 +21,13 @@ def test_it_is_trls_config_with_fields_added(tmp_path):
     assert {name: field.default for name, field in own.items()} == {
         "reward_family": None,
         "fixed_scale": None,
+        "scale_layer": None,
         "location_error": None,
         "tie_width": None,
         "label_noise": 0.0,
         "rating_values": None,
+        "strength_levels": None,
+        "scale_training": "at_end",
         "weigh_by": "pair",
         "calibrate": None,
         "epistemic": False,
