@@ -311,10 +311,10 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(args.seed)
 
     def posterior() -> None:
-        memory = PredictionMemory()
+        memory = PredictionMemory(keeps_hidden_states=True)
         for _ in range(steps):
             states = hidden.detach() + torch.randn(hidden.shape, generator=noise).to(hidden)
-            memory.add(states, states[:, :1], None, said)
+            memory.add(states, states, states[:, :1], None, said)
         predictions = memory.predictions()
         assert predictions is not None
         fit_posterior(head, family, predictions.in_hindsight(), pairs=args.pairs)

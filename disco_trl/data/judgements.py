@@ -231,7 +231,7 @@ def check_answerable(
                 f"knows the ratings {', '.join(f'{value:g}' for value in values)}, cannot give {given:g}; round it, "
                 "pass rating_values with all there are, or leave the column out"
             )
-        if too_strong:
+        if too_strong and levels is not None:
             try:
                 for comparison in feedback.comparisons:
                     _count_strengths(comparison, levels)

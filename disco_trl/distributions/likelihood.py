@@ -151,9 +151,11 @@ def _comparisons(
     no_band = torch.zeros_like(judgements.margin)
     band = no_band if responses.tie_width is None else responses.tie_width * judgements.tie_allowed
     beyond_margin = chosen - rejected - judgements.margin
+    boundaries: list[Tensor] = []
     if strengths is not None:
         if responses.strength_boundaries is None:
             raise ValueError("there are strengths of preference, but no boundaries to read them by")
+        boundaries = list(responses.strength_boundaries)
         won, lost = strengths.unflatten(-1, (2, -1)).unbind(dim=-2)
         wins, losses = wins - won.sum(dim=-1), losses - lost.sum(dim=-1)
 
@@ -175,7 +177,7 @@ def _comparisons(
             tie_band = torch.where(ties > 0, band, torch.ones_like(band))
             total = total + ties * difference.log_prob_within(tie_band)
         if strengths is not None:
-            bounds = [band, *responses.strength_boundaries]
+            bounds = [band, *boundaries]
             for k, (counts_won, counts_lost) in enumerate(zip(won.unbind(-1), lost.unbind(-1), strict=True)):
                 by_k = [
                     side.log_prob_between(bounds[k], bounds[k + 1])
@@ -190,7 +192,7 @@ def _comparisons(
     error = chosen.error_of_difference(rejected)
     if error is None:
         return given(no_band)
-    edges = [band, *(() if strengths is None else responses.strength_boundaries.expand(len(band), -1).unbind(-1))]
+    edges = [band, *(boundary.expand_as(band) for boundary in boundaries)]
     bends = torch.stack([side * edge - beyond_margin.location for edge in edges for side in (-1, 1)])
     width = chosen.kind.difference_scale(chosen.scale, rejected.scale)
     return log_marginal(given, error, bends, width)

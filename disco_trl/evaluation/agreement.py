@@ -162,8 +162,8 @@ def _nll(
             wins, losing, ties, torch.ones_like(wins), torch.zeros_like(wins), torch.ones_like(wins),
             strength_counts=strengths,
         )  # fmt: skip
-        sides = (rewards[torch.from_numpy(at[number[rows]])] for at in (held_out.first, held_out.second))
-        losses.append(-log_likelihood(*sides, judgements, responses).cpu().numpy())
+        first, second = (rewards[torch.from_numpy(at[number[rows]])] for at in (held_out.first, held_out.second))
+        losses.append(-log_likelihood(first, second, judgements, responses).cpu().numpy())
     loss = np.bincount(number, people * np.concatenate(losses), counts.shape[1])
     asked = np.bincount(number, people, counts.shape[1])
     with np.errstate(invalid="ignore"):  # a resample without any of them

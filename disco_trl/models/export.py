@@ -358,7 +358,7 @@ def _write(source: Any, folder: Path, to: str, dtype: torch.dtype) -> None:
             TWO_LOGIT_ENTRY,
             {
                 "reward_family": config.disco["reward_family"],
-                "unit_scale": head.scale.unit_scale,
+                "unit_scale": head.scale.unit_scale * head.scale.log_level.exp().item(),
                 "max_log_scale": MAX_LOG_SCALE,
                 "raw_scale_offset": offset,
                 "formula": "location = logits[0]; scale = unit_scale * exp(max_log_scale * "

@@ -171,7 +171,7 @@ class Truth:
             name: torch.tensor(self.extras[name])[:, None].repeat(1, len(nodes) * count) for name in question.extras
         }
         leaves = [leaf.requires_grad_() for leaf in (*leaves, *extras.values())]
-        rewards = rewards_of(*leaves[:2], self.family, None)
+        rewards = rewards_of(leaves[0], leaves[1], self.family, None)
         log_probs, slopes = [], []  # of each answer: (Q, n) and (Q, n, parameters)
         design = self.inputs[items]  # (n, S, r)
         for one in torch.eye(question.answers, dtype=torch.float64):

@@ -9,7 +9,7 @@ is what ways to ask are compared by.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -73,7 +73,7 @@ class Outlook:
         tie_half_width, *boundaries = np.quantile(np.abs(rewards[:, 0] - rewards[:, 1]), shares)
         thresholds = np.quantile(rewards, np.arange(1, RATING_VALUES) / RATING_VALUES)
         texts = rng.permutation(len(self.population))[:SAMPLED]
-        self._asked = {
+        self._asked: dict[str, Comparisons | Ratings] = {
             "votes": Comparisons(pairs[:SAMPLED]),
             "grades": Comparisons(pairs[:SAMPLED], 1, boundaries, tie_half_width),
             "ratings": Ratings(texts, 1, thresholds),
@@ -84,7 +84,7 @@ class Outlook:
     def _information_of_one(self, ask: Ask) -> np.ndarray:
         """Information in what all the people say about one pair, or one text."""
         question = self._asked[ask.what]
-        question = type(question)(**{**vars(question), "people": ask.people})
+        question = replace(question, people=ask.people)
         return self._truth.information(question, self.seed) / len(question.items)
 
     def expected(self, asked: Mapping[Ask, float]) -> Precision:

@@ -358,10 +358,9 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         if self.args.scale_training == "joint":
             log_likelihoods = log_likelihood(chosen, rejected, judgements, responses)
         else:
-            # The scale stays as it is until training ends. Its gradient is 0 and not missing, for which DDP would wait.
-            chosen, rejected = (
-                replace(side, scale=side.scale.detach() + 0 * side.scale) for side in (chosen, rejected)
-            )
+            # The scale stays as it is until training ends. Its gradient is 0 and not missing, as DDP waits for all.
+            kept = rewards.scale.detach() + 0 * rewards.scale
+            chosen, rejected = replace(chosen, scale=kept[:count]), replace(rejected, scale=kept[count:])
             log_likelihoods = split_log_likelihood(chosen, rejected, judgements, responses)
         # accelerate repeats rows to even out the last batches. In training they count, as in every other trainer.
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
