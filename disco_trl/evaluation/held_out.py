@@ -114,7 +114,8 @@ class HeldOut:
     answers: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        of_comparisons, grades = [], []
+        of_comparisons: list[Any] = []
+        grades: list[Any] = []
         for number, (item, of_item) in enumerate(zip(self.items, self.answers, strict=True)):
             is_soft = "preference_probability" in item.said
             for said in item.comparisons:
