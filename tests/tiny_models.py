@@ -21,7 +21,10 @@ from disco_trl.models.adapters import ADAPTER_SETTINGS_FILE
 
 
 # Names in the state dict of a learned scale
-SCALE_STATE = ("weight", "mean_hidden", "var_hidden", "mean_traits", "var_traits", "rows_seen")
+MOMENTS = ("mean_hidden", "var_hidden", "mean_traits", "var_traits", "rows_seen")
+# What calibration sets, and what is 0 without it
+DIALS = ("log_level", "location_error")
+SCALE_STATE = ("weight", *MOMENTS, *DIALS)
 VOCAB = 64
 PAD = EOS = 2
 
@@ -94,6 +97,8 @@ def randomize_heads(model: Any) -> Any:
     with torch.no_grad():
         for _, head in model.named_reward_heads():
             for name, tensor in head.state_dict(keep_vars=True).items():
+                if name.rpartition(".")[2] in DIALS:
+                    continue
                 std = 0.3 if "scale" in name else 0.5
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
     return model.eval()

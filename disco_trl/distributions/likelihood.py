@@ -24,7 +24,7 @@ P. McCullagh, 1980, the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def split_log_likelihood(
 
 
 def _detached(rewards: RewardDistribution, *names: str) -> RewardDistribution:
-    return replace(rewards, **{name: getattr(rewards, name).detach() for name in names})
+    return rewards.replace(**{name: getattr(rewards, name).detach() for name in names})
 
 
 def _all_in_float64(record: Judgements | Responses) -> dict[str, Any]:

@@ -165,6 +165,21 @@ class RewardDistribution:
             None if self.error_factor is None else function(self.error_factor),
         )
 
+    def replace(self, **tensors: Tensor | None) -> RewardDistribution:
+        """
+        Replaces some of the tensors.
+
+        Args:
+            **tensors (`torch.Tensor`):
+                New ones, by the names of the attributes.
+
+        Returns:
+            [`RewardDistribution`]: The rewards with these, and the others as they are.
+        """
+        names = ("location", "scale", "shape", "location_error", "error_factor")
+        known: dict[str, Any] = {name: getattr(self, name) for name in names} | tensors
+        return RewardDistribution(family=self.kind, **known)
+
     @classmethod
     def cat(cls, rewards: Sequence[RewardDistribution]) -> RewardDistribution:
         """

@@ -173,7 +173,7 @@ class HeldOut:
                 kind = detect_kind(row)
                 read = item_reader(kind)
                 inferred.append(row)
-            elif inferred and kind == "helpsteer":
+            elif inferred and kind == "strengths":
                 inferred.append(row)
             for item in read(row, number):
                 tokens = _tokens(item, processing_class, number)
@@ -181,8 +181,8 @@ class HeldOut:
                     continue
                 items.append(item)
                 answers.append(np.array([number_of.setdefault(ids, len(number_of)) for ids in tokens]))
-        if kind == "helpsteer" and (unsigned := why_unsigned(inferred)) is not None:
-            raise ValueError(f"{unsigned}; if that is right, pass --kind helpsteer")
+        if kind == "strengths" and (unsigned := why_unsigned(inferred)) is not None:
+            raise ValueError(f"{unsigned}; if that is right, pass --kind strengths")
         if not items:
             raise ValueError("there is nothing to evaluate: no rows, or none short enough")
         return cls(items, BENCHMARKS.get(kind), [list(ids) for ids in number_of], answers)

@@ -8,7 +8,6 @@ the unit of reward, and checks the data. `docs/upstream.md` lists what is overri
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +359,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         else:
             # The scale stays as it is until training ends. Its gradient is 0 and not missing, as DDP waits for all.
             kept = rewards.scale.detach() + 0 * rewards.scale
-            chosen, rejected = replace(chosen, scale=kept[:count]), replace(rejected, scale=kept[count:])
+            chosen, rejected = chosen.replace(scale=kept[:count]), rejected.replace(scale=kept[count:])
             log_likelihoods = split_log_likelihood(chosen, rejected, judgements, responses)
         # accelerate repeats rows to even out the last batches. In training they count, as in every other trainer.
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)

@@ -174,6 +174,7 @@ def test_an_optimizer_that_would_leave_the_scale_as_it_is(tmp_path, tiny_llama_d
         disco_trainer(tmp_path, model=stock, optimizers=(torch.optim.SGD(stock.parameters()), None), **arguments)
     model = DiscoRewardModel.from_pretrained(tiny_llama_dir, dtype="float32")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    trainer = disco_trainer(tmp_path, model=model, optimizers=(optimizer, None), **arguments)
+    options = {"scale_training": "joint", "calibrate": False}
+    trainer = disco_trainer(tmp_path, model=model, optimizers=(optimizer, None), **options, **arguments)
     trainer.train()
     assert model.scale_head.weight.abs().max() > 0

@@ -74,7 +74,8 @@ def test_from_a_bradley_terry_checkpoint(tmp_path, tiny_llama_dir, tiny_tokenize
     theirs = reward_trainer(tmp_path / "bt", model=tiny_llama_dir, train_dataset=preferences())
     theirs.train()
     theirs.save_model()
-    ours = disco_trainer(tmp_path / "disco", model=str(tmp_path / "bt"), train_dataset=preferences())
+    options = {"scale_training": "joint", "calibrate": False}
+    ours = disco_trainer(tmp_path / "disco", model=str(tmp_path / "bt"), train_dataset=preferences(), **options)
     assert torch.allclose(locations(ours.model, tiny_tokenizer), locations(theirs.model, tiny_tokenizer), atol=1e-6)
     ours.train()
     assert ours.model.scale_head.weight.abs().max() > 0

@@ -16,7 +16,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from tiny_models import SCALE_STATE
+from tiny_models import MOMENTS
 from tiny_training import bradley_terry_trainer, disco_trainer, furthest, preferences, reward_trainer, weights
 from transformers import AutoModelForSequenceClassification
 
@@ -58,6 +58,8 @@ def test_tokens_that_a_chat_template_adds_are_trained(tmp_path, tiny_llama_dir, 
         train_dataset=preferences("conversational"),
         peft_config=users,
         chat_template_path=str(tmp_path / "chat"),
+        scale_training="joint",
+        calibrate=False,
     )
     assert users.trainable_token_indices is None and users.modules_to_save is None
     new = tiny_tokenizer.convert_tokens_to_ids("<|end|>")
@@ -79,16 +81,21 @@ PEFT_CONFIGS = {
 def test_adapters_keep_the_head(tmp_path, tiny_llama_dir, peft_config):
     """Trained, in float32, saved, and the same when the adapter is loaded by its path."""
     arguments = {"model": tiny_llama_dir, "train_dataset": preferences(), "peft_config": peft_config}
-    trainer = disco_trainer(tmp_path, reward_family="cauchy", **arguments)
+    options = {"scale_training": "joint", "calibrate": False}
+    trainer = disco_trainer(tmp_path, reward_family="cauchy", **options, **arguments)
     start = weights(trainer.model)
     trainer.train()
     changed = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, start[name])}
-    head = {"weight", *(f"scale.{name}" for name in SCALE_STATE)}
+    head = {"weight", *(f"scale.{name}" for name in ("weight", *MOMENTS))}
     assert {name.rpartition("modules_to_save.default.")[2] for name in changed if "score" in name} == head
     assert all(module.weight.dtype == torch.float32 for _, module in trainer._reward_model.named_reward_heads())
 
     trainer.save_model()
-    assert json.loads((tmp_path / "disco_config.json").read_text()) == {"reward_family": "cauchy", "fixed_scale": None}
+    assert json.loads((tmp_path / "disco_config.json").read_text()) == {
+        "reward_family": "cauchy",
+        "fixed_scale": None,
+        "scale_layer": 1,
+    }
     loaded = DiscoRewardModel.from_pretrained(tmp_path, dtype="float32").eval()
     batch = {"input_ids": torch.arange(12).reshape(2, 6) + 5}
     with torch.no_grad():

@@ -33,7 +33,7 @@ HELPSTEER = {"prompt": "Why?", "response_1": "So.", "response_2": "No.", "prefer
         ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2]}, "preferences"),
         *((row, name) for name, row in ROWS.items()),
         (TRANSCRIPT, "hh-rlhf"),
-        (HELPSTEER, "helpsteer"),
+        (HELPSTEER, "strengths"),
         ({"instruction": "a", "chosen": "b", "rejected": "c"}, "alpaca"),
         ({"prompt": "a", "completion_a": "b", "completion_b": "c", "prob_b": 0.3}, "soft"),
     ],
@@ -49,9 +49,9 @@ def test_an_unknown_row_is_refused_with_what_there_is():
 
 def test_strengths_that_are_never_negative_are_evaluated_only_if_named(tiny_tokenizer):
     sizes = [HELPSTEER, {**HELPSTEER, "response_1": "Thus.", "preference_strength": 1}]
-    with pytest.raises(ValueError, match=r"none of 2 strengths of preference is below 0.*pass --kind helpsteer"):
+    with pytest.raises(ValueError, match=r"none of 2 strengths of preference is below 0.*pass --kind strengths"):
         HeldOut.read(sizes, tiny_tokenizer)
-    assert len(HeldOut.read(sizes, tiny_tokenizer, "helpsteer").items) == 2
+    assert len(HeldOut.read(sizes, tiny_tokenizer, "strengths").items) == 2
     assert len(HeldOut.read([*sizes, {**HELPSTEER, "preference_strength": -1}], tiny_tokenizer).items) == 3
 
 
@@ -80,7 +80,7 @@ def test_a_bootstrap_draws_items_and_shared_answers(tiny_tokenizer):
 
 
 def test_converted_formats(tiny_tokenizer):
-    held_out = HeldOut.read([HELPSTEER], tiny_tokenizer, "helpsteer")
+    held_out = HeldOut.read([HELPSTEER], tiny_tokenizer, "strengths")
     better = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]
     assert held_out.sequences[held_out.first[0]] == tokenize(tiny_tokenizer, better)
 

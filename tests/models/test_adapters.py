@@ -250,7 +250,7 @@ def adapters(tmp_path_factory, tiny_llama_dir) -> dict[str, str]:
             model=tiny_llama_dir,
             train_dataset=preferences("conversational"),
             peft_config=LoraConfig(r=2),
-            **{"learning_rate": 1e-2, "max_steps": 2} | settings,
+            **{"learning_rate": 1e-2, "max_steps": 2, "scale_training": "joint", "calibrate": False} | settings,
         )
         trainer.train()
         trainer.save_model()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import SCALE_STATE
+from tiny_models import MOMENTS
 from tiny_training import disco_trainer, preferences, weights
 from transformers import BitsAndBytesConfig
 
@@ -58,7 +58,7 @@ def test_the_head_is_trained_in_float32_and_saved(tmp_path, trainer):
     trainer.train()
     after = heads(trainer)
     trained = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    names = ("weight", *(f"scale.{name}" for name in SCALE_STATE))
+    names = ("weight", "scale.weight", *(f"scale.{name}" for name in MOMENTS))
     assert trained == {f"base_model.model.score.modules_to_save.default.{name}" for name in names}
     for name in trained:
         assert after[name].dtype == torch.float32
