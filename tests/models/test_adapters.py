@@ -298,7 +298,7 @@ def test_adapters_of_one_family_take_turns(adapters, tiny_tokenizer):
         for name in ("normal", "other normal")
     }
     for one, other in zip(*alone.values(), strict=True):  # location and scale: the two adapters do differ in both
-        assert (one - other).abs().min() > 1e-3
+        assert (one - other).abs().min() > 1e-4
     model.load_adapter(adapters["other normal"], adapter_name="other")
     for active, name in (("default", "normal"), ("other", "other normal"), ("default", "normal")):
         model.set_adapter(active)

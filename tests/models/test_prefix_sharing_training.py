@@ -192,7 +192,7 @@ def test_qlora(tmp_path, sharp_llama_dir):
     shared, _ = assert_same_training(
         tmp_path,
         tolerance=0.05,
-        log_tolerance=0.02,
+        log_tolerance=0.05,
         model=sharp_llama_dir,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         peft_config=LoraConfig(**LORA),
