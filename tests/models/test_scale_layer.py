@@ -542,6 +542,7 @@ def test_training(prefix_sharing, peft, tiny_llama_dir, tmp_path):
         peft_config=LoraConfig(r=2) if peft else None,
         learning_rate=1e-2,
         calibrate=False,
+        scale_training="joint",
     )
     seen = []
     track = trainer._reward_model.scale_head.track
@@ -575,6 +576,7 @@ def test_shared_prefixes_train_the_same_model(tiny_tokenizer, tmp_path):
             optim="sgd",
             learning_rate=0.02,
             calibrate=False,
+            scale_training="joint",
         )
         start = weights(trainer.model)
         trainer.train()

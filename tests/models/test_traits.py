@@ -225,7 +225,7 @@ def test_they_say_what_the_rows_were(tmp_path, tiny_tokenizer, tiny_llama_dir):
     model = trainer.model.eval()
     with torch.no_grad():
         outputs = [model(input_ids=torch.tensor([row])) for row in ids]
-    hidden_states = torch.cat([output.pooled_hidden_state for output in outputs])
+    hidden_states = torch.cat([output.scale_state for output in outputs])
     location = torch.cat([output.logits for output in outputs])
     head = model.scale_head
     torch.testing.assert_close(head.mean_hidden, hidden_states.mean(dim=0), rtol=1e-4, atol=1e-5)

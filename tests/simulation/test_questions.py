@@ -159,7 +159,7 @@ def test_random_answers_stand_for_all_of_them(monkeypatch):
     every = truth.information(question)
     monkeypatch.setattr("disco_trl.simulation.information.MOST_ENUMERATED", 1)
     drawn = truth.information(question)
-    np.testing.assert_allclose(np.diag(drawn), np.diag(every), rtol=0.06)
+    np.testing.assert_allclose(np.diag(drawn), np.diag(every), rtol=0.1)
     assert not np.array_equal(drawn, every)
 
 
