@@ -119,8 +119,7 @@ class Signs:
             is_compared = wins + losses > 0
             wins, losses = (torch.where(is_compared, *each) for each in zip((wins, losses), rated, strict=True))
         said = torch.nonzero(wins + losses > 0)[-MOST_SIGNS:, 0]
-        # All that is said about a pair weighs as one judgement does, as it shares what is wrong with the prediction.
-        weight = (judgements.weight.double() / (wins + losses).clamp_min(1))[said]
+        weight = judgements.weight.double()[said]
         self.wins, self.losses = wins[said] * weight, losses[said] * weight
         self.location, self.log_scale = predictions.location.double()[said], log_scale[said]
         self.shape = family.shape_from_raw(predictions.raw_shape.double()[said]) if family.shape_names else None
@@ -234,11 +233,15 @@ class Signs:
 
 
 def _comparisons_of_ratings(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """From counts `(P, L)` of ratings to the shares `(P,)` of pairs of raters in which either answer is higher."""
-    first, second = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1) for counts in (first, second))
+    """
+    From counts `(P, L)` of ratings to wins and losses `(P,)` in comparisons of raters.
+
+    They are shares of the pairs of raters who do not agree, times the number of ratings: the weight of a judgement is
+    that of a rating.
+    """
     higher = [(a * (b.cumsum(dim=1) - b)).sum(dim=1) for a, b in ((first, second), (second, first))]
-    decided = (higher[0] + higher[1]).clamp_min(1e-12)
-    return higher[0] / decided, higher[1] / decided
+    amount = (first + second).sum(dim=1) / (higher[0] + higher[1]).clamp_min(1e-12)
+    return higher[0] * amount, higher[1] * amount
 
 
 def calibrate(head: DiscoHead, family: Family, predictions: Predictions) -> dict[str, float]:

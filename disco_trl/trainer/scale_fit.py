@@ -20,6 +20,7 @@ cross-fitted log scales `[P, 2]` → gain over a constant scale, in nats, and it
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -104,16 +105,20 @@ class Evidence:
         counts = predictions.rating_counts.flatten(0, 1)
         self.rated = _last_of_each(torch.cat([self.answers.flatten()[:, None], counts], dim=1), has_spread(counts))
         self.rated_answers, self.rated_features = (x.flatten(0, 1)[self.rated] for x in (self.answers, self.features))
-        self.spread: SpreadTable | None = None
-        if len(self.rated):
-            assert head.likelihood is not None
-            thresholds = head.likelihood.values()["thresholds"].detach().cpu()
-            shape = None if self.shape is None else self.shape.flatten(0, 1)[self.rated]
-            self.spread = SpreadTable(family, shape, counts[self.rated], thresholds)
+        self.rating_counts = counts[self.rated]
+        self.rated_shape = None if self.shape is None else self.shape.flatten(0, 1)[self.rated]
         is_graded = predictions.strength_counts.sum(dim=-1) + predictions.judgements.ties > 0
         is_graded &= predictions.strength_counts.shape[-1] > 0
-        if self.spread is not None or is_graded.any():
+        if len(self.rated) or is_graded.any():
             self.judgements = self.judgements.only(is_graded)
+
+    @functools.cached_property
+    def spread(self) -> SpreadTable | None:
+        """Log-likelihood of each answer's ratings, which takes seconds to tabulate, or `None` if there are none."""
+        if self.likelihood is None or not len(self.rated):
+            return None
+        thresholds = self.likelihood.values()["thresholds"].detach()
+        return SpreadTable(self.family, self.rated_shape, self.rating_counts, thresholds)
 
     def select(self, keep: Tensor) -> Evidence:
         """

@@ -143,11 +143,16 @@ def test_pairs_that_share_answers_count_less():
 
 
 def test_ratings_are_compared_where_nobody_compared_the_answers():
-    """Ratings 1 and 3 against 2 and 3: of four pairs of raters 1 < 2, 1 < 3, 3 > 2 and 3 = 3, so one win to two."""
+    """
+    Ratings 1 and 3 against 2 and 3: of four pairs of raters 1 < 2, 1 < 3, 3 > 2 and 3 = 3, so one win to two, of four
+    ratings.
+    """
     first, second = torch.tensor([[1.0, 0, 1]]).double(), torch.tensor([[0.0, 1, 1]]).double()
     wins, losses = _comparisons_of_ratings(first, second)
-    assert wins.item() == pytest.approx(1 / 3)
-    assert losses.item() == pytest.approx(2 / 3)
+    assert wins.item() == pytest.approx(4 / 3)
+    assert losses.item() == pytest.approx(8 / 3)
+    alone = torch.zeros(1, 3).double()  # nobody rated the other answer
+    assert [x.item() for x in _comparisons_of_ratings(first, alone)] == [0, 0]
 
 
 def test_hindsight():
