@@ -48,8 +48,6 @@ class Predictions:
             How many wins and losses were of each of L strengths. L is 0 for a model that knows no strengths.
         answers (`torch.LongTensor` of shape `(P, 2)`):
             Which answers are equal: those with equal numbers. Each negative number is an answer of its own.
-        is_known (`torch.BoolTensor` of shape `(P, 2)`):
-            Whether the model had learned from an earlier pair with the answer.
     """
 
     hidden_states: Tensor
@@ -60,7 +58,6 @@ class Predictions:
     rating_counts: Tensor
     strength_counts: Tensor
     answers: Tensor
-    is_known: Tensor
 
     @property
     def judgements(self) -> Judgements:
@@ -121,7 +118,6 @@ class PredictionMemory:
         self.strength_levels = strength_levels
         self.keeps_hidden_states = keeps_hidden_states
         self._batches: deque[Predictions] = deque()
-        self._known: set[int] = set()
         self._pairs = 0
         self.seen = 0
         """Number of pairs that were ever added."""
@@ -164,9 +160,7 @@ class PredictionMemory:
             ratings = location.new_zeros(2 * count, self.rating_levels)
         if strengths is None:
             strengths = location.new_zeros(count, 2 * self.strength_levels)
-        numbers = [-1] * 2 * count if answers is None else answers.tolist()
-        is_known = torch.tensor([number in self._known for number in numbers])
-        self._known.update(number for number in numbers if number >= 0)
+        answers = torch.full((2 * count,), -1) if answers is None else answers
         self._batches.append(
             Predictions(
                 hidden_states=in_pairs(hidden_states.float()[:, : None if self.keeps_hidden_states else 0]),
@@ -176,8 +170,7 @@ class PredictionMemory:
                 said=judgements.table.cpu(),
                 rating_counts=in_pairs(ratings.float()),
                 strength_counts=strengths.float().cpu(),
-                answers=in_pairs(torch.tensor(numbers)),
-                is_known=in_pairs(is_known),
+                answers=in_pairs(answers),
             )
         )
         self._pairs += count
@@ -188,7 +181,6 @@ class PredictionMemory:
     def clear(self) -> None:
         """Forget everything, as before the first batch."""
         self._batches.clear()
-        self._known.clear()
         self._pairs = self.seen = 0
         self.factor = 1.0
 
@@ -216,15 +208,13 @@ class PredictionMemory:
         """Write what is kept to a safetensors file, for a run that is resumed."""
         if self._batches:
             sizes = torch.tensor([len(batch) for batch in self._batches])
-            known = torch.tensor(sorted(self._known), dtype=torch.long)
-            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), "known": known, **self._tensors()}, path)
+            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), **self._tensors()}, path)
 
     def load(self, path: Path) -> None:
         """Read what :meth:`save` wrote."""
         tensors = load_file(path)
         sizes = tensors.pop("sizes").tolist()
         self.seen = int(tensors.pop("seen"))
-        self._known = set(tensors.pop("known").tolist())
         parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
         batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         self._batches = deque(Predictions(**batch) for batch in batches)

@@ -51,7 +51,7 @@ def world(
     predicted = (hidden @ head.weight[0]).detach()
     alone = torch.full((pairs, 2), -1)
     none = hidden.new_zeros(pairs, 2, 0)
-    return head, Predictions(none, hidden, predicted, none, said, none, none[:, 0], alone, alone < -1), scale
+    return head, Predictions(none, hidden, predicted, none, said, none, none[:, 0], alone), scale
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,6 @@ def test_hindsight():
     answers = torch.tensor([[7, 0], [-1, 0], [-1, 7]])
     ratings, strengths = torch.rand(3, 2, 4), torch.rand(3, 6)
     rest = {"said": said, "rating_counts": ratings, "strength_counts": strengths, "answers": answers}
-    rest["is_known"] = torch.tensor([[False, False], [False, True], [False, True]])
     later = Predictions(hidden, -hidden, hidden[..., 0], shape, **rest).in_hindsight()
     last = hidden.flatten(0, 1)[[5, 3, 2, 3, 4, 5]].reshape(3, 2, 2)
     expected = Predictions(last, -last, last[..., 0], -last[..., :1], **rest)
@@ -218,8 +217,6 @@ def test_the_memory_keeps_the_latest(tmp_path):
     assert torch.equal(kept.answers.float(), kept.hidden_states[..., 0])
     assert torch.equal(kept.scale_states, 2 * kept.hidden_states)
     assert torch.equal(kept.judgements.strength_counts[:, 0], kept.location[:, 1].neg())
-    # Numbers came once for both sides of a pair, and never again.
-    assert not kept.is_known.any()
 
     memory.save(tmp_path / "memory.safetensors")
     other = PredictionMemory(rating_levels=2, strength_levels=1, keeps_hidden_states=True)

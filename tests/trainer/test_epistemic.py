@@ -47,7 +47,7 @@ def simulate(head: DiscoHead, pairs: int, family: str = "normal", spread: torch.
     said = Judgements.forced_choices(pairs, torch.device("cpu")).table
     shape, ratings = torch.zeros(pairs, 2, len(get_family(family).shape_names)), torch.zeros(pairs, 2, 0)
     alone = torch.full((pairs, 2), -1)
-    return Predictions(states, states, location, shape, said, ratings, said[:, :0], alone, alone > 0)
+    return Predictions(states, states, location, shape, said, ratings, said[:, :0], alone)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -117,7 +117,7 @@ def test_posterior_covers_the_truth():
         location = (states @ weight).detach()
         said = Judgements.forced_choices(pairs, torch.device("cpu")).table
         none, alone = torch.zeros(pairs, 2, 0), torch.full((pairs, 2), -1)
-        predictions = Predictions(states, states, location, none, said, none, said[:, :0], alone, alone > 0)
+        predictions = Predictions(states, states, location, none, said, none, said[:, :0], alone)
         fit_posterior(head, family, predictions)
         probe = torch.randn(20, size, generator=generator)
         error = (probe - head.epistemic.mean) @ (weight.detach() - truth)

@@ -59,9 +59,7 @@ def world(
         head.add_likelihood({"tie_width": "learned", "strength_levels": 3})
     predicted = (location + error * normal(answers))[said_about]
     none = zeros.new_zeros(pairs, 2, 0)
-    predictions = Predictions(
-        none, states[said_about], predicted, none, said, none, strengths, said_about, said_about < 0
-    )
+    predictions = Predictions(none, states[said_about], predicted, none, said, none, strengths, said_about)
     return head, predictions, log_scale
 
 
