@@ -207,7 +207,7 @@ if __name__ == "__main__":
         # accelerate supports FSDP on GPUs only, and the Trainer wants one for bfloat16.
         PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-        common = {"rows": 16, "train_sampling_strategy": "sequential", "use_cpu": False}
+        common = {"rows": 16, "train_sampling_strategy": "sequential", "use_cpu": False, "calibrate": False}
         from accelerate.state import AcceleratorState, GradientState
 
         runs = {}
