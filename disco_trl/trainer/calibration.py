@@ -61,7 +61,7 @@ SHARES = tuple(np.linspace(0, 0.95, 6).tolist())
 """Shares of the variance that may be the model's own error. Beyond the last the scale hardly acts."""
 LEAST_EVIDENCE = 8.0
 """By how many nats predictions have to be better than a coin (4 standard errors of a single parameter)."""
-MOST_SIGNS = 4096
+MOST_SIGNS = 2048
 """Number of latest preferences that the dials are fitted to."""
 
 
@@ -151,7 +151,13 @@ class Signs:
             )
             for side in (0, 1)
         )
-        return -self.wins * chosen.log_prob_greater(rejected) - self.losses * rejected.log_prob_greater(chosen)
+        losses = torch.zeros_like(self.wins)
+        # Mostly one of the two is 0, and with errors a probability is an integral.
+        for times, better, worse in ((self.wins, chosen, rejected), (self.losses, rejected, chosen)):
+            said = times.nonzero()[:, 0]
+            if len(said):
+                losses[said] -= times[said] * better[said].log_prob_greater(worse[said])
+        return losses
 
     def fit_factor(self, dials: Dials) -> tuple[Dials, float]:
         """

@@ -85,7 +85,7 @@ def _with_family(made: tuple) -> tuple:
     return head, get_family("normal"), predictions
 
 
-@pytest.mark.parametrize(("graded", "worlds"), [(True, 10), (False, 20)], ids=["strengths", "votes"])
+@pytest.mark.parametrize(("graded", "worlds"), [(True, 5), (False, 12)], ids=["strengths", "votes"])
 def test_a_world_without_a_scale_gets_none(graded, worlds):
     """All answers have one scale, and the locations are wrong, which is what a scale that overfits feeds on."""
     assert silenced(lambda seed: world(700, 0.0, graded=graded, seed=seed, features=16), worlds) >= worlds - 1
