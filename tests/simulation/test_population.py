@@ -168,6 +168,10 @@ def test_a_language_model_reads_from_texts_how_much_people_disagree(tmp_path):
         max_steps=400,
         learning_rate=5e-3,
         logging_steps=100,
+        # Two passes of votes, all of which the scale needs
+        scale_training="joint",
+        scale_layer=0,
+        calibrate=False,
     )
     trainer.train()
     batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
