@@ -35,16 +35,16 @@ import torch
 from accelerate.logging import get_logger
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
 from ..distributions.families import Normal
 from ..distributions.reward_distribution import Family, RewardDistribution
+from ..models.distributed import is_in_shards
 from ..models.heads import DiscoHead
 from ..models.scale_head import bounded_exp, bounded_log
 from .head_fit import HeadFit, NothingToFit
-from .predictions import Predictions
-from .scale_fit import Evidence, dyadic_standard_error, fit_scale, numbered
+from .predictions import Predictions, numbered
+from .scale_fit import Evidence, dyadic_standard_error, fit_scale
 
 
 logger = get_logger(__name__)
@@ -140,17 +140,8 @@ class Signs:
         if self.error_factor is not None:
             own = self.error_factor.norm(dim=-1)
             error = own if error is None else torch.hypot(own, error)
-        chosen, rejected = (
-            RewardDistribution(
-                location[:, side],
-                scale[:, side],
-                self.family,
-                None if self.shape is None else self.shape[:, side],
-                None if error is None else error[:, side],
-                None if self.error_factor is None else self.error_factor[:, side],
-            )
-            for side in (0, 1)
-        )
+        rewards = RewardDistribution(location, scale, self.family, self.shape, error, self.error_factor)
+        chosen, rejected = rewards[:, 0], rewards[:, 1]
         losses = torch.zeros_like(self.wins)
         # Mostly one of the two is 0, and with errors a probability is an integral.
         for times, better, worse in ((self.wins, chosen, rejected), (self.losses, rejected, chosen)):
@@ -390,8 +381,7 @@ class Calibration(HeadFit):
 
     def give_up(self) -> str:
         scale = self.head.scale
-        is_whole = not isinstance(scale.weight, DTensor) and not hasattr(scale.weight, "ds_id")
-        if not (is_whole and scale.is_constant):
+        if is_in_shards(scale.weight) or not scale.is_constant:
             scale.make_constant()
             self.changed = True
         return " The scale is the same for every answer, as nothing supports another one."

@@ -62,11 +62,8 @@ def curvature(
             wrong way, it counts as flat, because a precision cannot be negative.
     """
     location = location.detach().clone().requires_grad_()
-    chosen, rejected = (
-        RewardDistribution(location[:, side], scale[:, side], family, None if shape is None else shape[:, side])
-        for side in (0, 1)
-    )
-    log_probs = log_likelihood(chosen, rejected, judgements, responses)
+    rewards = RewardDistribution(location, scale, family, shape)
+    log_probs = log_likelihood(rewards[:, 0], rewards[:, 1], judgements, responses)
     total = -(judgements.weight * log_probs).sum()
     (slope,) = torch.autograd.grad(total, location, create_graph=True)
     rows = [torch.autograd.grad(slope[:, side].sum(), location, retain_graph=True)[0] for side in (0, 1)]

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, broadcast_object_list
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..distributions.reward_distribution import Family
+from ..models.distributed import is_in_shards
 from ..models.heads import DiscoHead
 from .predictions import PredictionMemory, Predictions
 
@@ -113,8 +113,7 @@ class HeadFit(TrainerCallback):
                 "load_best_model_at_end has put back other weights than those that training ended with; set it to "
                 "False to have the last ones fitted"
             )
-        # A head in pieces would be fitted piece by piece. `ds_id` marks the parameters that ZeRO-3 has partitioned.
-        if isinstance(self.head.weight, DTensor) or hasattr(self.head.weight, "ds_id"):
+        if is_in_shards(self.head.weight):  # it would be fitted piece by piece
             return "the head is sharded, and is needed whole; train with replicas (DDP, ZeRO-1 or ZeRO-2) if they fit"
         return None
 

@@ -91,12 +91,28 @@ class Predictions:
         Returns:
             [`Predictions`]: The same pairs, in the same order, about which people said the same.
         """
-        answers = self.answers.flatten()
-        place = torch.arange(len(answers))
-        _, number = torch.where(answers < 0, -1 - place, answers).unique(return_inverse=True)
+        number = numbered(self.answers).flatten()
+        place = torch.arange(len(number))
         last = torch.zeros_like(place).scatter_reduce(0, number, place, "amax")[number].view_as(self.answers)
         names = ("hidden_states", "scale_states", "location", "raw_shape")
         return replace(self, **{name: getattr(self, name).flatten(0, 1)[last] for name in names})
+
+
+def numbered(answers: Tensor) -> Tensor:
+    """
+    Number answers from 0, each negative number as an answer of its own.
+
+    Args:
+        answers (`torch.LongTensor` of shape `(P, 2)`):
+            [`Predictions.answers`].
+
+    Returns:
+        `torch.LongTensor` of shape `(P, 2)`: Numbers from 0 without gaps.
+    """
+    flat = answers.flatten()
+    place = torch.arange(len(flat))
+    _, number = torch.where(flat < 0, -1 - place, flat).unique(return_inverse=True)
+    return number.view_as(answers)
 
 
 class PredictionMemory:

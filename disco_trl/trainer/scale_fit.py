@@ -32,7 +32,7 @@ from ..distributions.ratings import SpreadTable, has_spread
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.heads import DiscoHead, LikelihoodHead, to_responses, width_penalty
 from ..models.scale_head import bounded_exp
-from .predictions import Predictions
+from .predictions import Predictions, numbered
 
 
 RIDGES = (100.0, 30.0, 10.0, 3.0)
@@ -255,17 +255,9 @@ class Evidence:
         if self.location_error:
             shared = location.new_tensor([self.location_error])
             error = shared if error is None else torch.hypot(error, shared)
-        chosen, rejected = (
-            RewardDistribution(
-                location[:, side],
-                scale[:, side],
-                self.family,
-                None if self.shape is None else self.shape[:, side],
-                None if error is None else error.expand(len(location)),
-            )
-            for side in (0, 1)
-        )
-        log_probs = log_likelihood(chosen, rejected, self.judgements, to_responses(learned))
+        error = None if error is None else error.expand_as(location)
+        rewards = RewardDistribution(location, scale, self.family, self.shape, error)
+        log_probs = log_likelihood(rewards[:, 0], rewards[:, 1], self.judgements, to_responses(learned))
         return self.judgements.weight.double() * log_probs
 
 
@@ -330,23 +322,6 @@ def _last_of_each(rows: Tensor, is_wanted: Tensor) -> Tensor:
     count = int(number.max()) + 1 if len(number) else 0
     last = torch.zeros(count, dtype=torch.long).scatter_reduce(0, number, torch.arange(len(places)), "amax")
     return places[last]
-
-
-def numbered(answers: Tensor) -> Tensor:
-    """
-    Number answers from 0, each negative number as an answer of its own.
-
-    Args:
-        answers (`torch.LongTensor` of shape `(P, 2)`):
-            [`Predictions.answers`].
-
-    Returns:
-        `torch.LongTensor` of shape `(P, 2)`: Numbers from 0 without gaps.
-    """
-    flat = answers.flatten()
-    place = torch.arange(len(flat))
-    _, number = torch.where(flat < 0, -1 - place, flat).unique(return_inverse=True)
-    return number.view_as(answers)
 
 
 def dyadic_standard_error(values: Tensor, answers: Tensor) -> float:

@@ -10,8 +10,8 @@ from torch import nn
 from disco_trl.distributions.reward_distribution import get_family
 from disco_trl.evaluation.metrics import spearman
 from disco_trl.models.heads import DiscoHead
-from disco_trl.trainer.predictions import Predictions
-from disco_trl.trainer.scale_fit import dyadic_standard_error, fit_scale, numbered
+from disco_trl.trainer.predictions import Predictions, numbered
+from disco_trl.trainer.scale_fit import dyadic_standard_error, fit_scale
 
 
 UNIT = get_family("normal").unit_scale
