@@ -22,6 +22,7 @@ take more than 90 minutes.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -32,8 +33,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from disco_trl.cli.main import main as disco_trl
-from disco_trl.data.files import open_rows, written_at_once
+from disco_trl.data.files import written_at_once
 from disco_trl.data.tokenization import tokenize
 from disco_trl.evaluation import compare
 from disco_trl.evaluation.compare import Result, Variant
@@ -42,6 +42,7 @@ from disco_trl.evaluation.metrics import spearman
 from disco_trl.models.inference import load_trained, run_in_batches
 
 from . import argument_votes, human_ratings
+from .study_runs import SEEDS, held_out_of, study_parser, train_and_evaluate, write_tables
 
 
 BRADLEY_TERRY, SOFT, NORMAL = "bradley-terry", "bradley-terry-soft", "normal"
@@ -50,10 +51,6 @@ TITLES = {
     SOFT: "Bradley–Terry, soft labels",
     NORMAL: "disco, normal",
 }
-SETTINGS = [
-    *("per_device_train_batch_size=16", "num_train_epochs=1", "learning_rate=4e-4", "lr_scheduler_type=cosine"),
-    *("warmup_steps=0.1", "gradient_checkpointing=false", "train_sampling_strategy=sequential"),
-]
 MOST_WORSE = 0.005
 """Upper end of the interval of a difference in NLL up to which a model counts as no worse, in nats."""
 RIDGES = 10.0 ** np.arange(-1, 7)
@@ -104,7 +101,7 @@ class Study:
     arms: Sequence[Arm]
     figures: Sequence[tuple[str, str, str]]
     draw: Callable[[list[str]], None] = human_ratings.main
-    seeds: Sequence[int] = (0, 1, 2)
+    seeds: Sequence[int] = SEEDS
 
 
 OF_SCALE = (
@@ -201,25 +198,20 @@ def run(study: Study, words: str, args: argparse.Namespace) -> dict[Arm, list[Re
     for rank in dict.fromkeys(arm.lora_r for arm in study.arms):
         arms = [arm for arm in study.arms if arm.lora_r == rank]
         output = folder / f"rank-{rank}"
-        command = ["compare", args.model, str(folder / "data-{seed}"), str(output), "--dtype", args.dtype]
-        command += ["--variants", *(arm.variant for arm in arms), "--seeds", *map(str, seeds)]
-        command += ["--bradley_terry", "disco", "--lora_r", str(rank), "--keep_models"]
-        disco_trl([*command, "--set", *SETTINGS, f"bf16={args.dtype == 'bfloat16'}"])
+        options = ["--lora_r", str(rank), "--keep_models"]
+        results = train_and_evaluate(args, folder, output, [arm.variant for arm in arms], seeds, options=options)
         for arm in arms:
-            variant = Variant.parse(arm.variant)
-            folders = {seed: output / f"{variant.folder}-{seed}" for seed in seeds}
-            found[arm] = [Result.load(variant, seed, path) for seed, path in folders.items()]
+            found[arm] = results[arm.variant]
             if arm == Arm(NORMAL) and study.draw is human_ratings.main:
-                for result, path in zip(found[arm], folders.values(), strict=True):
+                for seed, result in zip(seeds, found[arm], strict=True):
+                    path = output / f"{Variant.parse(arm.variant).folder}-{seed}"
                     result.figures["ceiling"] = ceiling(path, "--development" in words.split())
     return found
 
 
 def held_out(study: Study, words: str, args: argparse.Namespace) -> HeldOut:
     """The held-out data of a level, which are the same for all seeds."""
-    seed = (args.seeds or study.seeds)[0]
-    rows = open_rows(str(folder_of(words, args) / f"data-{seed}"), split="test")
-    return HeldOut.read(rows, AutoTokenizer.from_pretrained(args.model))
+    return held_out_of(args, folder_of(words, args) / f"data-{(args.seeds or study.seeds)[0]}")
 
 
 # The ceiling
@@ -330,34 +322,14 @@ def difference(ours: list[Result], theirs: list[Result], data: HeldOut, name: st
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the studies of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scale_studies",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("studies", nargs="+", choices=STUDIES, help="Studies to run.")
-    parser.add_argument(
-        "--model", help="Hub id or folder of the language model (default: a small chat LM from the package index)."
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="Dtype of the language model (default: %(default)s).",
-    )
+    parser = study_parser("python -m benchmarks.scale_studies", __doc__, STUDIES, seeds="those of the study")
     parser.add_argument(
         "--argument_votes", type=Path, metavar="FOLDER", help="Folder of the votes on arguments, for `arguments`."
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="Seeds of the runs (default: those of the study).")
-    parser.add_argument("--output", type=Path, required=True, help="Folder for runs and tables.")
     args = parser.parse_args(argv)
     if "arguments" in args.studies and args.argument_votes is None:
         parser.error("the study `arguments` needs --argument_votes FOLDER; see benchmarks/argument_votes.py")
-    args.model = args.model or str(human_ratings.small_chat_lm())
-    for name in args.studies:
-        text = table(STUDIES[name], args)
-        (args.output / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-        print(f"\n## {name}\n\n{text}")
+    write_tables(args, {name: functools.partial(table, study) for name, study in STUDIES.items()})
 
 
 if __name__ == "__main__":

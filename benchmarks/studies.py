@@ -21,27 +21,25 @@ not all with bfloat16 support are.
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
-from transformers import AutoTokenizer
 
-from disco_trl.cli.main import main as disco_trl
-from disco_trl.data.files import open_rows
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.distributions.transforms import get_transform
 from disco_trl.evaluation import compare
-from disco_trl.evaluation.compare import Result, Variant
+from disco_trl.evaluation.compare import Result
 from disco_trl.evaluation.held_out import HeldOut
 from disco_trl.evaluation.routing import area_under_routing, doubts, judge_of_people, routing_curve, routing_figures
 
 from . import human_ratings
+from .study_runs import SEEDS, held_out_of, study_parser, train_and_evaluate, write_tables
 
 
 BRADLEY_TERRY, NORMAL, NOISE_LEARNED = "bradley-terry", "normal", "normal:label_noise=null"
@@ -60,10 +58,6 @@ COLORS = {
     NORMAL: "#2463b4",
     NOISE_LEARNED: "#2e8049",
 }
-SETTINGS = [
-    *("per_device_train_batch_size=16", "num_train_epochs=1", "learning_rate=4e-4", "lr_scheduler_type=cosine"),
-    *("warmup_steps=0.1", "gradient_checkpointing=false", "train_sampling_strategy=sequential", "epistemic=true"),
-]
 
 
 @dataclass(frozen=True)
@@ -135,9 +129,6 @@ FIGURES = {
 }
 
 
-SEEDS = (0, 1, 2)
-
-
 def run(
     world: World, variants: Sequence[str], args: argparse.Namespace, seeds: Sequence[int] = SEEDS
 ) -> dict[str, list[Result]]:
@@ -151,25 +142,16 @@ def run(
             human_ratings.main(
                 [*world.arguments(), "--block", "8", "16", "--seed", str(seed + 1), "--output", str(data)]
             )
-    command = ["compare", args.model, str(folder / "data-{seed}"), str(folder), "--dtype", args.dtype]
-    command += ["--variants", *variants, "--seeds", *map(str, seeds), "--bradley_terry", "disco"]
-    disco_trl([*command, "--set", *SETTINGS, f"bf16={args.dtype == 'bfloat16'}"])
-    return {
-        name: [
-            Result.load(Variant.parse(name), seed, folder / f"{Variant.parse(name).folder}-{seed}") for seed in seeds
-        ]
-        for name in variants
-    }
+    return train_and_evaluate(args, folder, folder, variants, seeds, settings=["epistemic=true"])
 
 
 def held_out(world: World, args: argparse.Namespace) -> HeldOut:
     """The held-out votes of a world, which are the same for all seeds."""
-    rows = open_rows(str(args.output / world.name / f"data-{(args.seeds or SEEDS)[0]}"), split="test")
-    return HeldOut.read(rows, AutoTokenizer.from_pretrained(args.model))
+    return held_out_of(args, args.output / world.name / f"data-{(args.seeds or SEEDS)[0]}")
 
 
 def study(name: str, args: argparse.Namespace) -> str:
-    """Runs a study. Returns its table, and writes its chart to the output folder."""
+    """Runs a study of training data. Returns its table, and writes its chart to the output folder."""
     label, worlds, variants = STUDIES[name]
     worlds = {level: world for level, world in worlds.items() if world.votes <= args.most_votes}
     found = {level: run(world, variants, args) for level, world in worlds.items()}
@@ -383,23 +365,19 @@ def routing(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-OTHERS = {"best-of-n": best_of_n, "routing": routing}
+TABLES: dict[str, Callable[[argparse.Namespace], str]] = {
+    **{name: functools.partial(study, name) for name in STUDIES},
+    **{"best-of-n": best_of_n, "routing": routing},
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the studies of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("studies", nargs="+", choices=[*STUDIES, *OTHERS], help="Studies to run.")
-    parser.add_argument(
-        "--model", help="Hub id or folder of the language model (default: a small chat LM from the package index)."
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="Dtype of the language model (default: %(default)s).",
+    parser = study_parser(
+        "python -m benchmarks.studies",
+        __doc__,
+        TABLES,
+        seeds="0 1 2; 0 to 9 for 250 votes of best-of-n and routing",
     )
     parser.add_argument(
         "--most-votes",
@@ -407,19 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         default=30_000,
         help="Leave out budgets of more votes than this (default: %(default)s).",
     )
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        help="Seeds of the training runs (default: 0 1 2; 0 to 9 for 250 votes of best-of-n and routing).",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="Folder for runs, tables and charts.")
-    args = parser.parse_args(argv)
-    args.model = args.model or str(human_ratings.small_chat_lm())
-    for name in args.studies:
-        table = OTHERS[name](args) if name in OTHERS else study(name, args)
-        (args.output / f"{name}.md").write_text(table + "\n", encoding="utf-8")
-        print(f"\n## {name}\n\n{table}")
+    write_tables(parser.parse_args(argv), TABLES)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 #
 #   bash scripts/test.sh [--fresh] [--fast] [--next] [arguments for pytest]
 #
+# Tests run in as many processes as there are cores, at most 4, with one thread each (`-n 0` for one that has them all).
+#
 #   --fresh   recreate the environments (by default only if setup.cfg, pyproject.toml, PYTHON or TORCH_SPEC change)
 #   --fast    skip the tests marked `slow`
 #   --next    only the contract tests, in .venvs/trl-next, with the newest TRL and transformers that there are, whatever
@@ -110,6 +112,9 @@ contract_tests=(tests/contracts tests/handoff tests/test_upstream.py
     tests/rewards/test_{disco_reward,reward_metrics,scalar_reward,best_of_n_function}.py)
 mark=()
 $fast && mark=(-m "not slow")
+# Models this small leave a second thread idle. A test with processes of its own counts on the cores, too.
+workers=(--numprocesses logical --maxprocesses 4 --dist worksteal)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # summarize: list what passed and what failed, and exit.
 summarize() {
@@ -124,7 +129,7 @@ if $next; then
     step "environment: next TRL" environment $upcoming -e '.[test]' &&
         step "newest releases" $upcoming/bin/pip install --quiet --upgrade --no-deps trl transformers &&
         step "contract tests: next TRL" \
-            $upcoming/bin/python -m pytest -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
+            $upcoming/bin/python -m pytest "${workers[@]}" -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
     summarize
 fi
 
@@ -133,13 +138,13 @@ if step "environment: newest TRL" environment $newest -e '.[dev]'; then
     step "ruff check" $newest/bin/ruff check .
     step "ruff format" $newest/bin/ruff format --check .
     step "mypy" $newest/bin/mypy
-    step "tests: newest TRL" $newest/bin/python -m pytest "${mark[@]}" "${pytest_args[@]}"
+    step "tests: newest TRL" $newest/bin/python -m pytest "${workers[@]}" "${mark[@]}" "${pytest_args[@]}"
     step "wheel outside the checkout" try_wheel
 fi
 oldest=.venvs/trl-1.12
 if step "environment: TRL 1.12" environment $oldest -e '.[test,ppo]'; then
     step "contract tests: TRL 1.12" \
-        $oldest/bin/python -m pytest -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
+        $oldest/bin/python -m pytest "${workers[@]}" -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
     # The newest TRL has no PPOTrainer.
     $fast || step "PPO example: TRL 1.12" $oldest/bin/python -m pytest "${pytest_args[@]}" tests/test_examples.py -k ppo
 fi

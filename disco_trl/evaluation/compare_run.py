@@ -33,7 +33,7 @@ from ..trainer.reward_config import DiscoRewardConfig
 from ..trainer.reward_trainer import DiscoRewardTrainer
 from .child import end_with_parent
 from .controls import BRADLEY_TERRY, CONTROLS, SIGN, ensemble, with_soft_labels
-from .evaluate import as_json, evaluate
+from .evaluate import as_json, evaluate, responses_of
 from .held_out import HeldOut
 
 
@@ -281,7 +281,7 @@ def train_and_evaluate(
         "peak_gib": peak / 2**30,
         "history": [[entry["epoch"], float(entry.get("nll", entry["loss"]))] for entry in logs],
         # A member is evaluated as a part of its ensemble only.
-        **(as_json(evaluate(rewards, held_out, DRAWS)) if run.member is None else {}),
+        **(as_json(evaluate(rewards, held_out, DRAWS, responses=responses_of(model))) if run.member is None else {}),
     }
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from disco_trl.cli.main import main
 from disco_trl.evaluation.compare import Result, Variant, compare, mean_over_seeds, verdict_table
 
 
-def write_data(folder: Path) -> Path:
+def write_data(folder: Path, graded: bool = False) -> Path:
     """Pairs in which the answer with more of the word "good" is preferred."""
     generator = np.random.default_rng(0)
     folder.mkdir()
@@ -23,7 +24,10 @@ def write_data(folder: Path) -> Path:
         for _ in range(count):
             words = [" ".join(generator.choice(["good", "bad", "plain"], 5)) for _ in range(2)]
             chosen, rejected = sorted(words, key=lambda text: -text.count("good"))
-            rows.append(json.dumps({"prompt": "Say:", "chosen": f" {chosen}!", "rejected": f" {rejected}."}) + "\n")
+            row: dict[str, Any] = {"prompt": "Say:", "chosen": f" {chosen}!", "rejected": f" {rejected}."}
+            if graded:
+                row["preference_strength"] = min(chosen.count("good") - rejected.count("good"), 2)
+            rows.append(json.dumps(row) + "\n")
         (folder / f"{split}.jsonl").write_text("".join(rows))
     return folder
 
@@ -92,6 +96,16 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(compared):
     other = [word.replace("learning_rate=0.01", "learning_rate=0.02") for word in arguments]
     with pytest.raises(SystemExit, match="another settings; remove it, or choose another --output_dir"):
         main(other)
+
+
+def test_a_model_that_knows_strengths_is_evaluated_on_them(tmp_path, tiny_llama_dir):
+    data = write_data(tmp_path / "data", graded=True)
+    arguments = ["compare", tiny_llama_dir, str(data), str(tmp_path / "out"), "--lora_r", "4"]
+    main([*arguments, "--variants", "bradley-terry", "normal", "--set", "learning_rate=0.01", "bf16=false"])
+    theirs, ours = (figures_of(tmp_path / "out", run)["agreement"] for run in ("bradley-terry-0", "normal-0"))
+    assert theirs["grade_nll"]["note"] == "the model knows no strengths of preference"
+    # Five strengths from −2 to 2 that are equally probable
+    assert 0 < ours["sign_nll"]["value"] < ours["grade_nll"]["value"] < np.log(5)
 
 
 def test_bradley_terry_in_our_trainer_is_that_of_trls(compared, tmp_path):
