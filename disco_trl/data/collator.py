@@ -10,7 +10,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from .columns import PREPARED, ROW_COLUMN, TOKENIZED_PAIR
 from .forest import ROW_MULTIPLE, pack
 from .judgements import has_judgements, in_turn, to_tensors
-from .records import read_answers, read_feedback
+from .records import key_of, read_answers, read_feedback
 
 
 ANSWERS = "answers"
@@ -70,8 +70,7 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
                 batch["margin"] = torch.tensor([one.margin for _, one in compared], dtype=torch.float)
         else:
             batch = super().torch_call(pairs)
-        # (Python's hash of integers, and of tuples of them, is the same in all processes.)
-        batch[ANSWERS] = torch.tensor([hash(tuple(sequence)) & (2**63 - 1) for sequence in sequences])
+        batch[ANSWERS] = torch.tensor([key_of(sequence) for sequence in sequences])
         numbers = [int(example[ROW_COLUMN]) for example in examples] if ROW_COLUMN in examples[0] else None
         if has_judgements(examples[0]):
             batch |= to_tensors(records, comparisons, self.rating_values, self.strength_levels, numbers)

@@ -258,6 +258,11 @@ def read_answers(row: Row, layout: Layout | None = None, feedback: Feedback | No
     )
 
 
+def key_of(sequence: Sequence[int]) -> int:
+    """Number at or above 0 of a sequence of token ids, the same for equal ones in all processes."""
+    return hash(tuple(sequence)) & (2**63 - 1)  # (Python's hash of integers, and of tuples of them, has no salt.)
+
+
 def _check_ranking(row: Row) -> None:
     """Raise [`BadRow`] unless there are answers, few enough, and a rank for each."""
     name = RANKING[0] if is_missing(row.get(RANKED_IDS)) else RANKED_IDS

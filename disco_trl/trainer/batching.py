@@ -37,6 +37,16 @@ class PairBatching(Trainer):
         return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
 
     @property
+    def _passes(self) -> float:
+        """How often training goes through its data, as far as it is known before it begins."""
+        args = self.args
+        if args.max_steps <= 0:
+            return args.num_train_epochs
+        if args.max_tokens_per_batch is not None or not isinstance(self.train_dataset, Dataset):
+            return 1.0
+        return args.max_steps * self._pairs_per_step / len(self.train_dataset)
+
+    @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 

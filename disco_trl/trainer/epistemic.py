@@ -170,10 +170,11 @@ class Posterior(HeadFit):
             return {}
         # The unit as it is stands for all errors of the model, those of the posterior included. What is known of the
         # prior depends on the unit, so that the two are fitted in turn.
-        recent = predictions.recent()
+        forecasts = self.calibration.forecasts
+        assert forecasts is not None
         for _ in range(MOST_ROUNDS):
-            factor = recalibrate_unit(head, self.family, recent)
-            recent.location.mul_(factor)
+            factor = recalibrate_unit(head, self.family, forecasts, self.calibration.factor_width)
+            forecasts.location.mul_(factor)
             memory.rescale(factor)
             fit_posterior(head, self.family, hindsight, pairs)
             if abs(math.log(factor)) < 0.01:

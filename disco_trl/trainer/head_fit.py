@@ -117,6 +117,19 @@ class HeadFit(TrainerCallback):
             return "the head is sharded, and is needed whole; train with replicas (DDP, ZeRO-1 or ZeRO-2) if they fit"
         return None
 
+    def kept(self, memory: PredictionMemory) -> Predictions | None:
+        """
+        Choose the predictions that the head is fitted to: by default the latest.
+
+        Args:
+            memory ([`PredictionMemory`]):
+                Predictions of the run.
+
+        Returns:
+            [`Predictions`], *optional*: `None` if there are none.
+        """
+        return memory.predictions()
+
     def give_up(self) -> str:
         """
         Change the head where nothing can be fitted, on each process. By default it is left as it was.
@@ -147,7 +160,7 @@ class HeadFit(TrainerCallback):
     def _try_to_fit(self, args: Any, state: Any) -> tuple[str | None, dict[str, float]]:
         if self.memory is None:
             return None, {}
-        predictions = self.memory.predictions()
+        predictions = self.kept(self.memory)
         try:
             if predictions is None:
                 raise NothingToFit("no predictions have been kept")

@@ -10,6 +10,7 @@ own.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -115,9 +116,43 @@ def numbered(answers: Tensor) -> Tensor:
     return number.view_as(answers)
 
 
+class _Batches(deque[Predictions]):
+    """The latest batches of predictions, of up to `MOST_PAIRS` pairs."""
+
+    def __init__(self, batches: Iterable[Predictions] = ()) -> None:
+        super().__init__()
+        self.pairs = 0
+        for batch in batches:
+            self.add(batch)
+
+    def add(self, batch: Predictions) -> None:
+        """Add a batch, and forget the oldest ones."""
+        self.append(batch)
+        self.pairs += len(batch)
+        while self.pairs - len(self[0]) >= MOST_PAIRS:
+            self.pairs -= len(self.popleft())
+
+    def together(self) -> Predictions | None:
+        """The pairs of all batches, the oldest first, or `None` if there are none."""
+        names = [field.name for field in fields(Predictions)]
+        return Predictions(**{n: torch.cat([getattr(b, n) for b in self]) for n in names}) if self else None
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What a file holds of them."""
+        return {"sizes": torch.tensor([len(batch) for batch in self]), **vars(self.together())}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> _Batches:
+        """From what [`_Batches.to_tensors`] returned."""
+        sizes = tensors["sizes"].tolist()
+        parts = {name: tensor.split(sizes) for name, tensor in tensors.items() if name != "sizes"}
+        return cls(Predictions(**dict(zip(parts, of, strict=True))) for of in zip(*parts.values(), strict=True))
+
+
 class PredictionMemory:
     """
-    The latest predictions of a training run, each made before the model has learned from its pair.
+    The latest predictions of a training run, and the latest of those that were made in advance: before the model has
+    learned from the pair. While training goes through its data for the first time, the two are the same.
 
     Args:
         rating_levels (`int`, *optional*, defaults to `0`):
@@ -133,8 +168,7 @@ class PredictionMemory:
         self.rating_levels = rating_levels
         self.strength_levels = strength_levels
         self.keeps_hidden_states = keeps_hidden_states
-        self._batches: deque[Predictions] = deque()
-        self._pairs = 0
+        self._latest, self._forecasts = _Batches(), _Batches()
         self.seen = 0
         """Number of pairs that were ever added."""
         self.factor = 1.0
@@ -149,6 +183,7 @@ class PredictionMemory:
         raw_shape: Tensor | None,
         judgements: Judgements,
         answers: Tensor | None = None,
+        in_advance: bool = True,
     ) -> None:
         """
         Add a batch of P pairs, and forget the oldest ones beyond `MOST_PAIRS`.
@@ -164,6 +199,8 @@ class PredictionMemory:
                 What was said about the pairs.
             answers (`torch.LongTensor` of shape `(2 * P,)`, *optional*):
                 Which answers are equal, as in [`Predictions`]. If `None`, no two of them are.
+            in_advance (`bool`, *optional*, defaults to `True`):
+                Whether the model has not learned from the pairs yet.
         """
         count = len(location) // 2
 
@@ -177,27 +214,24 @@ class PredictionMemory:
         if strengths is None:
             strengths = location.new_zeros(count, 2 * self.strength_levels)
         answers = torch.full((2 * count,), -1) if answers is None else answers
-        self._batches.append(
-            Predictions(
-                hidden_states=in_pairs(hidden_states.float()[:, : None if self.keeps_hidden_states else 0]),
-                scale_states=in_pairs(scale_states.float()),
-                location=in_pairs(location[:, 0].float()),
-                raw_shape=in_pairs(shape.float()),
-                said=judgements.table.cpu(),
-                rating_counts=in_pairs(ratings.float()),
-                strength_counts=strengths.float().cpu(),
-                answers=in_pairs(answers),
-            )
+        batch = Predictions(
+            hidden_states=in_pairs(hidden_states.float()[:, : None if self.keeps_hidden_states else 0]),
+            scale_states=in_pairs(scale_states.float()),
+            location=in_pairs(location[:, 0].float()),
+            raw_shape=in_pairs(shape.float()),
+            said=judgements.table.cpu(),
+            rating_counts=in_pairs(ratings.float()),
+            strength_counts=strengths.float().cpu(),
+            answers=in_pairs(answers),
         )
-        self._pairs += count
+        for batches in (self._latest, self._forecasts) if in_advance else (self._latest,):
+            batches.add(batch)
         self.seen += count
-        while self._pairs - len(self._batches[0]) >= MOST_PAIRS:
-            self._pairs -= len(self._batches.popleft())
 
     def clear(self) -> None:
         """Forget everything, as before the first batch."""
-        self._batches.clear()
-        self._pairs = self.seen = 0
+        self._latest, self._forecasts = _Batches(), _Batches()
+        self.seen = 0
         self.factor = 1.0
 
     def rescale(self, factor: float) -> None:
@@ -208,30 +242,36 @@ class PredictionMemory:
             factor (`float`):
                 The factor.
         """
-        for batch in self._batches:
+        for batch in {id(batch): batch for batch in (*self._latest, *self._forecasts)}.values():
             batch.location.mul_(factor)
         self.factor *= factor
 
     def predictions(self) -> Predictions | None:
-        """All pairs that are kept, or `None` if there are none."""
-        return Predictions(**self._tensors()) if self._batches else None
+        """All pairs that are kept of the latest, or `None` if there are none."""
+        return self._latest.together()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        names = [field.name for field in fields(Predictions)]
-        return {name: torch.cat([getattr(batch, name) for batch in self._batches]) for name in names}
+    def forecasts(self) -> Predictions | None:
+        """All pairs that are kept of those predicted in advance, or `None` if there are none."""
+        return self._forecasts.together()
 
     def save(self, path: Path) -> None:
         """Write what is kept to a safetensors file, for a run that is resumed."""
-        if self._batches:
-            sizes = torch.tensor([len(batch) for batch in self._batches])
-            save_file({"sizes": sizes, "seen": torch.tensor(self.seen), **self._tensors()}, path)
+        if not self._latest:
+            return
+        parts = {"latest": self._latest}
+        if [*map(id, self._latest)] != [*map(id, self._forecasts)]:
+            parts["forecasts"] = self._forecasts
+        tensors = {f"{part}.{name}": t for part, batches in parts.items() for name, t in batches.to_tensors().items()}
+        save_file({"seen": torch.tensor(self.seen), **tensors}, path)
 
     def load(self, path: Path) -> None:
         """Read what :meth:`save` wrote."""
         tensors = load_file(path)
-        sizes = tensors.pop("sizes").tolist()
         self.seen = int(tensors.pop("seen"))
-        parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
-        batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-        self._batches = deque(Predictions(**batch) for batch in batches)
-        self._pairs = sum(sizes)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, name = key.split(".")
+            parts.setdefault(part, {})[name] = tensor
+        self._latest = _Batches.of_tensors(parts["latest"])
+        # In the first pass they are the same.
+        self._forecasts = _Batches.of_tensors(parts["forecasts"]) if "forecasts" in parts else _Batches(self._latest)

@@ -82,12 +82,13 @@ class DiscoRewardConfig(RewardConfig):
         > Parameters that control what is fitted when training ends
 
         calibrate (`bool`, *optional*):
-            Whether to fit the unit of the locations and the scale once more when training ends, to the predictions
-            that the model made of pairs before it learned from them. The only cost is memory for the hidden states of
-            the latest 8,192 pairs, which are saved with checkpoints. If `None`, the head is calibrated if training
-            goes through its data once, a scale is learned, and no location error is. In later passes predictions are
-            no longer made in advance, and a location error has the same effect. It is skipped, with a warning that
-            says why, in these cases, with fewer than 512 pairs, if the model predicts hardly better than chance, after
+            Whether to fit the scale and the unit of the locations when training ends, to the predictions that the
+            model made of pairs before it learned from them. The only cost is memory for the hidden states of the
+            latest 8,192 pairs, which are saved with checkpoints. If training goes through its data more than once
+            (TRL's default is 3 times), a tenth of the rows, at most 1,024, is not trained on: the unit is then fitted
+            to what the finished model predicts of these. `None` is the same as `True`, unless the scale is fixed.
+            Calibration is skipped, with a warning that says why, with fewer than 512 pairs, if several passes leave
+            fewer than 128 rows to set aside, if the model predicts hardly better than chance, after
             `load_best_model_at_end` and if the head is sharded.
         epistemic (`bool`, *optional*, defaults to `False`):
             Whether to fit the epistemic uncertainty of the location when training ends: the posterior of the last
@@ -197,9 +198,9 @@ class DiscoRewardConfig(RewardConfig):
     calibrate: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to fit the unit of the locations and the scale once more when training ends, to the "
-            "predictions that the model made of pairs before it learned from them. If `None`, it is done if training "
-            "goes through its data once, a scale is learned, and no location error is."
+            "help": "Whether to fit the scale and the unit of the locations when training ends, to predictions that "
+            "the model made of pairs before it learned from them. If training goes through its data more than once, a "
+            "tenth of the rows, at most 1,024, is not trained on for that."
         },
     )
     epistemic: bool = field(

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_config_model_id
@@ -45,7 +46,7 @@ from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
 from .adoption import Adoption, likelihood_settings, warn_of_idle_margins
 from .batching import PairBatching
-from .calibration import Calibration, why_no_forecasts
+from .calibration import Calibration
 from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
 from .checkpoints import WholeCheckpoints
 from .epistemic import Posterior
@@ -54,6 +55,7 @@ from .metrics import EvaluationMetrics, pair_figures, summarize
 from .predictions import PredictionMemory
 from .reward_config import DiscoRewardConfig
 from .search import SearchFromHere
+from .unseen_pairs import UnseenPairs
 from .upstream_checks import UpstreamChecks, hook
 
 
@@ -63,7 +65,9 @@ LIKELIHOOD_LEARNING_RATE = 0.02
 """Learning rate of what the likelihood learns beside the rewards, such as the tie width and the rating thresholds."""
 
 
-class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, SearchFromHere, RewardTrainer):
+class DiscoRewardTrainer(
+    PairBatching, WholeCheckpoints, UnseenPairs, EvaluationMetrics, SearchFromHere, RewardTrainer
+):
     """
     Trainer for distributional reward models.
 
@@ -190,11 +194,6 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         if data_collator is None:
             self.data_collator = self._make_collator()
 
-        # Which pairs go into a batch
-        if args.groups_by_length and isinstance(self.train_dataset, IterableDataset):
-            self.train_dataset = group_stream(self.train_dataset, self._pairs_per_step, self._data_seed)
-        self.add_callback(SamplerEpoch())
-
         # What is fitted when training ends, to the predictions that it has made
         learns_scale = self._reward_model.scale_head.fixed_scale is None
         wants_calibration = args.calibrate is not False and learns_scale
@@ -203,14 +202,17 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
                 "The scale will be the same for every answer: calibrate=False turns off what fits it when training "
                 "ends. Set scale_training='joint' to train it with the rest, which nothing checks then."
             )
-        refusal = self._why_no_calibration() if wants_calibration else None
+        refusal = None
+        if wants_calibration and self._passes > 1 and self._head_stays_whole:
+            refusal = self._set_pairs_aside(self._passes, self._data_seed)
         self._calibrates = wants_calibration and refusal is None
         # The first process keeps them and fits; the others receive the result, for all to have the same head.
         keeps = (self._calibrates or args.epistemic) and args.process_index == 0
         self._memory = self._make_memory() if keeps else None
         fit = (self._reward_model.reward_head, self._family, self._memory, self.log)
         self._head_fits: list[HeadFit] = []
-        calibration = Calibration(*fit, refusal) if wants_calibration else None
+        predict_unseen = (lambda: self._predict_unseen(self._make_memory())) if self._unseen is not None else None
+        calibration = Calibration(*fit, refusal, predict_unseen=predict_unseen) if wants_calibration else None
         if calibration is not None:
             self._head_fits.append(calibration)
         if args.epistemic:
@@ -218,11 +220,21 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
         for callback in self._head_fits:
             self.add_callback(callback)
 
+        # Which pairs go into a batch
+        if args.groups_by_length and isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset = group_stream(self.train_dataset, self._pairs_per_step, self._data_seed)
+        self.add_callback(SamplerEpoch())
+
         # Figures of an evaluation's pairs, and a guard against losses and gradients that are not finite
         self._evaluated: list[torch.Tensor] = []
         self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
         self.add_callback(self._guard)
         self.add_callback(PushWithSettings())
+
+    @property
+    def _head_stays_whole(self) -> bool:
+        """Whether the head can be fitted when training ends, as far as it is known before it begins."""
+        return not (self.args.load_best_model_at_end or self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
 
     def _make_memory(self) -> PredictionMemory:
         """Memory for what is said, and for the states that are fitted to, of this model."""
@@ -259,15 +271,6 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             # Processes gather their figures for the metrics, which needs the same number of pairs in each.
             pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
         )
-
-    def _why_no_calibration(self) -> str | None:
-        """Reason why the head will not be calibrated although nobody has turned it off, or `None`."""
-        args = self.args
-        if args.calibrate is not None:
-            return None
-        if args.max_steps <= 0 and args.num_train_epochs > 1:
-            return why_no_forecasts(args.num_train_epochs)
-        return None
 
     @property
     def _likelihood(self) -> dict[str, Any]:
@@ -402,7 +405,8 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
             if head.fixed_scale is None:
                 head.track(outputs.scale_state, outputs.logits, gather=self.accelerator.gather)
             # Only in the first pass are predictions made in advance, which calibration needs. A posterior uses all.
-            if self._memory is not None and ((self.state.epoch or 0) < 1 or not self._calibrates):
+            in_advance = (self.state.epoch or 0) < 1
+            if self._memory is not None and (in_advance or self.args.epistemic):
                 self._memory.add(
                     outputs.pooled_hidden_state,
                     outputs.scale_state,
@@ -410,6 +414,7 @@ class DiscoRewardTrainer(PairBatching, WholeCheckpoints, EvaluationMetrics, Sear
                     outputs.raw_shape,
                     judgements,
                     answers,
+                    in_advance,
                 )
         return (loss, outputs) if return_outputs else loss
 

@@ -67,6 +67,11 @@ class ScaleFit:
     gain: float
     standard_error: float
 
+    def log_scale_of(self, head: DiscoHead, predictions: Predictions) -> Tensor:
+        """log(σ / unit) of both sides `(P, 2)` of pairs that it was not fitted to."""
+        states = predictions.scale_states.double() - head.scale.mean_hidden.detach().cpu().double()
+        return torch.zeros(states.shape[:2]).double() if self.weight is None else states @ self.weight
+
 
 class Evidence:
     """

@@ -16,7 +16,7 @@ from disco_trl.distributions.reward_distribution import RewardDistribution, get_
 from disco_trl.evaluation.metrics import spearman
 from disco_trl.models.heads import DiscoHead
 from disco_trl.models.inference import score
-from disco_trl.trainer.calibration import Dials, Signs, _comparisons_of_ratings, calibrate
+from disco_trl.trainer.calibration import Calibration, Dials, Signs, _comparisons_of_ratings, calibrate
 from disco_trl.trainer.head_fit import NothingToFit
 from disco_trl.trainer.predictions import MOST_PAIRS, PredictionMemory, Predictions
 
@@ -98,6 +98,18 @@ def test_predictions_that_say_nothing_leave_the_head_as_it_was():
             calibrate(head, get_family("normal"), pairs)
         for name, tensor in head.state_dict().items():
             assert torch.equal(tensor, before[name]), name
+
+
+def test_unseen_pairs_determine_the_factor_and_the_first_pass_the_scale():
+    """A model that has learned its training pairs by heart, and predicts others with locations 2.5 times too large."""
+    head, in_first_pass, scale = world(4000, "normal", overconfidence=1.0)
+    _, unseen, _ = world(300, "normal", overconfidence=1.0, seed=0)
+    unseen = replace(unseen, location=2.5 * unseen.location)
+    metrics = calibrate(head, get_family("normal"), in_first_pass, unseen)
+    spread = math.hypot(metrics["scale_level"], metrics["model_error"] / get_family("normal").unit_scale)
+    assert metrics["calibration_factor"] / spread == pytest.approx(1 / 2.5, rel=0.25)
+    hidden = in_first_pass.scale_states.flatten(0, 1)
+    assert spearman(head.scale(hidden).detach()[:, 0], scale.flatten()) > 0.9
 
 
 @pytest.mark.parametrize("overconfidence", [2.5, 0.4])
@@ -234,6 +246,25 @@ def test_the_memory_keeps_the_latest(tmp_path):
     assert other.predictions().answers[-1].tolist() == [-1, -1]
 
 
+def test_the_memory_keeps_forecasts_apart_from_later_passes(tmp_path):
+    memory = PredictionMemory()
+    for number in range(4):
+        state = torch.full((2, 3), float(number))
+        one = Judgements.forced_choices(1, torch.device("cpu"))
+        memory.add(state, state, state[:, :1] + 1, None, one, in_advance=number < 2)
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = PredictionMemory()
+    loaded.load(tmp_path / "memory.safetensors")
+    for kept in (memory, loaded):
+        assert kept.seen == 4
+        kept.rescale(2.0)  # each of them once, though two are in both
+        assert kept.predictions().location[:, 0].tolist() == [2.0, 4.0, 6.0, 8.0]
+        assert kept.forecasts().location[:, 0].tolist() == [2.0, 4.0]
+        assert kept.forecasts().scale_states[:, 1, 0].tolist() == [0.0, 1.0]
+        kept.clear()
+        assert kept.predictions() is None and kept.forecasts() is None
+
+
 # Training
 
 
@@ -303,6 +334,41 @@ def test_a_stream_is_calibrated(tiny_llama_dir, tmp_path):
     assert len(factors(run(tiny_llama_dir, tmp_path, dataset=stream, max_steps=72))) == 1
     # Two passes are not.
     assert factors(run(tiny_llama_dir, tmp_path, dataset=stream, max_steps=80)) == []
+
+
+@pytest.mark.parametrize("epistemic", [False, True])
+def test_after_several_passes_it_is_by_pairs_that_were_set_aside(tiny_llama_dir, tmp_path, caplog, epistemic):
+    options = {"num_train_epochs": 5, "learning_rate": 1e-2, "epistemic": epistemic}
+    options |= {"eval_strategy": "epoch", "per_device_eval_batch_size": 50}
+
+    trainer = DiscoRewardTrainer(
+        tiny_llama_dir,
+        DiscoRewardConfig(str(tmp_path), **ONE_PASS | options),
+        train_dataset=learnable_preferences(1500),
+        eval_dataset=learnable_preferences(1900).select(range(1500, 1900)),
+    )
+    assert "150 of the 1,500 rows of the train dataset are not trained on" in caplog.text
+    assert len(trainer.train_dataset) == 1350 and len(trainer._unseen) == 150
+    trained_on, collate = set(), trainer.data_collator
+
+    def watch(examples):
+        if trainer.model.training:
+            trained_on.update(example["row_index"] for example in examples)
+        return collate(examples)
+
+    trainer.data_collator = watch
+    trainer.train()
+    assert trained_on == set(trainer.train_dataset["row_index"])
+    assert len(trainer._memory.forecasts()) == 1350
+    (factor,) = factors(trainer)
+    assert factor < 0.9
+    before, after = [log["eval_nll"] for log in trainer.state.log_history if "eval_nll" in log][-2:]
+    assert after < before + 0.005  # as far as 400 pairs can tell
+    unseen = Judgements.forced_choices(150, torch.device("cpu"))
+    forecasts = next(fit for fit in trainer._head_fits if isinstance(fit, Calibration)).forecasts
+    assert torch.equal(forecasts.said, unseen.table)
+    kept = trainer._predict_unseen(trainer._make_memory())
+    torch.testing.assert_close(kept.location, forecasts.location, rtol=1e-4, atol=1e-5)
 
 
 class StopAt(TrainerCallback):
