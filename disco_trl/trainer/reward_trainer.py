@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_config_model_id
@@ -234,7 +233,8 @@ class DiscoRewardTrainer(
     @property
     def _head_stays_whole(self) -> bool:
         """Whether the head can be fitted when training ends, as far as it is known before it begins."""
-        return not (self.args.load_best_model_at_end or self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+        is_zero3 = getattr(self.args.deepspeed_plugin, "zero_stage", None) == 3
+        return not (self.args.load_best_model_at_end or self.is_fsdp_enabled or is_zero3)
 
     def _make_memory(self) -> PredictionMemory:
         """Memory for what is said, and for the states that are fitted to, of this model."""

@@ -14,8 +14,8 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
-from tqdm.auto import trange
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..data.calibration_set import LEAST_ROWS, SHARE, split_calibration_set
 from ..data.collator import ANSWERS
@@ -82,7 +82,8 @@ class UnseenPairs(Trainer):
         was_training = model.training
         model.eval()
         size = self.args.per_device_eval_batch_size
-        for start in trange(0, len(dataset), size, desc="Predicting unseen pairs", disable=self.args.disable_tqdm):
+        starts = range(0, len(dataset), size)
+        for start in logging.tqdm(starts, desc="Predicting unseen pairs", disable=self.args.disable_tqdm):
             batch = self.data_collator([dataset[row] for row in range(start, min(start + size, len(dataset)))])
             answers = batch.pop(ANSWERS, None)
             batch.pop(ROW_COLUMN, None)

@@ -103,7 +103,7 @@ def test_a_model_that_knows_strengths_is_evaluated_on_them(tmp_path, tiny_llama_
     arguments = ["compare", tiny_llama_dir, str(data), str(tmp_path / "out"), "--lora_r", "4"]
     main([*arguments, "--variants", "bradley-terry", "normal", "--set", "learning_rate=0.01", "bf16=false"])
     theirs, ours = (figures_of(tmp_path / "out", run)["agreement"] for run in ("bradley-terry-0", "normal-0"))
-    assert theirs["grade_nll"]["note"] == "the model knows no strengths of preference"
+    assert theirs["grade_nll"]["note"] == "none: the model knows no strengths of preference"
     # Five strengths from −2 to 2 that are equally probable
     assert 0 < ours["sign_nll"]["value"] < ours["grade_nll"]["value"] < np.log(5)
 
