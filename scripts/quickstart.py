@@ -1,7 +1,7 @@
 """
 Train a reward model with a distribution and Bradley–Terry on people's judgements, and compare them.
 
-    bash scripts/quickstart.sh              # creates the environment, then runs this file: 15 minutes on 2 cores
+    bash scripts/quickstart.sh              # creates the environment, then runs this file: 12 to 20 minutes, 2 cores
     bash scripts/quickstart.sh --fast       # the same steps in 2 minutes, too short to learn much
 
 In an environment with `disco-trl[quickstart]`, run `python scripts/quickstart.py` instead. To use your own model and
