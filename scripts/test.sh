@@ -6,7 +6,8 @@
 #
 #   bash scripts/test.sh [--fresh] [--fast] [--next] [arguments for pytest]
 #
-# Tests run in as many processes as there are cores, at most 4, with one thread each (`-n 0` for one that has them all).
+# Tests run in as many processes as there are cores, at most 4, with one thread each. `-n 0` and OMP_NUM_THREADS change
+# that.
 #
 #   --fresh   recreate the environments (by default only if setup.cfg, pyproject.toml, PYTHON or TORCH_SPEC change)
 #   --fast    skip the tests marked `slow`
@@ -112,7 +113,7 @@ contract_tests=(tests/contracts tests/handoff tests/test_upstream.py
     tests/rewards/test_{disco_reward,reward_metrics,scalar_reward,best_of_n_function}.py)
 mark=()
 $fast && mark=(-m "not slow")
-# Models this small leave a second thread idle. A test with processes of its own counts on the cores, too.
+# One thread each: with models this small, a second one is mostly idle.
 workers=(--numprocesses logical --maxprocesses 4 --dist worksteal)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

@@ -49,7 +49,7 @@ from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.distributed import is_in_shards
 from ..models.heads import DiscoHead
 from ..models.scale_head import bounded_exp, bounded_log
-from .head_fit import HeadFit, NothingToFit
+from .head_fit import HeadFit, NothingToFit, check_finite
 from .predictions import PredictionMemory, Predictions, numbered
 from .scale_fit import Evidence, dyadic_standard_error, fit_scale
 
@@ -420,6 +420,8 @@ class Calibration(HeadFit):
     def fit(self, predictions: Predictions, args: Any, state: Any) -> dict[str, float]:
         assert self.memory is not None
         unseen = None if self.predict_unseen is None else self.predict_unseen()
+        if unseen is not None:
+            check_finite(unseen)
         metrics = calibrate(self.head, self.family, predictions, unseen)
         factor = metrics["calibration_factor"]
         self.memory.rescale(factor)

@@ -28,6 +28,12 @@ class NothingToFit(ValueError):
     """The predictions do not determine what was to be fitted. The message says why, and what to do."""
 
 
+def check_finite(predictions: Predictions) -> None:
+    """Raise [`NothingToFit`] if a prediction is not finite."""
+    if not all(bool(values.isfinite().all()) for values in vars(predictions).values()):
+        raise NothingToFit("a prediction that training has made is not finite; look at the loss of the run")
+
+
 class HeadFit(TrainerCallback):
     """
     Base of the callbacks that fit something to a head when training ends.
@@ -164,8 +170,7 @@ class HeadFit(TrainerCallback):
         try:
             if predictions is None:
                 raise NothingToFit("no predictions have been kept")
-            if not all(bool(values.isfinite().all()) for values in vars(predictions).values()):
-                raise NothingToFit("a prediction that training has made is not finite; look at the loss of the run")
+            check_finite(predictions)
             return None, self.fit(predictions, args, state)
         except NothingToFit as error:
             return str(error), {}

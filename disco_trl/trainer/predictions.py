@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..distributions.judgements import Judgements
+from ..models.outputs import RewardModelOutput
 
 
 MEMORY_FILE = "predictions.safetensors"
@@ -139,7 +140,8 @@ class _Batches(deque[Predictions]):
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What a file holds of them."""
-        return {"sizes": torch.tensor([len(batch) for batch in self]), **vars(self.together())}
+        sizes, together = torch.tensor([len(batch) for batch in self], dtype=torch.long), self.together()
+        return {"sizes": sizes, **({} if together is None else vars(together))}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> _Batches:
@@ -227,6 +229,26 @@ class PredictionMemory:
         for batches in (self._latest, self._forecasts) if in_advance else (self._latest,):
             batches.add(batch)
         self.seen += count
+
+    def add_output(
+        self,
+        output: RewardModelOutput,
+        judgements: Judgements,
+        answers: Tensor | None = None,
+        in_advance: bool = True,
+    ) -> None:
+        """
+        Add a batch of P pairs as a model has predicted it.
+
+        Args:
+            output ([`~disco_trl.models.outputs.RewardModelOutput`]):
+                What `forward` returned for both sides, chosen sides first.
+            judgements, answers, in_advance:
+                As in [`PredictionMemory.add`].
+        """
+        assert output.pooled_hidden_state is not None and output.scale_state is not None and output.logits is not None
+        states = output.pooled_hidden_state, output.scale_state
+        self.add(*states, output.logits, output.raw_shape, judgements, answers, in_advance)
 
     def clear(self) -> None:
         """Forget everything, as before the first batch."""

@@ -407,15 +407,7 @@ class DiscoRewardTrainer(
             # Only in the first pass are predictions made in advance, which calibration needs. A posterior uses all.
             in_advance = (self.state.epoch or 0) < 1
             if self._memory is not None and (in_advance or self.args.epistemic):
-                self._memory.add(
-                    outputs.pooled_hidden_state,
-                    outputs.scale_state,
-                    outputs.logits,
-                    outputs.raw_shape,
-                    judgements,
-                    answers,
-                    in_advance,
-                )
+                self._memory.add_output(outputs, judgements, answers, in_advance)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:

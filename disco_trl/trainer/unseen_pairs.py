@@ -36,7 +36,7 @@ class UnseenPairs(Trainer):
     """
 
     model: Any
-    train_dataset: Any
+    train_dataset: Any  # a `Dataset` where it is read here: of a stream, the number of passes is not known
     _unseen: Dataset | None = None
 
     def _set_pairs_aside(self, passes: float, seed: int) -> str | None:
@@ -52,13 +52,6 @@ class UnseenPairs(Trainer):
         Returns:
             `str`, *optional*: Why that cannot be done, and what to do; `None` if it is done.
         """
-        passed = (
-            f"training goes through its data {passes:.3g} times, and what the model predicts of pairs that it has "
-        )
-        passed += "learned from is no forecast"
-        once = "set num_train_epochs=1 (TRL's default is 3), or max_steps to one pass or less"
-        if not isinstance(self.train_dataset, Dataset):
-            return f"{passed}, and a stream has no pairs to set aside; {once}"
         count = len(self.train_dataset)
         with PartialState().main_process_first():
             self.train_dataset, self._unseen = split_calibration_set(self.train_dataset, seed)
@@ -93,14 +86,7 @@ class UnseenPairs(Trainer):
             outputs = model(**inputs, use_cache=False)
             if judgements is None:
                 judgements = Judgements.forced_choices(len(outputs.logits) // 2, outputs.logits.device, margin)
-            memory.add(
-                outputs.pooled_hidden_state,
-                outputs.scale_state,
-                outputs.logits,
-                outputs.raw_shape,
-                judgements,
-                answers,
-            )
+            memory.add_output(outputs, judgements, answers)
         model.train(was_training)
         found = memory.predictions()
         assert found is not None

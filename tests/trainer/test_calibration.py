@@ -102,14 +102,14 @@ def test_predictions_that_say_nothing_leave_the_head_as_it_was():
 
 def test_unseen_pairs_determine_the_factor_and_the_first_pass_the_scale():
     """A model that has learned its training pairs by heart, and predicts others with locations 2.5 times too large."""
-    head, in_first_pass, scale = world(4000, "normal", overconfidence=1.0)
-    _, unseen, _ = world(300, "normal", overconfidence=1.0, seed=0)
+    head, predictions, scale = world(4300, "normal", overconfidence=1.0)
+    in_first_pass, unseen = predictions[slice(4000)], predictions[slice(4000, None)]
     unseen = replace(unseen, location=2.5 * unseen.location)
     metrics = calibrate(head, get_family("normal"), in_first_pass, unseen)
     spread = math.hypot(metrics["scale_level"], metrics["model_error"] / get_family("normal").unit_scale)
     assert metrics["calibration_factor"] / spread == pytest.approx(1 / 2.5, rel=0.25)
-    hidden = in_first_pass.scale_states.flatten(0, 1)
-    assert spearman(head.scale(hidden).detach()[:, 0], scale.flatten()) > 0.9
+    found = head.scale(unseen.scale_states.flatten(0, 1)).detach()[:, 0]
+    assert spearman(found, scale[4000:].flatten()) > 0.9
 
 
 @pytest.mark.parametrize("overconfidence", [2.5, 0.4])
@@ -265,6 +265,16 @@ def test_the_memory_keeps_forecasts_apart_from_later_passes(tmp_path):
         assert kept.predictions() is None and kept.forecasts() is None
 
 
+def test_a_memory_without_forecasts_is_saved_and_read(tmp_path):
+    """As after a run that is resumed in its second pass from a checkpoint that has no predictions."""
+    memory, loaded = PredictionMemory(), PredictionMemory()
+    one = Judgements.forced_choices(1, torch.device("cpu"))
+    memory.add(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 1), None, one, in_advance=False)
+    memory.save(tmp_path / "memory.safetensors")
+    loaded.load(tmp_path / "memory.safetensors")
+    assert len(loaded.predictions()) == 1 and loaded.forecasts() is None
+
+
 # Training
 
 
@@ -340,7 +350,6 @@ def test_a_stream_is_calibrated(tiny_llama_dir, tmp_path):
 def test_after_several_passes_it_is_by_pairs_that_were_set_aside(tiny_llama_dir, tmp_path, caplog, epistemic):
     options = {"num_train_epochs": 5, "learning_rate": 1e-2, "epistemic": epistemic}
     options |= {"eval_strategy": "epoch", "per_device_eval_batch_size": 50}
-
     trainer = DiscoRewardTrainer(
         tiny_llama_dir,
         DiscoRewardConfig(str(tmp_path), **ONE_PASS | options),

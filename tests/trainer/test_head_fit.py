@@ -1,8 +1,8 @@
 """
 What a run ends with: the head that was fitted to ratings and votes, its moments, its evaluation, and one line.
 
-One test runs this file under a launcher (`torchrun --nproc_per_node 2 tests/trainer/test_head_fit.py FOLDER`). It then
-trains, and each process writes the head and the log that it ends with.
+One test runs this file under a launcher (`torchrun --nproc_per_node 2 tests/trainer/test_head_fit.py FOLDER PASSES
+MODEL`). It then trains, and each process writes the head and the log that it ends with.
 """
 
 import logging
@@ -26,7 +26,7 @@ from test_gauge import (
     TRUE_SCALE,
     tiny_llama,
 )
-from tiny_training import disco_trainer, preferences
+from tiny_training import disco_trainer, learnable_preferences, preferences
 
 from disco_trl.evaluation.metrics import spearman
 
@@ -77,6 +77,28 @@ def train(folder, tokenizer, votes: bool, batch_size: int):
     )
     trainer.train()
     trainer.save_model()
+    return trainer
+
+
+def train_twice(folder, tokenizer, model: str):
+    """A run of two passes, for which pairs are set aside."""
+    data = learnable_preferences(1400)
+    trainer = disco_trainer(
+        folder,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=data,
+        eval_dataset=data.select(range(40)),
+        eval_strategy="epoch",
+        per_device_train_batch_size=8,
+        max_steps=-1,
+        num_train_epochs=2,
+        learning_rate=5e-3,
+        logging_steps=1000,
+        epistemic=True,
+    )
+    assert len(trainer._unseen) == 140 and len(trainer.train_dataset) == 1260
+    trainer.train()
     return trainer
 
 
@@ -164,17 +186,21 @@ def test_a_run_without_calibration_says_so(tiny_llama_dir, tiny_tokenizer, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_all_processes_end_with_the_head_that_the_first_has_fitted(tmp_path):
+@pytest.mark.parametrize("passes", ["1", "2"])
+def test_all_processes_end_with_the_head_that_the_first_has_fitted(tmp_path, tiny_llama_dir, passes):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [*command, str(tmp_path), passes, tiny_llama_dir], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     (head, logs), (other_head, other_logs) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, tensor in head.items():
         assert torch.equal(other_head[name], tensor), name
     assert head["epistemic.prior_variance"] > 0
-    for name, times in (("calibration_factor", 1), ("calibration_factor_with_errors", 1), ("eval_loss", 2)):
+    evaluations = int(passes) + 1
+    for name, times in (("calibration_factor", 1), ("calibration_factor_with_errors", 1), ("eval_loss", evaluations)):
         values = [[entry[name] for entry in of_one if name in entry] for of_one in (logs, other_logs)]
         assert values[0] == values[1] and len(values[0]) == times, name
 
@@ -182,6 +208,9 @@ def test_all_processes_end_with_the_head_that_the_first_has_fitted(tmp_path):
 if __name__ == "__main__":
     from conftest import build_tokenizer  # also sets the tests' environment variables
 
-    trainer = train(Path(sys.argv[1]), build_tokenizer(), votes=False, batch_size=16)
+    if sys.argv[2] == "1":
+        trainer = train(Path(sys.argv[1]), build_tokenizer(), votes=False, batch_size=16)
+    else:
+        trainer = train_twice(Path(sys.argv[1]), build_tokenizer(), sys.argv[3])
     result = trainer._reward_model.reward_head.state_dict(), trainer.state.log_history
     torch.save(result, Path(sys.argv[1], f"{trainer.args.process_index}.pt"))
