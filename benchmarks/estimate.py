@@ -34,7 +34,7 @@ from disco_trl.cli.estimate import LABELS
 from disco_trl.trainer.dataless_model import METHODS, Settings
 from disco_trl.trainer.estimate import estimate
 
-from .human_ratings import small_chat_lm
+from .downloads import small_chat_lm
 from .peak_memory import PeakMemory, held_bytes, in_fresh_process
 from .speed_counts import Pair
 from .speed_train import quieten

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
 
-from .human_ratings import load_ratings, small_chat_lm
+from .downloads import small_chat_lm
+from .human_ratings import load_ratings
 from .peak_memory import held_bytes
 from .speed_train import quieten
 

@@ -37,7 +37,7 @@ import torch
 
 from disco_trl._version import versions_of
 
-from .human_ratings import small_chat_lm
+from .downloads import small_chat_lm
 from .speed_counts import peak_flops
 from .speed_parts import run_head, run_prepare, run_score
 from .speed_report import PICTURES, TABLES, plot

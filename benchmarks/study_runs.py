@@ -11,7 +11,7 @@ from disco_trl.data.files import open_rows
 from disco_trl.evaluation.compare import Result, Variant
 from disco_trl.evaluation.held_out import HeldOut
 
-from . import human_ratings
+from .downloads import small_chat_lm
 
 
 SETTINGS = (
@@ -103,7 +103,7 @@ def held_out_of(args: argparse.Namespace, data: Path) -> HeldOut:
 
 def write_tables(args: argparse.Namespace, tables: Mapping[str, Callable[[argparse.Namespace], str]]) -> None:
     """Runs the studies of the command line, and writes and prints their tables."""
-    args.model = args.model or str(human_ratings.small_chat_lm())
+    args.model = args.model or str(small_chat_lm())
     for name in args.studies:
         table = tables[name](args)
         (args.output / f"{name}.md").write_text(table + "\n", encoding="utf-8")

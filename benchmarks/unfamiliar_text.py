@@ -34,11 +34,12 @@ from disco_trl.evaluation.metrics import accuracy, negative_log_likelihood
 from disco_trl.models.inference import load_trained, score
 
 from . import human_ratings
+from .downloads import Release, fetch
 
 
 TWEETS = "held-out tweets"
 TEXTS = 300
-MESSAGES = human_ratings.Release(
+MESSAGES = Release(
     requirement="Django==5.2.8",
     filename="django-5.2.8-py3-none-any.whl",
     sha256="37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
@@ -49,7 +50,7 @@ MODULES = ("argparse", "ast", "asyncio.tasks", "collections", "dataclasses", "da
 def messages_in_other_languages() -> list[str]:
     """Messages without placeholders, in every language but English."""
     found: set[str] = set()
-    with zipfile.ZipFile(human_ratings.fetch(MESSAGES)) as wheel:
+    with zipfile.ZipFile(fetch(MESSAGES)) as wheel:
         for name in wheel.namelist():
             language = re.fullmatch(r"django/conf/locale/(\w+)/LC_MESSAGES/django\.mo", name)
             if language and not language[1].startswith("en"):

@@ -43,6 +43,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is part of the re
 from quickstart_report import Report, plot, render
 
 from benchmarks import human_ratings
+from benchmarks.downloads import small_chat_lm
 from benchmarks.human_ratings import RatedText
 from disco_trl import DiscoRewardConfig, DiscoRewardModel, DiscoRewardTrainer, RewardDistribution
 from disco_trl._version import versions_of
@@ -310,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds[name] = time.perf_counter() - start
 
     with stage("Data and language model"):
-        base_model = args.model or str(human_ratings.small_chat_lm())
+        base_model = args.model or str(small_chat_lm())
         tokenizer = AutoTokenizer.from_pretrained(base_model)
         training, held_out = (user_pairs if args.dataset else human_judgements)(args, tokenizer)
         with_lengths = training.bradley_terry.map(

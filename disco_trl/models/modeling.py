@@ -8,12 +8,11 @@ checkpoint is therefore a scalar reward model, whose extra keys it ignores; and 
 Each architecture pools in its own way, and a checkpoint that the stock class has to load must be pooled in the same
 way. The stock `forward` therefore runs with the head bypassed. Whether it selects the logits of one token or averages
 those of all, it then does so to the hidden states, and the head is applied to what remains. This is exact as long as
-pooling is linear in the logits, which is why only the layers in `HEAD_LAYER_NAMES` are supported.
+pooling is linear in the logits, which is why only some layers are supported (`disco_trl.models.architectures`).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import math
@@ -27,10 +26,10 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_utils import set_zero3_state
 
 from ..distributions.likelihood import Responses
 from ..distributions.reward_distribution import Family, RewardDistribution, get_family
+from .architectures import check_summary, find_head
 from .heads import DiscoHead, EpistemicHead, LikelihoodHead, ShapeHead, heads_bypassed, to_responses
 from .loading import load_reward_model
 from .outputs import OWN_OUTPUTS, STOCK_OUTPUTS, RewardModelOutput, overall
@@ -48,13 +47,6 @@ from .scale_layer import (
     tokens_to_read,
 )
 from .settings import resolve_settings
-
-
-# Names of the last layer in those classifiers of transformers that end in a linear map: of decoders, of most encoders,
-# of encoders and encoder-decoders with a block for a head, of Funnel, of XLNet, and of Flaubert and XLM. A classifier
-# that applies more after it (an activation, a second projection) is refused, because that code would receive hidden
-# states while the head is bypassed.
-HEAD_LAYER_NAMES = ("score", "classifier", "out_proj", "linear_out", "logits_proj", "summary")
 
 
 if TYPE_CHECKING:
@@ -489,7 +481,7 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[
             on its batch.
     """
     if stock not in _CLASSES:
-        head_name, unquantized_modules, has_summary = _find_head(stock, config)
+        head_name, unquantized_modules, has_summary = find_head(stock, config)
         _CLASSES[stock] = type(
             stock.__name__,
             (DiscoRewardModel, stock),
@@ -507,46 +499,5 @@ def disco_class(stock: type[PreTrainedModel], config: PreTrainedConfig) -> type[
         )
     kind = _CLASSES[stock]
     if kind.has_summary:
-        _check_summary(stock, config, kind.head_name)
+        check_summary(stock, config, kind.head_name)
     return kind
-
-
-def _find_head(stock: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, tuple[str, ...], bool]:
-    """Find `head_name`, `unquantized_modules` and `has_summary` in a model on the meta device."""
-    # Under ZeRO-3 transformers would shard and initialize the model, which has no data. Within `set_zero3_state` it
-    # leaves both to the caller.
-    with torch.device("meta"), torch.random.fork_rng(devices=[]), set_zero3_state():
-        model = stock(copy.deepcopy(config))
-    backbone = getattr(model, model.base_model_prefix, None)
-    inside = set(backbone.modules()) if backbone is not None and backbone is not model else set()
-    heads = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == 1 and module not in inside
-    ]
-    if len(heads) != 1 or heads[0].rpartition(".")[2] not in HEAD_LAYER_NAMES:
-        raise _cannot_carry(
-            stock,
-            f"it has no single last linear layer named {' or '.join(HEAD_LAYER_NAMES)} (found: {heads or 'none'})",
-        )
-    following = [name for name, child in model.named_children() if child is not backbone]
-    has_summary = any(hasattr(module, "summary_type") for module in model.modules())
-    return heads[0], (*following, r".*\.pooler"), has_summary
-
-
-def _check_summary(stock: type[PreTrainedModel], config: Any, head_name: str) -> None:
-    """Raise a `ValueError` if XLNet, Flaubert or XLM sum up a text in a way that a reward cannot be read in."""
-    place, activation = getattr(config, "summary_type", "last"), getattr(config, "summary_activation", None)
-    if place != "first":  # the only position that is the same in a batch and alone
-        raise _cannot_carry(stock, f"it reads a text at {place!r} (summary_type in its config.json), padding included")
-    if head_name.endswith(".summary") and activation:
-        raise _cannot_carry(
-            stock, f"the activation {activation!r} follows its last linear layer {head_name} (summary_activation)"
-        )
-
-
-def _cannot_carry(stock: type[PreTrainedModel], reason: str) -> ValueError:
-    return ValueError(
-        f"{stock.__name__} cannot carry a reward distribution: {reason}. Use a decoder-only language model, or an "
-        "encoder such as BERT, RoBERTa, DeBERTa-v2 or ModernBERT."
-    )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import human_ratings, long_run
+from benchmarks.downloads import small_chat_lm
 
 
 def run(monkeypatch, output: Path, *arguments: str) -> None:
@@ -19,7 +20,7 @@ def run(monkeypatch, output: Path, *arguments: str) -> None:
 @pytest.mark.slow
 def test_table_picture_and_failure(monkeypatch, tmp_path):
     try:
-        human_ratings.small_chat_lm(), human_ratings.load_ratings("tweets")
+        small_chat_lm(), human_ratings.load_ratings("tweets")
     except ConnectionError as error:
         pytest.skip(f"no package index: {error}")
     run(monkeypatch, tmp_path)

