@@ -205,7 +205,7 @@ def run(study: Study, words: str, args: argparse.Namespace) -> dict[Arm, list[Re
             if arm == Arm(NORMAL) and study.draw is human_ratings.main:
                 for seed, result in zip(seeds, found[arm], strict=True):
                     path = output / f"{Variant.parse(arm.variant).folder}-{seed}"
-                    result.figures["ceiling"] = ceiling(path, "--development" in words.split())
+                    result.figures["ceiling"] = ceiling(path, args.dtype, "--development" in words.split())
     return found
 
 
@@ -217,13 +217,15 @@ def held_out(study: Study, words: str, args: argparse.Namespace) -> HeldOut:
 # The ceiling
 
 
-def ceiling(folder: Path, development: bool) -> dict[str, dict[str, float]]:
+def ceiling(folder: Path, dtype: str, development: bool) -> dict[str, dict[str, float]]:
     """What the states that a scale reads say about people's disagreement, however it is learned: the rank correlation,
     on held-out texts, of a ridge regression of the raters' standard deviation on them. It is computed once a run.
 
     Args:
         folder (`Path`):
             Folder of a run with its model.
+        dtype (`str`):
+            Dtype of the language model.
         development (`bool`):
             Whether the texts are those of `--development`.
 
@@ -235,7 +237,7 @@ def ceiling(folder: Path, development: bool) -> dict[str, dict[str, float]]:
         train, test = human_ratings.split_by_text(human_ratings.load_ratings("tweets"))
         if development:
             train, test = human_ratings.split_by_text(train, seed=1)
-        model = load_trained(str(folder / "model"))
+        model = load_trained(str(folder / "model"), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(folder / "model"))
         states = [states_of(model, [tokenize(tokenizer, row.text) for row in rows]) for rows in (train, test)]
         deviations = [np.array([row.ratings.std(ddof=1) for row in rows]) for rows in (train, test)]
