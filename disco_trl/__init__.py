@@ -15,6 +15,7 @@ __all__ = [
     "DiscoRewardConfig",
     "DiscoRewardModel",
     "DiscoRewardTrainer",
+    "JointRewardDistribution",
     "RemoteReward",
     "RewardDistribution",
     "best_of_n",
@@ -26,6 +27,7 @@ _MODULE_OF = {
     "DiscoRewardConfig": "trainer.reward_config",
     "DiscoRewardModel": "models.modeling",
     "DiscoRewardTrainer": "trainer.reward_trainer",
+    "JointRewardDistribution": "distributions.joint",
     "RemoteReward": "serving.client",
     "RewardDistribution": "distributions.reward_distribution",
     "best_of_n": "rewards.best_of_n",
@@ -33,6 +35,7 @@ _MODULE_OF = {
 }
 
 if TYPE_CHECKING:
+    from .distributions.joint import JointRewardDistribution
     from .distributions.reward_distribution import RewardDistribution, get_family
     from .models.modeling import DiscoRewardModel
     from .rewards.best_of_n import best_of_n

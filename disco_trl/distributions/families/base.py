@@ -158,6 +158,29 @@ class Family(ABC):
             difference is not of the family, s is the scale that has the difference's variance.
         """
 
+    def scale_of_sum(self, scales: Tensor, correlation: Tensor) -> Tensor:
+        """
+        Evaluates the scale of a weighted sum of several rewards of one answer.
+
+        A family that is closed under sums overrides it.
+
+        Args:
+            scales (`torch.Tensor` of shape `(..., A)`):
+                Scales, times the weights, which may be negative.
+            correlation (`torch.Tensor` of shape `(A, A)`):
+                Correlation matrix of the rewards.
+
+        Returns:
+            `torch.Tensor` of shape `(...)`: The scale s with which the sum is Σ w_a μ_a + s·ε.
+
+        Raises:
+            `ValueError`: If the sum is not of the family, with the reason.
+        """
+        raise ValueError(
+            f"a weighted sum of {self.name!r} rewards is not {self.name!r}, and not of any family; use the normal "
+            "family, or take one attribute"
+        )
+
     def log_prob_positive(self, difference: Difference) -> Tensor:
         """
         Evaluates log P(R_a − R_b > 0).

@@ -35,6 +35,14 @@ class Cauchy(Family):
     def difference_scale(self, scale_a: Tensor, scale_b: Tensor) -> Tensor:
         return scale_a + scale_b
 
+    def scale_of_sum(self, scales: Tensor, correlation: Tensor) -> Tensor:
+        if not torch.equal(correlation, torch.eye(len(correlation)).to(correlation)):
+            raise ValueError(
+                "Cauchy rewards have no correlation, and a weighted sum of them is Cauchy only if they are "
+                "independent; use the normal family"
+            )
+        return scales.abs().sum(dim=-1)
+
     def log_cdf(self, z: Tensor, shape: Tensor | None = None) -> Tensor:
         # P = angle(-z, 1) / π below 0 and 1 - angle(z, 1) / π above: ½ + arctan(z) / π would cancel in either tail.
         tail = torch.atan2(torch.ones_like(z), -negative_magnitude(z)) / math.pi

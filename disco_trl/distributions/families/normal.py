@@ -29,6 +29,9 @@ class Normal(Family):
     def difference_scale(self, scale_a: Tensor, scale_b: Tensor) -> Tensor:
         return torch.hypot(scale_a, scale_b)
 
+    def scale_of_sum(self, scales: Tensor, correlation: Tensor) -> Tensor:
+        return torch.einsum("...a,ab,...b->...", scales, correlation, scales).sqrt()
+
     def log_mean_prob_positive(self, difference: Difference, error: Tensor) -> Tensor:
         # A normal error of the location adds its variance.
         scale = self.difference_scale(difference.scale_a, difference.scale_b)
