@@ -206,7 +206,7 @@ def check_answerable(
             Survey of the dataset. Its rows are read again only if one of them is at fault.
         likelihood (`dict`):
             What the model knows of how people answer: the settings of its
-            [`~disco_trl.models.heads.LikelihoodHead`].
+            [`~disco_trl.models.likelihood_head.LikelihoodHead`].
 
     Raises:
         `ValueError`: If a rating, a strength or a tie is unknown to the model; it names row, column and fix.

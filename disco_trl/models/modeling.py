@@ -30,7 +30,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..distributions.likelihood import Responses
 from ..distributions.reward_distribution import Family, RewardDistribution, get_family
 from .architectures import check_summary, find_head
-from .heads import DiscoHead, EpistemicHead, LikelihoodHead, ShapeHead, heads_bypassed, to_responses
+from .epistemic_head import EpistemicHead
+from .heads import DiscoHead, ShapeHead, heads_bypassed
+from .likelihood_head import LikelihoodHead, to_responses
 from .loading import load_reward_model
 from .outputs import OWN_OUTPUTS, STOCK_OUTPUTS, RewardModelOutput, overall
 from .prefix_sharing import as_attention_mask
@@ -333,7 +335,7 @@ class DiscoRewardModel(_Stock):
 
     def add_epistemic(self, max_directions: int) -> None:
         """
-        Add an [`~disco_trl.models.heads.EpistemicHead`] to each head, to be fitted when training ends.
+        Add an [`~disco_trl.models.epistemic_head.EpistemicHead`] to each head, to be fitted when training ends.
 
         Args:
             max_directions (`int`):

@@ -35,8 +35,9 @@ class HeadOutput(NamedTuple):
             Unconstrained shape parameters of a family that has S of them, which `Family.shape_from_raw` maps to their
             domain. `None` for a family without shape parameters.
         likelihood (`dict` from `str` to `torch.Tensor` of shape `(..., J)`, *optional*):
-            Quantities that the likelihood learns beside the rewards, by name; see
-            [`~disco_trl.models.heads.LikelihoodHead`]. They are the same in each row. `None` if there are none.
+            Quantities that the likelihood learns beside the rewards, by name (see
+            [`~disco_trl.models.likelihood_head.LikelihoodHead`]). They are the same in each row. `None` if there are
+            none.
     """
 
     location: Tensor

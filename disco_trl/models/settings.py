@@ -109,14 +109,14 @@ def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) 
 
     Args:
         stored (`dict`):
-            Settings of the [`~disco_trl.models.heads.LikelihoodHead`] of the checkpoint.
+            Settings of the [`~disco_trl.models.likelihood_head.LikelihoodHead`] of the checkpoint.
         asked (`dict`):
             Settings that training asks for. They take precedence, except for the rating values and the strengths.
         where (`str`):
             Path of the checkpoint, for error messages.
 
     Returns:
-        `dict`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
+        `dict`: Settings of a [`~disco_trl.models.likelihood_head.LikelihoodHead`].
 
     Raises:
         `ValueError`: If `asked` has a rating value or a strength that the checkpoint does not know.

@@ -31,7 +31,7 @@ def upgrade(
         fixed_scale (`float`, *optional*):
             As in [`~disco_trl.DiscoRewardModel.from_pretrained`].
         likelihood (`dict`, *optional*):
-            What to learn beside the rewards: settings of a [`~disco_trl.models.heads.LikelihoodHead`].
+            What to learn beside the rewards: settings of a [`~disco_trl.models.likelihood_head.LikelihoodHead`].
 
     Returns:
         [`~disco_trl.DiscoRewardModel`]: The disco model; for a `PeftModel`, the one inside.

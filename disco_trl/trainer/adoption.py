@@ -24,8 +24,8 @@ from trl import RewardTrainer
 from ..data.judgements import MOST_RATING_VALUES, SURVEYED_OF_STREAM, Survey, why_not_a_scale
 from ..distributions.reward_distribution import Family
 from ..models.adapters import save_reward_head
-from ..models.heads import label_noise_from_raw
 from ..models.lending import lend
+from ..models.likelihood_head import label_noise_from_raw
 from ..models.modeling import DiscoRewardModel
 from ..models.scale_layer import default_scale_layer
 from ..models.upgrade import upgrade
@@ -53,7 +53,7 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
             What the training data hold.
 
     Returns:
-        `dict[str, Any]`: Settings of a [`~disco_trl.models.heads.LikelihoodHead`].
+        `dict[str, Any]`: Settings of a [`~disco_trl.models.likelihood_head.LikelihoodHead`].
 
     Raises:
         `ValueError`: If `args` name more different ratings than can be told apart, or if the data hold only ratings
@@ -134,7 +134,7 @@ class Adoption:
         args ([`DiscoRewardConfig`]):
             Configuration of the trainer.
         likelihood (`dict[str, Any]`):
-            What is learned of how people answer, the settings of a `disco_trl.models.heads.LikelihoodHead`.
+            What is learned of how people answer, the settings of a `disco_trl.models.likelihood_head.LikelihoodHead`.
         found ([`~disco_trl.data.judgements.Survey`]):
             What the training data hold, for the thresholds and the boundaries between strengths to start from.
         peft_config ([`~peft.PeftConfig`], *optional*):

@@ -109,7 +109,7 @@ class Signs:
         log_scale (`torch.DoubleTensor` of shape `(P, 2)`):
             log(σ / unit) of both sides.
         error_factor (`torch.DoubleTensor` of shape `(P, 2, H)`, *optional*):
-            Factors of the errors of the locations, see [`~disco_trl.models.heads.EpistemicHead`].
+            Factors of the errors of the locations, see [`~disco_trl.models.epistemic_head.EpistemicHead`].
         factor_width (`float`, *optional*, defaults to `0.05`):
             Width of the prior of the log of the factor.
     """
@@ -323,7 +323,7 @@ def recalibrate_unit(
 
     Args:
         head ([`~disco_trl.models.heads.DiscoHead`]):
-            Calibrated head whose [`~disco_trl.models.heads.EpistemicHead`] is fitted.
+            Calibrated head whose [`~disco_trl.models.epistemic_head.EpistemicHead`] is fitted.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
         predictions ([`Predictions`]):

@@ -100,7 +100,7 @@ def fit_posterior(head: DiscoHead, family: Family, predictions: Predictions, pai
 
     Args:
         head ([`~disco_trl.models.heads.DiscoHead`]):
-            Head with an [`~disco_trl.models.heads.EpistemicHead`].
+            Head with an [`~disco_trl.models.epistemic_head.EpistemicHead`].
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
         predictions ([`Predictions`]):

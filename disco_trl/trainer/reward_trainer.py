@@ -38,8 +38,8 @@ from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood, split_log_likelihood
 from ..models.adapters import keep_to_one_family
 from ..models.distributed import check_parallelism, keep_head_apart
-from ..models.heads import width_penalty
 from ..models.inference import check_pad_token, vocabulary_size
+from ..models.likelihood_head import width_penalty
 from ..models.model_card import make_model_card
 from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare

@@ -30,7 +30,8 @@ from torch import Tensor
 from ..distributions.likelihood import log_likelihood
 from ..distributions.ratings import SpreadTable, has_spread
 from ..distributions.reward_distribution import Family, RewardDistribution
-from ..models.heads import DiscoHead, LikelihoodHead, to_responses, width_penalty
+from ..models.heads import DiscoHead
+from ..models.likelihood_head import LikelihoodHead, to_responses, width_penalty
 from ..models.scale_head import bounded_exp
 from .predictions import Predictions, numbered
 
@@ -79,7 +80,7 @@ class Evidence:
 
     Everything else that the likelihood depends on is fitted along: a factor of the locations, which are predictions of
     a model that was still being trained, and the quantities of the head's
-    [`~disco_trl.models.heads.LikelihoodHead`]. Each has a prior worth about one judgement.
+    [`~disco_trl.models.likelihood_head.LikelihoodHead`]. Each has a prior worth about one judgement.
 
     Args:
         head ([`~disco_trl.models.heads.DiscoHead`]):
@@ -198,7 +199,8 @@ class Evidence:
 
         Args:
             head ([`~disco_trl.models.heads.DiscoHead`]):
-                Head whose [`~disco_trl.models.heads.LikelihoodHead`] is changed. One without it is left as it is.
+                Head whose [`~disco_trl.models.likelihood_head.LikelihoodHead`] is changed. One without it is left as
+                it is.
             weight (`torch.DoubleTensor` of shape `(H,)`):
                 Weight of the scale, for features in the unit of this evidence.
             factor, scale_level, location_error (`float`):

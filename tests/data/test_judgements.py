@@ -17,8 +17,8 @@ from disco_trl.data.values import BadRow, Problem, is_missing
 from disco_trl.distributions.judgements import Judgements
 from disco_trl.distributions.likelihood import Responses, log_likelihood
 from disco_trl.distributions.reward_distribution import RewardDistribution
-from disco_trl.models.heads import width_penalty
 from disco_trl.models.inference import score
+from disco_trl.models.likelihood_head import width_penalty
 
 
 RANKING = {"completions": ["a", "b", "c"], "ranks": [1, 2, 2]}

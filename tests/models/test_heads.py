@@ -9,7 +9,8 @@ from torch.nn.parallel.scatter_gather import gather
 from torch.utils._pytree import tree_flatten, tree_map
 
 from disco_trl import DiscoRewardModel, RewardDistribution, get_family
-from disco_trl.models.heads import DiscoHead, LikelihoodHead, heads_bypassed, width_penalty
+from disco_trl.models.heads import DiscoHead, heads_bypassed
+from disco_trl.models.likelihood_head import LikelihoodHead, width_penalty
 from disco_trl.models.outputs import HeadOutput, overall
 
 
