@@ -350,7 +350,9 @@ def _write(source: Any, folder: Path, to: str, dtype: torch.dtype) -> None:
     head_prefix = f"{source.head_name}."
     if to != "disco":
         (target_class,) = (base for base in target_class.__bases__ if base is not DiscoRewardModel)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head_prefix}scale.")}
+        # Of the head, the location row alone. All else is in its submodules.
+        row = {f"{head_prefix}weight", f"{head_prefix}bias"}
+        state = {name: value for name, value in state.items() if name in row or not name.startswith(head_prefix)}
     if to == "two-logit":
         offset = torch.dot(head.scale.weight[0].double(), head.scale.mean_hidden.double()).item()
         setattr(

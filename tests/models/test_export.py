@@ -98,6 +98,37 @@ def assert_strictly_plain(path, num_labels: int) -> None:
 # What is written
 
 
+@pytest.fixture(scope="module")
+def with_everything(sources, tmp_path_factory) -> str:
+    """A model that has learned all there is beside location and scale, and has a posterior."""
+    model = DiscoRewardModel.from_pretrained(sources("llama", "disco"))
+    learned = {"location_error": True, "tie_width": "learned", "label_noise": "learned", "strength_levels": 3}
+    for _, head in model.named_reward_heads():
+        head.add_likelihood(learned | {"rating_values": [1.0, 2.0, 3.0]})
+    model.config.disco = {**model.config.disco, "likelihood": learned | {"rating_values": [1.0, 2.0, 3.0]}}
+    model.add_epistemic(4)
+    path = tmp_path_factory.mktemp("everything")
+    model.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("to", "labels"), [("scalar", 1), ("two-logit", 2)])
+def test_what_else_was_learned_is_left_out(to, labels, with_everything, tmp_path):
+    export(with_everything, tmp_path / "out", to=to)
+    assert_strictly_plain(tmp_path / "out", num_labels=labels)
+    torch.testing.assert_close(
+        logits(tmp_path / "out")[:, 0], expected(with_everything).location, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_what_else_was_learned_stays_in_a_disco_checkpoint(with_everything, tmp_path):
+    export(with_everything, tmp_path / "out", to="disco")
+    found, source = (DiscoRewardModel.from_pretrained(path) for path in (tmp_path / "out", with_everything))
+    assert found.config.disco == source.config.disco
+    assert found.reward_head.state_dict().keys() == source.reward_head.state_dict().keys()
+
+
 @pytest.mark.parametrize("architecture", SOME_ARCHITECTURES)
 def test_scalar(architecture, sources, tmp_path):
     source, output = sources(architecture, "disco"), tmp_path / "out"
