@@ -341,7 +341,9 @@ def routing(args: argparse.Namespace) -> str:
             runs = []
             for result in results[variant]:
                 of_rules = doubts(result.rewards[data.first], result.rewards[data.second])
-                runs.append((data.forecasts(result.rewards), {rule: of_rules[rule] for rule in rules}))
+                runs.append(
+                    (data.forecasts(result.rewards, result.tie_width), {rule: of_rules[rule] for rule in rules})
+                )
             figures = routing_figures(runs, judge)
             for rule in rules:
                 curves = [routing_curve(forecasts, judge, of_rules[rule]) for forecasts, of_rules in runs]

@@ -203,6 +203,11 @@ class Result:
     figures: dict[str, Any]
     rewards: RewardDistribution
 
+    @property
+    def tie_width(self) -> float | None:
+        """Half-width of the band in which two rewards count as a tie, if the model knows it."""
+        return self.figures.get("tie_width")
+
     @classmethod
     def load(cls, variant: Variant, seed: int, folder: Path) -> Result:
         """Loads a finished run from its folder.
@@ -351,7 +356,7 @@ def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: st
     Returns:
         [`~disco_trl.evaluation.report.Verdict`]: The verdict.
     """
-    forecasts = [[held_out.forecasts(run.rewards) for run in runs] for runs in (ours, theirs)]
+    forecasts = [[held_out.forecasts(run.rewards, run.tie_width) for run in runs] for runs in (ours, theirs)]
     # The weights, which are the same for all runs, are those of the metric of this name.
     weight = forecasts[0][0].decided if name == "accuracy" else forecasts[0][0].weight
     first, second = (np.stack([getattr(of_run, OF_EACH[name]) for of_run in runs]) for runs in forecasts)

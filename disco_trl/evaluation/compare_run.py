@@ -27,13 +27,14 @@ from trl import RewardConfig, RewardTrainer
 from ..data.files import choose_split, load_preferences, written_at_once
 from ..data.judgements import has_judgements
 from ..data.tokenization import tokenize_answers
+from ..distributions.likelihood import Responses
 from ..distributions.reward_distribution import RewardDistribution
 from ..models.inference import score
 from ..trainer.reward_config import DiscoRewardConfig
 from ..trainer.reward_trainer import DiscoRewardTrainer
 from .child import end_with_parent
 from .controls import BRADLEY_TERRY, CONTROLS, SIGN, ensemble, with_soft_labels
-from .evaluate import as_json, evaluate, responses_of
+from .evaluate import as_json, evaluate, responses_of, tie_width_of
 from .held_out import HeldOut
 
 
@@ -273,7 +274,9 @@ def train_and_evaluate(
     # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    responses = responses_of(model) or Responses()
     return {
+        "tie_width": tie_width_of(responses),
         "trainer": f"{type(trainer).__module__.partition('.')[0]}.{type(trainer).__name__}",
         "family": rewards.family,
         "pairs": len(train),
@@ -281,7 +284,7 @@ def train_and_evaluate(
         "peak_gib": peak / 2**30,
         "history": [[entry["epoch"], float(entry.get("nll", entry["loss"]))] for entry in logs],
         # A member is evaluated as a part of its ensemble only.
-        **(as_json(evaluate(rewards, held_out, DRAWS, responses=responses_of(model))) if run.member is None else {}),
+        **(as_json(evaluate(rewards, held_out, DRAWS, responses=responses)) if run.member is None else {}),
     }
 
 

@@ -91,8 +91,8 @@ def evaluate(
             Seed of the bootstrap.
         responses ([`~disco_trl.distributions.likelihood.Responses`], *optional*, defaults to `None`):
             How people answer, according to the model
-            ([`~disco_trl.models.heads.DiscoHead.responses`]): needed for strengths of preference. If `None`, these
-            are votes for either answer, or ties.
+            ([`~disco_trl.models.heads.DiscoHead.responses`]): needed for strengths of preference and ties. If `None`,
+            strengths are votes for either answer, or ties, and P(first ≻ second) is what is expected of them.
 
     Returns:
         [`Evaluation`]: The results.
@@ -100,7 +100,8 @@ def evaluate(
     Raises:
         `ValueError`: If a strength of preference is beyond those that the model knows.
     """
-    forecasts = held_out.forecasts(rewards)
+    responses = responses or Responses()
+    forecasts = held_out.forecasts(rewards, tie_width_of(responses))
     # All metrics see the same resamples, so that their intervals describe one and the same bootstrap.
     counts = resamples(forecasts.groups, draws, seed)
     subset_of = np.array([item.subset for item in held_out.items])[held_out.item]
@@ -125,7 +126,7 @@ def evaluate(
         },
         benchmark=_benchmark(rewards, held_out, draws, seed),
         agreement=with_shares(forecasts, counts, draws, seed)
-        | with_grades(rewards, held_out, responses or Responses(), counts)
+        | with_grades(rewards, held_out, responses, counts)
         | with_raters(rewards, held_out, draws, seed),
         scale=_summary(rewards),
         reliability={name: values.tolist() for name, values in vars(curve).items()},
@@ -168,6 +169,11 @@ def responses_of(model: Any) -> Responses | None:
     """
     inner = model.get_base_model() if is_peft_model(model) else model
     return inner.reward_head.responses() if hasattr(inner.config, "disco") else None
+
+
+def tie_width_of(responses: Responses) -> float | None:
+    """Half-width of the band in which two rewards count as a tie, or `None` if the model does not say."""
+    return None if responses.tie_width is None else responses.tie_width.item()
 
 
 def plain_view(rewards: RewardDistribution) -> RewardDistribution:

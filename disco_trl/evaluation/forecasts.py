@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from ..distributions.reward_distribution import RewardDistribution
 
@@ -23,9 +25,10 @@ class Forecasts:
 
     Attributes:
         log_prob (`np.ndarray`):
-            log P(first ≻ second) in nats.
+            log P(first ≻ second) in nats. Where people could call a tie, and the model knows how often they do, it is
+            the log of the expected share of the first answer, in which a tie counts half as it does in the target.
         log_prob_reverse (`np.ndarray`):
-            log P(second ≻ first) in nats. It is stored because computing it as log(1 − P) loses all precision near P =
+            The same of the second answer. It is stored because computing it as log(1 − P) loses all precision near P =
             1.
         margin (`np.ndarray`):
             Location of the first answer minus that of the second, in units of the reward.
@@ -62,6 +65,7 @@ class Forecasts:
         weight: ArrayLike = 1.0,
         groups: np.ndarray | None = None,
         minority: ArrayLike = math.nan,
+        tie_width: Tensor | None = None,
     ) -> Forecasts:
         """Forecasts from the rewards of the first and second answers.
 
@@ -78,13 +82,16 @@ class Forecasts:
                 What comparisons share. If `None`, they are independent.
             minority (`float` or array-like of shape `(N,)`, *optional*, defaults to `nan`):
                 Share of people who preferred the less popular answer.
+            tie_width (`torch.Tensor` of shape `(N,)`, *optional*, defaults to `None`):
+                Half-width of the band in which two rewards count as a tie, in units of the reward; 0 where people
+                could not call a tie.
 
         Returns:
             [`Forecasts`]: `N` forecasts.
         """
         columns = (
-            first.log_prob_greater(second),
-            second.log_prob_greater(first),
+            _log_share(first, second, tie_width),
+            _log_share(second, first, tie_width),
             first.location - second.location,
             target,
             weight,
@@ -200,6 +207,16 @@ class Forecasts:
         """Entropy of people's shares in nats, of shape `(N,)`. No forecast has a smaller [`Forecasts.nll`]."""
         with np.errstate(divide="ignore"):
             return -_mix(self.target, np.log(self.target), np.log1p(-self.target))
+
+
+def _log_share(this: RewardDistribution, other: RewardDistribution, tie_width: Tensor | None) -> Tensor:
+    """log of P(this ≻ other) + ½ P(tie), averaged over the errors of both locations."""
+    if tie_width is None or not bool(tie_width.any()):
+        return this.log_prob_greater(other)
+    difference, error, width = this - other, this.error_of_difference(other), tie_width.to(torch.float64)
+    # Half of the ties: half of what lies between the two edges of the band.
+    beyond = [difference.log_prob_exceeds(edge, error=error) for edge in (width, -width)]
+    return torch.logaddexp(*beyond) - math.log(2)
 
 
 def _mix(share: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:

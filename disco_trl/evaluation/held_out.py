@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -93,7 +94,8 @@ class HeldOut:
 
     The N comparisons of all items come with the attributes `first` and `second`, of shape `(N,)`, which are the
     positions of their answers among the sequences; `target`, `weight` and `minority`, of shape `(N,)`, as in
-    [`~disco_trl.evaluation.forecasts.Forecasts`]; and `item`, of shape `(N,)`, the item that each is of. If people
+    [`~disco_trl.evaluation.forecasts.Forecasts`]; `tie_allowed`, of shape `(N,)`, whether people could call the two
+    equal; and `item`, of shape `(N,)`, the item that each is of. If people
     said how much better an answer is, `grades`, of shape `(G, 3)`, holds the number of a comparison, a strength from
     −L to L (positive: the first answer is better; 0: a tie), and how many people gave it.
 
@@ -128,10 +130,13 @@ class HeldOut:
                     counts[0] = int(said.ties)
                 grades += [(len(of_comparisons), strength, count) for strength, count in sorted(counts.items())]
                 weight = said.people / len(item.comparisons)
-                of_comparisons.append((number, first, second, target, weight, _minority(said, is_soft)))
-        columns = np.array(of_comparisons, dtype=float).reshape(-1, 6).T
+                minority = _minority(said, is_soft)
+                of_comparisons.append((number, first, second, target, weight, minority, said.tie_allowed, said.ties))
+        columns = np.array(of_comparisons, dtype=float).reshape(-1, 8).T
         self.item, self.first, self.second = columns[:3].astype(int)
-        self.target, self.weight, self.minority = columns[3:]
+        self.target, self.weight, self.minority, tie_allowed, ties = columns[3:]
+        # Whether a scale of strengths has a 0 shows only in the data as a whole.
+        self.tie_allowed = (tie_allowed > 0) & bool(ties.any())
         self.grades = np.array(grades, dtype=int).reshape(-1, 3)
         if not self.grades[:, 1].any():
             # Ties alone are no grades.
@@ -187,10 +192,23 @@ class HeldOut:
             raise ValueError("there is nothing to evaluate: no rows, or none short enough")
         return cls(items, BENCHMARKS.get(kind), [list(ids) for ids in number_of], answers)
 
-    def forecasts(self, rewards: RewardDistribution) -> Forecasts:
-        """What rewards of the sequences, of shape `(S,)`, say about the comparisons."""
+    def forecasts(self, rewards: RewardDistribution, tie_width: float | None = None) -> Forecasts:
+        """
+        What a model says about the comparisons.
+
+        Args:
+            rewards ([`RewardDistribution`]):
+                Rewards of the sequences, of shape `(S,)`.
+            tie_width (`float`, *optional*):
+                Half-width of the band in which two rewards count as a tie, if the model knows it, in units of the
+                reward.
+
+        Returns:
+            [`Forecasts`]: N forecasts.
+        """
         sides = (rewards[self.first], rewards[self.second])
-        return Forecasts.of(*sides, self.target, self.weight, self.groups, self.minority)
+        widths = None if tie_width is None else torch.tensor(tie_width * self.tie_allowed)
+        return Forecasts.of(*sides, self.target, self.weight, self.groups, self.minority, widths)
 
     @property
     def groups(self) -> np.ndarray:

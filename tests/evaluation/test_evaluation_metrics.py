@@ -42,6 +42,23 @@ def test_of_rewards():
     assert found.target.tolist() == found.weight.tolist() == [1.0, 1.0]
 
 
+def test_a_tie_counts_half_where_one_was_on_offer():
+    # Scales 0.6 and 0.8 make 1. With a band of ±0.5: P(D > 0.5) + (P(D > -0.5) - P(D > 0.5)) / 2, D ~ N(0.3, 1).
+    def above(x):
+        return 0.5 * math.erfc(x / math.sqrt(2))
+
+    first = RewardDistribution(torch.tensor([0.3, 0.3]), torch.tensor([0.6, 0.6]), "normal")
+    second = RewardDistribution(torch.zeros(2), torch.tensor([0.8, 0.8]), "normal")
+    found = Forecasts.of(first, second, tie_width=torch.tensor([0.5, 0.0]))
+    assert found.prob == pytest.approx([(above(0.2) + above(-0.8)) / 2, above(-0.3)])
+    assert np.exp(found.log_prob_reverse) == pytest.approx(1 - found.prob)
+    # An error of the location adds its variance, with a band as well.
+    unsure = first.replace(location_error=torch.tensor([1.0, 1.0]))
+    found = Forecasts.of(unsure, second, tie_width=torch.tensor([0.5, 0.0]))
+    root = math.sqrt(2)
+    assert found.prob == pytest.approx([(above(0.2 / root) + above(-0.8 / root)) / 2, above(-0.3 / root)])
+
+
 def test_accuracy_counts_equal_locations_as_half():
     # right, wrong, equal, right: (1 + 0 + 1/2 + 1) / 4
     assert accuracy(forecasts([0.8, 0.3, 0.5, 0.6])) == 0.625

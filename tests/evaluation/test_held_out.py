@@ -126,6 +126,19 @@ def test_what_several_people_said_of_a_pair(tiny_tokenizer):
     assert held_out.grades.tolist() == [[0, -1, 1], [0, 0, 2], [0, 2, 2], [1, 1, 2], [2, -3, 1], [6, 0, 1]]
 
 
+def test_ties_are_expected_where_they_were_on_offer(tiny_tokenizer):
+    pair = {"chosen": "the answer", "rejected": "a piano day"}
+    forced, graded, tied = pair, pair | {"preference_strength": 1}, pair | {"preference_strength": [0, 1]}
+    data = HeldOut.read([forced, graded, tied], tiny_tokenizer)
+    assert data.tie_allowed.tolist() == [False, True, True]
+    # Nobody has called a tie, so that one was hardly on offer.
+    assert not HeldOut.read([forced, graded], tiny_tokenizer).tie_allowed.any()
+    rewards = RewardDistribution(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]), "normal")
+    plain, with_ties = data.forecasts(rewards).prob, data.forecasts(rewards, tie_width=1.0).prob
+    assert with_ties[0] == pytest.approx(plain[0])
+    assert 0.5 < with_ties[1] == with_ties[2] < plain[1] - 0.01
+
+
 def test_ties_alone_are_no_grades(tiny_tokenizer):
     rows = [{"chosen": "a", "rejected": "b", "tie": True}, {"chosen": "c", "rejected": "d", "tie": False}]
     assert HeldOut.read(rows, tiny_tokenizer).grades.shape == (0, 3)
