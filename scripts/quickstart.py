@@ -1,7 +1,7 @@
 """
 Train a reward model with a distribution and Bradley–Terry on people's judgements, and compare them.
 
-    bash scripts/quickstart.sh              # creates the environment, then runs this file: 12 to 20 minutes, 2 cores
+    bash scripts/quickstart.sh              # creates the environment, then runs this file: 12 to 16 minutes, 2 cores
     bash scripts/quickstart.sh --fast       # the same steps in 2 minutes, too short to learn much
 
 In an environment with `disco-trl[quickstart]`, run `python scripts/quickstart.py` instead. To use your own model and
@@ -18,10 +18,9 @@ model, and writes a report: `report.md`, `quickstart.png` and `metrics.json` in 
 import argparse
 import contextlib
 import functools
-import gc
 import json
+import math
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -33,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
@@ -41,6 +39,7 @@ from trl import RewardConfig, RewardTrainer
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is part of the repository, not of the package.
 
 from quickstart_report import Report, plot, render
+from quickstart_training import Job, run
 
 from benchmarks import human_ratings
 from benchmarks.downloads import small_chat_lm
@@ -54,14 +53,12 @@ from disco_trl.distributions.families import FAMILIES
 from disco_trl.evaluation.calibration import reliability_curve
 from disco_trl.evaluation.forecasts import Forecasts
 from disco_trl.evaluation.metrics import centrality, pair_metrics, spearman
-from disco_trl.models.inference import score
 
 
 RATED = 0.1
 """Share of the reading that people spend on ratings, the rest being comparisons."""
-BLOCK = (16, 16)
-"""Texts, and comparisons among them, in an optimizer step. Our trainer computes a text of a batch once, so that it
-needs half the time, and about as many different texts are read as in pairs drawn one by one."""
+PAIRS_A_STEP = 16
+"""Pairs in an optimizer step of both trainers."""
 
 # What a user without disco-trl writes. It runs in a process of its own, in which disco-trl is not imported.
 PLAIN_LOADER = """
@@ -148,10 +145,10 @@ def human_judgements(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     train, test = human_ratings.split_by_text(human_ratings.load_ratings("tweets"))
     if args.fast:
         test = test[::4]
-    rows = human_ratings.draw_judged_pairs(train, args.votes, "grades", args.seed, block=BLOCK)
+    rows = human_ratings.draw_judged_pairs(train, args.votes, "grades", args.seed)
     rows = human_ratings.rate_some(rows, train, RATED, args.seed)
     asked = describe(rows)
-    print(f"{asked}; {len(train):,} tweets to learn from, {len(test):,} held out")
+    print(f"{asked}; {len(test):,} tweets held out")
     judged = Dataset.from_list(rows)
     held_out = HeldOut(
         sequences=[tokenize(tokenizer, row.text) for row in test],
@@ -167,10 +164,11 @@ def describe(rows: list[dict[str, Any]]) -> str:
     ratings = [row[column] for row in rows for column in RATINGS if row[column] is not None]
     count = sum(map(len, ratings))
     ties = sum(row[STRENGTH] == 0 for row in rows)
+    texts = {row[side] for row in rows for side in TEXT_PAIR}
     return (
-        f"{len(rows):,} comparisons ({ties:,} ties), each by one person who says how much better a tweet is "
-        f"({', '.join(human_ratings.GRADES.values())}), and {count:,} ratings of {len(ratings):,} of the tweets "
-        f"({count / (count + 2 * len(rows)):.0%} of the reading)"
+        f"{len(rows):,} comparisons ({ties:,} ties) of {len(texts):,} tweets, each by one person who says how much "
+        f"better a tweet is ({', '.join(human_ratings.GRADES.values())}), and {count:,} ratings of {len(ratings):,} "
+        f"of the tweets ({count / (count + 2 * len(rows)):.0%} of the reading)"
     )
 
 
@@ -211,8 +209,8 @@ def bfloat16_is_fast() -> bool:
 def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dict[str, Any]:
     """Arguments shared by `RewardConfig` and `DiscoRewardConfig`.
 
-    An optimizer step takes 16 pairs, `batch_size` (a divisor of 16) at a time. With `by_length`, the dataset needs a
-    column `length` with the number of tokens of the longer side.
+    An optimizer step takes [`PAIRS_A_STEP`], `batch_size` (a divisor of it) at a time. With `by_length`, the dataset
+    needs a column `length` with the number of tokens of the longer side.
     """
     # Batches of similar length have a third less padding. The sampler needs the column `length`, so none is removed.
     grouping = {
@@ -223,7 +221,7 @@ def training_settings(seed: int, batch_size: int, by_length: bool = True) -> dic
     return {
         **(grouping if by_length else {}),
         "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": 16 // batch_size,
+        "gradient_accumulation_steps": PAIRS_A_STEP // batch_size,
         "num_train_epochs": 1,
         "learning_rate": 4e-4,
         "lr_scheduler_type": "cosine",
@@ -320,38 +318,25 @@ def main(argv: list[str] | None = None) -> None:
 
     # Tweets are short. Other texts go through in small batches to limit the memory.
     batch_size = 4 if args.dataset else 16
-    settings = training_settings(args.seed, batch_size, by_length=False)
-    if not args.dataset:
-        settings["train_sampling_strategy"] = "sequential"  # The blocks are in random order, and are batches.
-    rewards: dict[str, RewardDistribution] = {}
-    disco_config = DiscoRewardConfig(str(args.output / "disco"), reward_family=args.family, **settings)
     # Grouping by length saves padding in TRL's batches. Ours have none.
-    grouped = training_settings(args.seed, batch_size, by_length=True)
-    runs: dict[str, tuple[Any, RewardConfig, Dataset]] = {
-        "Bradley–Terry": (
-            RewardTrainer,
-            RewardConfig(str(args.output / "bradley-terry"), **grouped),
-            with_lengths,
+    plain, grouped = (training_settings(args.seed, batch_size, by_length) for by_length in (False, True))
+    common = {"base_model": base_model, "sequences": held_out.sequences}
+    jobs = {
+        "Bradley–Terry": Job(
+            RewardTrainer, RewardConfig, args.output / "bradley-terry", grouped, with_lengths, **common
         ),
-        "disco": (DiscoRewardTrainer, disco_config, training.disco),
+        "disco": Job(
+            DiscoRewardTrainer,
+            DiscoRewardConfig,
+            args.output / "disco",
+            plain | {"reward_family": args.family},
+            training.disco,
+            **common,
+        ),
     }
-    for name, (trainer_class, config, train_dataset) in runs.items():
-        with stage(f"Training {name}"):
-            trainer = trainer_class(
-                model=base_model,
-                args=config,
-                train_dataset=train_dataset,
-                peft_config=LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear"),
-            )
-            trainer.train()
-            trainer.save_model()
-        with stage(f"Scoring held-out texts with {name}"):
-            # accelerate wraps the forward in bfloat16 autocast. The model is measured as it is loaded, in float32.
-            model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            rewards[name] = score(model, held_out.sequences, description="Scoring")
-        device = trainer.accelerator.device
-        del trainer, model
-        gc.collect()
+    with stage("Training both, and scoring the held-out texts"):
+        trained = run(jobs, steps=sum(math.ceil(len(job.train_dataset) / PAIRS_A_STEP) for job in jobs.values()))
+    rewards = {name: result.rewards for name, result in trained.items()}
 
     with stage("Loading the checkpoint without disco-trl"):
         adapter, merged = args.output / "disco", args.output / "disco-merged"
@@ -364,8 +349,6 @@ def main(argv: list[str] | None = None) -> None:
     results = {name: evaluate(reward, held_out) for name, reward in rewards.items()}
     if held_out.rated:
         results["people"] = evaluate_raters(held_out)
-    # Linux counts in KiB, macOS in bytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     report = Report(
         model=args.model or "SmolLM2-135M-Instruct",
         asked=training.asked + ("" if args.dataset else ", drawn from people's ratings (Hutto & Gilbert, 2014)"),
@@ -378,9 +361,11 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint=adapter,
         proofs=proofs,
         seconds=seconds,
-        peak_bytes=peak,
+        training_seconds={name: result.training_seconds for name, result in trained.items()},
+        peak_bytes={name: result.peak_bytes for name, result in trained.items()},
         setup=(
-            f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, bf16={settings['bf16']}; "
+            f"{platform.machine()}, {trained['disco'].device}, {trained['disco'].threads} threads each, "
+            f"bf16={plain['bf16']}; "
             + ", ".join(
                 f"{name} {version}" for name, version in versions_of(("trl", "transformers", "torch", "peft")).items()
             )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained and measured reward model. Needs bash, Python >= 3.11 with venv, and a package index.
 #
-#   bash scripts/quickstart.sh           12 to 20 minutes on 2 cores, no GPU needed
+#   bash scripts/quickstart.sh           12 to 16 minutes on 2 cores, no GPU needed
 #   bash scripts/quickstart.sh --fast    the same path in 2 minutes
 #
 # Arguments go to scripts/quickstart.py (--help lists them). PYTHON names the interpreter, TORCH_SPEC the torch to

@@ -34,7 +34,8 @@ class Report:
     checkpoint: Path
     proofs: list[str]
     seconds: dict[str, float]
-    peak_bytes: int
+    training_seconds: dict[str, float]  # of each model, in part at the same time
+    peak_bytes: dict[str, int]  # of the processes that trained them
     setup: str
 
     @property
@@ -67,6 +68,11 @@ class Report:
 
 def render(report: Report, picture: str) -> str:
     """The page in Markdown. `picture` is the link to the chart."""
+
+    def trained(name: str) -> str:
+        memory = report.peak_bytes[name] / 2**30
+        return f"{name} {_duration(report.training_seconds[name])} and {memory:.1f} GiB of memory"
+
     sections = [
         f"# A reward with its distribution: {report.model}",
         f"To learn from: {report.asked}. One epoch of LoRA with seed {report.seed}: Bradley–Terry by "
@@ -90,8 +96,8 @@ def render(report: Report, picture: str) -> str:
         "`disco_trl.DiscoRewardModel.from_pretrained(...)` loads it with its scale.",
         "## Time and memory",
         "\n".join(f"- {name}: {_duration(seconds)}" for name, seconds in report.seconds.items()),
-        f"Together {_duration(sum(report.seconds.values()))}, at most {report.peak_bytes / 2**30:.1f} GiB of memory "
-        f"({report.setup}).",
+        f"Together {_duration(sum(report.seconds.values()))} ({report.setup}). The trainings, which run at the same "
+        f"time where there is no accelerator: {', '.join(map(trained, report.training_seconds))}.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -301,7 +307,7 @@ def _plot_reliability(report: Report, axes: Any) -> None:
     axes.set_ylim(0, 1)
     axes.set_xlabel("predicted probability that one answer beats the other")
     axes.set_ylabel("how often it did")
-    axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1, 0.02))
+    axes.legend(loc="upper left", frameon=False, fontsize="small")
     errors = {name: report.results[name]["expected_calibration_error"] for name in ("Bradley–Terry", "disco")}
     better, other = sorted(errors, key=lambda name: errors[name])
     # A difference smaller than what perfect forecasts show by chance is within noise.

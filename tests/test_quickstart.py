@@ -56,7 +56,22 @@ def make_report(scale: list[float] | None = None, count: int = 120) -> quickstar
     disco = quickstart.evaluate(rewards, held_out)
     results = {"Bradley–Terry": disco, "disco": disco, "people": quickstart.evaluate_raters(held_out)}
     return quickstart_report.Report(
-        *("a model", "some comparisons", "normal", 500, 0, results, rewards, rated, Path("disco"), [], {}, 0, "here")
+        *(
+            "a model",
+            "some comparisons",
+            "normal",
+            500,
+            0,
+            results,
+            rewards,
+            rated,
+            Path("disco"),
+            [],
+            {},
+            {},
+            {},
+            "here",
+        )
     )
 
 
@@ -110,11 +125,23 @@ def test_the_two_texts_are_of_about_the_same_location():
 
 def test_what_people_are_asked_is_counted():
     rows = [
-        {"preference_strength": 0, "chosen_rating": [1, 2, 3], "rejected_rating": None},
-        {"preference_strength": 3, "chosen_rating": None, "rejected_rating": [0, 0, 1, 4]},
+        {
+            "chosen": "a",
+            "rejected": "b",
+            "preference_strength": 0,
+            "chosen_rating": [1, 2, 3],
+            "rejected_rating": None,
+        },
+        {
+            "chosen": "a",
+            "rejected": "c",
+            "preference_strength": 3,
+            "chosen_rating": None,
+            "rejected_rating": [0, 0, 1, 4],
+        },
     ]
     text = quickstart.describe(rows)
-    assert text.startswith("2 comparisons (1 ties)")
+    assert text.startswith("2 comparisons (1 ties) of 3 tweets, each by one person")
     assert "7 ratings of 2 of the tweets (64% of the reading)" in text  # 7 of 4 + 7 texts that are read
 
 
