@@ -320,10 +320,15 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = 4 if args.dataset else 16
     # Grouping by length saves padding in TRL's batches. Ours have none.
     plain, grouped = (training_settings(args.seed, batch_size, by_length) for by_length in (False, True))
-    common = {"base_model": base_model, "sequences": held_out.sequences}
     jobs = {
         "Bradley–Terry": Job(
-            RewardTrainer, RewardConfig, args.output / "bradley-terry", grouped, with_lengths, **common
+            RewardTrainer,
+            RewardConfig,
+            args.output / "bradley-terry",
+            grouped,
+            with_lengths,
+            base_model,
+            held_out.sequences,
         ),
         "disco": Job(
             DiscoRewardTrainer,
@@ -331,7 +336,8 @@ def main(argv: list[str] | None = None) -> None:
             args.output / "disco",
             plain | {"reward_family": args.family},
             training.disco,
-            **common,
+            base_model,
+            held_out.sequences,
         ),
     }
     with stage("Training both, and scoring the held-out texts"):

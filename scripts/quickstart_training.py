@@ -93,8 +93,10 @@ class Trained:
     """What came out of it.
 
     Attributes:
-        rewards ([`RewardDistribution`]):
-            Rewards of the held-out texts.
+        folder (`Path`):
+            Where the rewards of the held-out texts are.
+        family (`str`):
+            Their family.
         training_seconds, scoring_seconds (`float`):
             How long it took.
         peak_bytes (`int`):
@@ -105,12 +107,18 @@ class Trained:
             Number of threads that torch used.
     """
 
-    rewards: RewardDistribution
+    folder: Path
+    family: str
     training_seconds: float
     scoring_seconds: float
     peak_bytes: int
     device: str
     threads: int
+
+    @property
+    def rewards(self) -> RewardDistribution:
+        """Rewards of the held-out texts."""
+        return load_rewards(self.folder, self.family)
 
 
 class _CountSteps(TrainerCallback):
@@ -142,7 +150,7 @@ def _output_to(path: Path) -> Iterator[None]:
         os.close(kept[1])
 
 
-def train_and_score(job: Job) -> tuple[str, float, float, int, str, int]:
+def train_and_score(job: Job) -> Trained:
     """Trains a model, saves it, and scores the held-out texts.
 
     Args:
@@ -150,7 +158,7 @@ def train_and_score(job: Job) -> tuple[str, float, float, int, str, int]:
             What to train.
 
     Returns:
-        `tuple`: The family of the rewards, which are in the folder, and the other values of [`Trained`].
+        [`Trained`]: What came out of it.
     """
     with _output_to(job.folder / "training.log"):
         start = time.perf_counter()
@@ -178,7 +186,8 @@ def train_and_score(job: Job) -> tuple[str, float, float, int, str, int]:
         with _shared.running.get_lock():
             _shared.running.value -= 1
         scored = time.perf_counter()
-        return rewards.family, trained - start, scored - trained, peak, device, torch.get_num_threads()
+        seconds = trained - start, scored - trained
+        return Trained(job.folder, rewards.family, *seconds, peak, device, torch.get_num_threads())
 
 
 def run(jobs: dict[str, Job], steps: int) -> dict[str, Trained]:
@@ -212,11 +221,10 @@ def run(jobs: dict[str, Job], steps: int) -> dict[str, Trained]:
         found = {}
         for name, future in futures.items():
             try:
-                family, *rest = future.result()
+                found[name] = future.result()
             except Exception as error:
                 log = jobs[name].folder / "training.log"
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
                 end = "\n".join(lines[-20:]) or "(it is empty)"
                 raise RuntimeError(f"the training of {name} failed ({error}); the end of {log}:\n{end}") from error
-            found[name] = Trained(load_rewards(jobs[name].folder, family), *rest)
     return found
