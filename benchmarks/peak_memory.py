@@ -4,8 +4,6 @@ This module has no command line; `benchmarks.speed`, `benchmarks.estimate` and `
 """
 
 import re
-import resource
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+
+from disco_trl.evaluation.child import peak_bytes
 
 
 SECONDS_BETWEEN_LOOKS = 0.005
@@ -85,4 +85,4 @@ def held_bytes() -> int:
     found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if found:
         return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_bytes()

@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         training_seconds={name: result.training_seconds for name, result in trained.items()},
         peak_bytes={name: result.peak_bytes for name, result in trained.items()},
         setup=(
-            f"{platform.machine()}, {trained['disco'].device}, {trained['disco'].threads} threads each, "
+            f"{platform.machine()}, {trained['disco'].device}, torch threads each: {trained['disco'].threads}, "
             f"bf16={plain['bf16']}; "
             + ", ".join(
                 f"{name} {version}" for name, version in versions_of(("trl", "transformers", "torch", "peft")).items()

@@ -5,14 +5,11 @@ little from a second one. The slower one gets all cores when the other has finis
 core, they run one after the other.
 """
 
-import contextlib
-import gc
 import multiprocessing
 import os
-import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from disco_trl import RewardDistribution
+from disco_trl.evaluation.child import peak_bytes
 from disco_trl.evaluation.compare_run import load_rewards, save_rewards
 from disco_trl.models.inference import score
 
@@ -97,20 +95,19 @@ class Trained:
             Where the rewards of the held-out texts are.
         family (`str`):
             Their family.
-        training_seconds, scoring_seconds (`float`):
-            How long it took.
+        training_seconds (`float`):
+            How long the training took.
         peak_bytes (`int`):
             Largest memory of the process.
         device (`str`):
             Where it ran.
         threads (`int`):
-            Number of threads that torch used.
+            Number of threads that torch began with.
     """
 
     folder: Path
     family: str
     training_seconds: float
-    scoring_seconds: float
     peak_bytes: int
     device: str
     threads: int
@@ -130,24 +127,13 @@ class _CountSteps(TrainerCallback):
             _shared.steps_done.value += 1
 
 
-@contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Sends all that this process prints to a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
+def _send_output_to(path: Path) -> None:
+    """Sends all that this process prints from now on to a file."""
     with path.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        os.close(kept[0])
-        os.close(kept[1])
+    # If the training fails, the log is read before this process ends.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def train_and_score(job: Job) -> Trained:
@@ -160,34 +146,28 @@ def train_and_score(job: Job) -> Trained:
     Returns:
         [`Trained`]: What came out of it.
     """
-    with _output_to(job.folder / "training.log"):
-        start = time.perf_counter()
-        _shared.take_free_cores()
-        trainer = job.trainer(
-            model=job.base_model,
-            args=job.config(str(job.folder), disable_tqdm=True, **job.settings),
-            train_dataset=job.train_dataset,
-            peft_config=LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear"),
-            callbacks=[_CountSteps()],
-        )
-        trainer.train()
-        trainer.save_model()
-        trained = time.perf_counter()
-        # accelerate wraps the forward in bfloat16 autocast. The model is measured as it is loaded, in float32.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        _shared.take_free_cores()
-        rewards = score(model, job.sequences, description="Scoring")
-        save_rewards(rewards, job.folder)
-        # Linux counts in KiB, macOS in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        device = str(trainer.accelerator.device)
-        del trainer, model
-        gc.collect()
-        with _shared.running.get_lock():
-            _shared.running.value -= 1
-        scored = time.perf_counter()
-        seconds = trained - start, scored - trained
-        return Trained(job.folder, rewards.family, *seconds, peak, device, torch.get_num_threads())
+    _send_output_to(job.folder / "training.log")
+    start = time.perf_counter()
+    _shared.take_free_cores()
+    threads = torch.get_num_threads()
+    trainer = job.trainer(
+        model=job.base_model,
+        args=job.config(str(job.folder), disable_tqdm=True, **job.settings),
+        train_dataset=job.train_dataset,
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear"),
+        callbacks=[_CountSteps()],
+    )
+    trainer.train()
+    trainer.save_model()
+    seconds = time.perf_counter() - start
+    # accelerate wraps the forward in bfloat16 autocast. The model is measured as it is loaded, in float32.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    _shared.take_free_cores()
+    rewards = score(model, job.sequences, description="Scoring")
+    save_rewards(rewards, job.folder)
+    with _shared.running.get_lock():
+        _shared.running.value -= 1
+    return Trained(job.folder, rewards.family, seconds, peak_bytes(), str(trainer.accelerator.device), threads)
 
 
 def run(jobs: dict[str, Job], steps: int) -> dict[str, Trained]:

@@ -56,22 +56,20 @@ def make_report(scale: list[float] | None = None, count: int = 120) -> quickstar
     disco = quickstart.evaluate(rewards, held_out)
     results = {"Bradley–Terry": disco, "disco": disco, "people": quickstart.evaluate_raters(held_out)}
     return quickstart_report.Report(
-        *(
-            "a model",
-            "some comparisons",
-            "normal",
-            500,
-            0,
-            results,
-            rewards,
-            rated,
-            Path("disco"),
-            [],
-            {},
-            {},
-            {},
-            "here",
-        )
+        model="a model",
+        asked="some comparisons",
+        family="normal",
+        test_pairs=500,
+        seed=0,
+        results=results,
+        rewards=rewards,
+        rated=rated,
+        checkpoint=Path("disco"),
+        proofs=[],
+        seconds={},
+        training_seconds={},
+        peak_bytes={},
+        setup="here",
     )
 
 

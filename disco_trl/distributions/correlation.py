@@ -32,7 +32,7 @@ LARGEST = 0.95
 """Largest correlation that is found, and the negative of the smallest. Beyond, two attributes are one."""
 LEAST_EIGENVALUE = 0.02
 """Smallest eigenvalue of a correlation matrix that is put together from pairs of attributes."""
-_STEPS = 38
+_STEPS = 19
 _DRAWS = 4
 _GRID = torch.linspace(-4, 4, 65, dtype=torch.float64)
 _MOST_AT_ONCE = 2048
@@ -103,9 +103,8 @@ def _draw_levels(location: Tensor, scale: Tensor, error: float, ratings: Tensor,
     generator = torch.Generator().manual_seed(0)
     at = location + error * _GRID[:, None]  # [G, N]
     counts = torch.stack([(ratings == k).sum(dim=1) for k in range(len(thresholds) + 1)], dim=1).double()
-    kind = RewardDistribution(location, scale, "normal").kind
     log_posterior = torch.stack(
-        [rating_log_likelihood(RewardDistribution(level, scale, kind), counts, thresholds) for level in at]
+        [rating_log_likelihood(RewardDistribution(level, scale, "normal"), counts, thresholds) for level in at]
     )
     share = torch.softmax(log_posterior - _GRID[:, None].square() / 2, dim=0).cumsum(dim=0)
     uniform = torch.rand(_DRAWS, len(location), dtype=torch.float64, generator=generator)
@@ -115,7 +114,7 @@ def _draw_levels(location: Tensor, scale: Tensor, error: float, ratings: Tensor,
 
 def _match(observed: float, z_a: Tensor, z_b: Tensor, freedom: Tensor) -> float:
     """The correlation at which the expected sum of products is the observed one, for z `(D, L - 1, N)`."""
-    edges = torch.linspace(0, LARGEST, _STEPS // 2 + 1, dtype=torch.float64)
+    edges = torch.linspace(0, LARGEST, _STEPS + 1, dtype=torch.float64)
     middles = (edges[1:] + edges[:-1]) / 2
     sign = math.copysign(1.0, observed)
     total, target = 0.0, abs(observed)

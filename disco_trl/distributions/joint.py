@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 
 from .families import Family, Normal, get_family
-from .numerics import to_dtype_of, to_float64
+from .numerics import is_identity, to_dtype_of, to_float64
 from .reward_distribution import RewardDistribution
 
 
@@ -122,7 +122,7 @@ class JointRewardDistribution:
     @property
     def is_independent(self) -> bool:
         """Whether the correlation matrix is the identity."""
-        return bool((self.correlation == torch.eye(len(self.names)).to(self.correlation)).all())
+        return is_identity(self.correlation)
 
     # Batches
 
@@ -273,7 +273,7 @@ class JointRewardDistribution:
         limit = torch.tensor([float(bar) for bar in bars.values()], dtype=torch.float64, device=wide.location.device)
         z = (limit - wide.location) / wide.scale
         correlation = to_float64(self.correlation)[places][:, places]
-        if bool((correlation == torch.eye(len(places)).to(correlation)).all()):
+        if is_identity(correlation):
             probability = self.kind.log_survival(z, wide.shape).sum(dim=-1).exp()
         elif isinstance(self.kind, Normal):
             # P(ε > z) = P(-ε < -z), and -ε is distributed as ε is.

@@ -50,6 +50,11 @@ def to_dtype_of(result: Tensor, *inputs: Tensor) -> Tensor:
     return result.to(device=inputs[0].device, dtype=dtype)
 
 
+def is_identity(matrix: Tensor) -> bool:
+    """Whether a square matrix is exactly the identity."""
+    return torch.equal(matrix, torch.eye(len(matrix)).to(matrix))
+
+
 def negative_magnitude(x: Tensor) -> Tensor:
     """Returns −|x|, with gradient −1 at `x = 0`."""
     # Not `-x.abs()`: its gradient is 0 at x = 0, where every training run begins.

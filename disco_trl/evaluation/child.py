@@ -1,4 +1,4 @@
-"""A process that ends when the one that started it does, however that ends.
+"""A process that ends when the one that started it does, however that ends, and that says how much memory it has held.
 
 The parent holds one end of a pipe, which the system closes with it, on SIGKILL too; the child reads the other end as
 its standard input.
@@ -7,8 +7,10 @@ its standard input.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from typing import IO
@@ -29,6 +31,12 @@ def run_child(command: Sequence[str], log: IO[str]) -> int:
     # Leaving the block, by an exception too, closes the pipe and waits for the child.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as child:
         return child.wait()
+
+
+def peak_bytes() -> int:
+    """Largest memory that this process has held so far, in bytes."""
+    # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def end_with_parent() -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..numerics import negative_magnitude
+from ..numerics import is_identity, negative_magnitude
 from .base import Family, register_family
 
 
@@ -36,7 +36,7 @@ class Cauchy(Family):
         return scale_a + scale_b
 
     def scale_of_sum(self, scales: Tensor, correlation: Tensor) -> Tensor:
-        if not torch.equal(correlation, torch.eye(len(correlation)).to(correlation)):
+        if not is_identity(correlation):
             raise ValueError(
                 "Cauchy rewards have no correlation, and a weighted sum of them is Cauchy only if they are "
                 "independent; use the normal family"
