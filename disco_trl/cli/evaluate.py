@@ -58,6 +58,7 @@ class Arguments(ReportArguments, DataArguments, ScoringArguments):
 def run(args: Arguments) -> None:
     """Evaluate a model."""
     from ..data.files import open_rows
+    from ..distributions.likelihood import Responses
     from ..evaluation.evaluate import (
         as_json,
         as_markdown,
@@ -82,7 +83,7 @@ def run(args: Arguments) -> None:
     seconds = time.perf_counter() - start
     responses = responses_of(reward.model)
     if args.plain:
-        rewards, responses = plain_view(rewards), None
+        rewards, responses = plain_view(rewards), Responses()
     found = evaluate(rewards, held_out, args.draws, args.seed, responses)
     text = as_text(found, f"{model} on {data}")
     if args.output_dir is None:

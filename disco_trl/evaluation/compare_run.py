@@ -10,7 +10,6 @@ runs along.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from ..distributions.reward_distribution import RewardDistribution
 from ..models.inference import score
 from ..trainer.reward_config import DiscoRewardConfig
 from ..trainer.reward_trainer import DiscoRewardTrainer
-from .child import end_with_parent
+from .child import end_with_parent, peak_bytes
 from .controls import BRADLEY_TERRY, CONTROLS, SIGN, ensemble, with_soft_labels
 from .evaluate import as_json, evaluate, responses_of, tie_width_of
 from .held_out import HeldOut
@@ -271,17 +270,15 @@ def train_and_evaluate(
     if run.keep_model:
         trainer.save_model(str(output / "model"))
     save_rewards(rewards, output)
-    # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    responses = responses_of(model) or Responses()
+    responses = responses_of(model)
     return {
         "tie_width": tie_width_of(responses),
         "trainer": f"{type(trainer).__module__.partition('.')[0]}.{type(trainer).__name__}",
         "family": rewards.family,
         "pairs": len(train),
         "minutes": minutes,
-        "peak_gib": peak / 2**30,
+        "peak_gib": peak_bytes() / 2**30,
         "history": [[entry["epoch"], float(entry.get("nll", entry["loss"]))] for entry in logs],
         # A member is evaluated as a part of its ensemble only.
         **(as_json(evaluate(rewards, held_out, DRAWS, responses=responses)) if run.member is None else {}),
@@ -298,18 +295,22 @@ def evaluate_ensemble(run: Run, held_out: HeldOut) -> dict[str, Any]:
             Held-out data.
 
     Returns:
-        `dict`: Figures of the run, as written to `metrics.json`. The minutes are those of all members, the peak of the
-        memory is that of the largest, and the history is that of the first.
+        `dict`: Figures of the run, as written to `metrics.json`. The minutes are those of all members, the tie width
+        is their mean, the peak of the memory is that of the largest, and the history is that of the first.
     """
     folders = [Path(member.output) for member in run.of_members]
     figures = [read_figures(folder) for folder in folders]
     rewards = ensemble([load_rewards(folder, of["family"]) for folder, of in zip(folders, figures, strict=True)])
     save_rewards(rewards, Path(run.output))
+    widths = [of_member["tie_width"] for of_member in figures]
+    tie_width = None if None in widths else sum(widths) / len(widths)
+    responses = Responses(tie_width=None if tie_width is None else torch.tensor(tie_width))
     together = {
+        "tie_width": tie_width,
         "minutes": sum(of_member["minutes"] for of_member in figures),
         "peak_gib": max(of_member["peak_gib"] for of_member in figures),
     }
-    return {**figures[0], **together, **as_json(evaluate(rewards, held_out, DRAWS))}
+    return {**figures[0], **together, **as_json(evaluate(rewards, held_out, DRAWS, responses=responses))}
 
 
 def save_rewards(rewards: RewardDistribution, folder: Path) -> None:

@@ -157,7 +157,7 @@ def _summary(rewards: RewardDistribution) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def responses_of(model: Any) -> Responses | None:
+def responses_of(model: Any) -> Responses:
     """How people answer, according to a model.
 
     Args:
@@ -165,10 +165,10 @@ def responses_of(model: Any) -> Responses | None:
             A disco model, or any sequence classifier with one label.
 
     Returns:
-        [`~disco_trl.distributions.likelihood.Responses`] or `None`: `None` for a classifier, which does not say.
+        [`~disco_trl.distributions.likelihood.Responses`]: Without any entry for a classifier, which does not say.
     """
     inner = model.get_base_model() if is_peft_model(model) else model
-    return inner.reward_head.responses() if hasattr(inner.config, "disco") else None
+    return inner.reward_head.responses() if hasattr(inner.config, "disco") else Responses()
 
 
 def tie_width_of(responses: Responses) -> float | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_compare import figures_of
+from transformers import AutoTokenizer
 
 from disco_trl.cli.main import main
 from disco_trl.distributions.reward_distribution import RewardDistribution
@@ -16,6 +17,7 @@ from disco_trl.evaluation import compare_run
 from disco_trl.evaluation.compare import Result, Variant, _check_same, launch
 from disco_trl.evaluation.compare_run import Run, load_rewards
 from disco_trl.evaluation.controls import CONTROLS, ensemble, soft_labels, with_soft_labels
+from disco_trl.evaluation.metrics import pair_metrics
 
 
 # Labels
@@ -280,6 +282,27 @@ def test_an_ensemble_is_made_of_runs_that_differ_in_the_seed(of_two, plain):
     assert "location error, 50 %" in figures["scale"]
     loaded = Result.load(Variant.parse("bradley-terry-ensemble:members=2"), 0, Path(run.output))
     assert torch.equal(loaded.rewards.location_error, expected.location_error)
+
+
+def test_an_ensemble_counts_ties_by_the_mean_of_its_members_tie_widths(world, tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        answers = [[" ".join(generator.choice(["good", "bad"], 3)) + f" {side}" for side in "ab"] for _ in range(24)]
+        rows = [
+            {"prompt": "Say:", "completions": row, "ranks": [2 - text.count("good") // 2 for text in row]}
+            for row in answers
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = control(world, "bradley-terry-ensemble:members=2", data=str(tmp_path))
+    run = replace(run, output=str(tmp_path / "run"))
+    rewards = execute(run)
+    widths = [figures_of(Path(member.output), "")["tie_width"] for member in run.of_members]
+    figures = figures_of(Path(run.output), "")
+    assert figures["tie_width"] == pytest.approx(np.mean(widths)) and widths[0] != widths[1]
+    held_out = compare_run.read_data(run, AutoTokenizer.from_pretrained(run.model))[1]
+    nll = {width: pair_metrics(held_out.forecasts(rewards, width))["nll"] for width in (figures["tie_width"], None)}
+    assert figures["metrics"]["nll"]["value"] == pytest.approx(nll[figures["tie_width"]])
+    assert nll[None] != pytest.approx(nll[figures["tie_width"]])
 
 
 def test_seeds_of_members_do_not_recur(world):
