@@ -13,6 +13,9 @@ thresholds t, z_k = (t_k − m) / σ and the bivariate normal density φ₂,
 
 because d/dρ of P(ε_a > x, ε_b > y) is φ₂(x, y; ρ) (R. L. Plackett, 1954). The right-hand side increases with ρ, so
 that one number has to be matched to what is observed: the polychoric correlation (U. Olsson, 1979), within answers.
+
+Scales that are too small by a factor would make the correlation too large, as they leave less to disagree about. Each
+attribute's scales are therefore multiplied by the factor at which the ratings of an answer vary as much as observed.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from .numerics import to_float64
@@ -32,14 +37,25 @@ LARGEST = 0.95
 """Largest correlation that is found, and the negative of the smallest. Beyond, two attributes are one."""
 LEAST_EIGENVALUE = 0.02
 """Smallest eigenvalue of a correlation matrix that is put together from pairs of attributes."""
+MOST_OFF = 8.0
+"""Largest factor by which scales are found to be too small or too large."""
+ERRORS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Errors of the locations that are tried, in units of the family."""
 _STEPS = 19
+_ROUNDS = 2
 _DRAWS = 4
 _GRID = torch.linspace(-4, 4, 65, dtype=torch.float64)
 _MOST_AT_ONCE = 2048
 
 
 def estimate_correlation(
-    location: Tensor, scale: Tensor, location_error: Tensor, ratings: Tensor, thresholds: Sequence[Tensor]
+    location: Tensor,
+    scale: Tensor,
+    location_error: Tensor,
+    counts: Sequence[Tensor],
+    products: Tensor,
+    freedom: Tensor,
+    thresholds: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """
     Estimates the correlation matrix of people's rewards for A attributes.
@@ -51,8 +67,10 @@ def estimate_correlation(
             Scales, in reward units. The rewards are normal.
         location_error (`torch.Tensor` of shape `(A,)`):
             Standard deviation ≥ 0 of the model's error in each attribute, in reward units.
-        ratings (`torch.LongTensor` of shape `(N, R, A)`):
-            Which rating, from 0, each of up to R people gave to each attribute of an answer; −1 where there is none.
+        counts (`Sequence[torch.Tensor]`):
+            How many people gave each of the L_a ratings to an answer, `(N, L_a)` for each attribute.
+        products, freedom (`torch.Tensor` of shape `(N, A, A)`):
+            What [`products_of_ratings`] makes of the ratings, numbered from 0.
         thresholds (`Sequence[torch.Tensor]`):
             Thresholds of each attribute, `(L_a − 1,)`, ascending, in reward units.
 
@@ -61,37 +79,138 @@ def estimate_correlation(
             matrix, which is positive definite, and how many deviations each entry was estimated from (for n raters of
             an answer n − 1). Where that is 0, the correlation is 0.
     """
-    location, scale = to_float64(location), to_float64(scale)
+    one = torch.ones(1, len(location), dtype=torch.float64)
+    scale = match_scales(location, scale, location_error, counts, products, freedom, thresholds)
+    found = correlations(location, scale, location_error, counts, products, freedom, thresholds, one)
+    return _positive_definite(found[0]), freedom.sum(dim=0).round().long().fill_diagonal_(0)
+
+
+def match_scales(
+    location: Tensor,
+    scale: Tensor,
+    location_error: Tensor,
+    counts: Sequence[Tensor],
+    products: Tensor,
+    freedom: Tensor,
+    thresholds: Sequence[Tensor],
+) -> Tensor:
+    """
+    Multiplies the scales of each attribute by the factor at which the ratings of an answer vary as much as observed.
+
+    Args:
+        location, scale, location_error, counts, products, freedom, thresholds:
+            As in [`estimate_correlation`].
+
+    Returns:
+        `torch.DoubleTensor` of shape `(N, A)`: The scales.
+    """
+    location, scale, products, freedom = map(to_float64, (location, scale, products, freedom))
+    scale = scale.clone()
+    for a, (error, of_a) in enumerate(zip(location_error.tolist(), map(to_float64, thresholds), strict=True)):
+        # The levels depend on the scales, and these on the levels.
+        for _ in range(_ROUNDS):
+            levels = _draw_levels(location[:, a], scale[:, a], error, to_float64(counts[a]), of_a)
+            scale[:, a] *= _match_variance(products[:, a, a], of_a, levels, scale[:, a], freedom[:, a, a])
+    return scale
+
+
+def correlations(
+    location: Tensor,
+    scale: Tensor,
+    location_error: Tensor,
+    counts: Sequence[Tensor],
+    products: Tensor,
+    freedom: Tensor,
+    thresholds: Sequence[Tensor],
+    weights: Tensor,
+) -> Tensor:
+    """
+    Estimates the correlation of each two attributes, for several weightings of the answers, such as the resamples of
+    a bootstrap.
+
+    Args:
+        location, location_error, counts, products, freedom, thresholds:
+            As in [`estimate_correlation`].
+        scale (`torch.Tensor` of shape `(N, A)`):
+            Scales, as [`match_scales`] returns them.
+        weights (`torch.Tensor` of shape `(W, N)`):
+            Weights ≥ 0 of the answers.
+
+    Returns:
+        `torch.DoubleTensor` of shape `(W, A, A)`: The correlations, 0 where there is nothing to estimate them from.
+            Each is estimated for itself, so that together they need not be a correlation matrix.
+    """
+    location, scale, products, freedom = map(to_float64, (location, scale, products, freedom))
     count = location.shape[1]
-    correlation, support = torch.eye(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.long)
+    found = torch.eye(count, dtype=torch.float64).repeat(len(weights), 1, 1)
+    thresholds, errors = [to_float64(of_attribute) for of_attribute in thresholds], location_error.tolist()
     levels = [
-        _draw_levels(
-            location[:, a], scale[:, a], location_error[a].item(), ratings[:, :, a], to_float64(thresholds[a])
-        )
+        _draw_levels(location[:, a], scale[:, a], errors[a], to_float64(counts[a]), thresholds[a])
         for a in range(count)
     ]
     for a in range(count):
         for b in range(a):
-            both = (ratings[:, :, [a, b]] >= 0).all(dim=-1)
-            freedom = (both.sum(dim=1) - 1).clamp_min(0)
-            used = freedom > 0
-            support[a, b] = support[b, a] = int(freedom.sum())
+            used = freedom[:, a, b] > 0
             if not used.any():
                 continue
-            deviations = [_deviations(ratings[used, :, side].double(), both[used]) for side in (a, b)]
-            observed = (deviations[0] * deviations[1]).sum().item()
             z = [(thresholds[k][:, None] - levels[k][:, None, used]) / scale[used, k] for k in (a, b)]
-            correlation[a, b] = correlation[b, a] = _match(observed, z[0], z[1], freedom[used].double())
-    return _positive_definite(correlation), support
+            said = products[used, a, b], freedom[used, a, b]
+            found[:, a, b] = found[:, b, a] = _match(*said, z[0], z[1], to_float64(weights[:, used]))
+    return found
 
 
-def _deviations(values: Tensor, is_there: Tensor) -> Tensor:
-    """Deviations `(N, R)` from the mean over the raters of each answer, 0 for raters who are not there."""
-    mean = (values * is_there).sum(dim=1, keepdim=True) / is_there.sum(dim=1, keepdim=True)
-    return (values - mean) * is_there
+def fit_location_error(
+    location: Tensor, scale: Tensor, counts: Tensor, thresholds: Tensor, unit_scale: float
+) -> float:
+    """
+    Finds the error of a model's locations at which the ratings of answers are most likely.
+
+    Args:
+        location, scale (`torch.Tensor` of shape `(N,)`):
+            Locations and scales of normal rewards, in reward units.
+        counts (`torch.Tensor` of shape `(N, L)`):
+            How many people gave each of L ratings to an answer.
+        thresholds (`torch.Tensor` of shape `(L − 1,)`):
+            Thresholds, ascending, in reward units.
+        unit_scale (`float`):
+            Unit of the family, in reward units.
+
+    Returns:
+        `float`: One of [`ERRORS`], in reward units.
+    """
+    location, scale, counts, thresholds = map(to_float64, (location, scale, counts, thresholds))
+
+    def log_likelihood(error: float) -> float:
+        errors = torch.full_like(location, error * unit_scale) if error else None
+        rewards = RewardDistribution(location, scale, "normal", location_error=errors)
+        return rating_log_likelihood(rewards, counts, thresholds).sum().item()
+
+    return max(ERRORS, key=log_likelihood) * unit_scale
 
 
-def _draw_levels(location: Tensor, scale: Tensor, error: float, ratings: Tensor, thresholds: Tensor) -> Tensor:
+def products_of_ratings(ratings: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Sums the products of the deviations of ratings from their means, for each two attributes of an answer.
+
+    Args:
+        ratings (`torch.Tensor` of shape `(N, R, A)`):
+            Ratings of up to R people in each attribute of an answer; `nan` where there is none.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(N, A, A)`: The sums over the people who rated both, and the number of
+            these people less one (0 if there are none).
+    """
+    is_there = ~ratings.isnan()
+    both = (is_there[..., :, None] & is_there[..., None, :]).to(ratings)  # [N, R, A, A]
+    values = ratings.nan_to_num()
+    people = both.sum(dim=1).clamp_min(1)
+    first = torch.einsum("nra,nrab->nab", values, both)
+    second = torch.einsum("nrb,nrab->nab", values, both)
+    products = torch.einsum("nra,nrb,nrab->nab", values, values, both) - first * second / people
+    return products, (both.sum(dim=1) - 1).clamp_min(0)
+
+
+def _draw_levels(location: Tensor, scale: Tensor, error: float, counts: Tensor, thresholds: Tensor) -> Tensor:
     """
     Draws levels `(D, N)` of answers from their posterior, given the model's prediction and the answer's ratings.
 
@@ -102,7 +221,6 @@ def _draw_levels(location: Tensor, scale: Tensor, error: float, ratings: Tensor,
         return location.expand(_DRAWS, -1)
     generator = torch.Generator().manual_seed(0)
     at = location + error * _GRID[:, None]  # [G, N]
-    counts = torch.stack([(ratings == k).sum(dim=1) for k in range(len(thresholds) + 1)], dim=1).double()
     log_posterior = torch.stack(
         [rating_log_likelihood(RewardDistribution(level, scale, "normal"), counts, thresholds) for level in at]
     )
@@ -112,30 +230,52 @@ def _draw_levels(location: Tensor, scale: Tensor, error: float, ratings: Tensor,
     return at.gather(0, places)
 
 
-def _match(observed: float, z_a: Tensor, z_b: Tensor, freedom: Tensor) -> float:
-    """The correlation at which the expected sum of products is the observed one, for z `(D, L - 1, N)`."""
-    edges = torch.linspace(0, LARGEST, _STEPS + 1, dtype=torch.float64)
-    middles = (edges[1:] + edges[:-1]) / 2
-    sign = math.copysign(1.0, observed)
-    total, target = 0.0, abs(observed)
-    for middle, width in zip(middles.tolist(), edges.diff().tolist(), strict=True):
-        slope = _slope(sign * middle, z_a, z_b, freedom)
-        if total + slope * width >= target:
-            return sign * (middle - width / 2 + (target - total) / slope)
-        total += slope * width
-    return sign * LARGEST
+def _match_variance(products: Tensor, thresholds: Tensor, levels: Tensor, scale: Tensor, freedom: Tensor) -> float:
+    """The factor on the scales at which the expected sum of squares of the ratings is the observed one."""
+    used = freedom > 0
+    if not used.any():
+        return 1.0
+    observed = products[used].sum().item()
+    distances, odd = thresholds[:, None] - levels[:, None, used], 2 * torch.arange(len(thresholds)) + 1
+
+    def excess(log_factor: float) -> float:
+        # A rating is the number of thresholds below the reward: E[X] = Σ_k P_k and E[X²] = Σ_k (2k + 1) P_k.
+        above = torch.special.ndtr(-distances / (scale[used] * math.exp(log_factor)))  # [D, L - 1, N]
+        variance = (odd[:, None] * above).sum(dim=1) - above.sum(dim=1).square()
+        return (variance.mean(dim=0) * freedom[used]).sum().item() - observed
+
+    end = math.log(MOST_OFF)
+    if excess(-end) >= 0:
+        return 1 / MOST_OFF
+    return MOST_OFF if excess(end) <= 0 else math.exp(brentq(excess, -end, end, xtol=1e-4))
 
 
-def _slope(correlation: float, z_a: Tensor, z_b: Tensor, freedom: Tensor) -> float:
-    """Σ freedom · Σ_kl φ₂(z_ak, z_bl; r), as a mean over the draws of the levels."""
+def _match(products: Tensor, freedom: Tensor, z_a: Tensor, z_b: Tensor, weights: Tensor) -> Tensor:
+    """The correlations `(W,)` at which the expected sums of products are those that are observed, for z `(D, L - 1,
+    N)`."""
+    edges = torch.linspace(-LARGEST, LARGEST, 2 * _STEPS + 1, dtype=torch.float64)
+    middles = ((edges[1:] + edges[:-1]) / 2).tolist()
+    rises = edges.diff()[:, None] * torch.stack([_slope(middle, z_a, z_b) for middle in middles])  # [2 S, N]
+    below = -rises[:_STEPS].flip(0).cumsum(dim=0).flip(0)
+    expected = torch.cat([below, torch.zeros_like(rises[:1]), rises[_STEPS:].cumsum(dim=0)])
+    sums = (weights * freedom) @ expected.mT  # [W, 2 S + 1]
+    found = [
+        np.interp(observed, of_edges, edges.numpy())
+        for observed, of_edges in zip((weights @ products).tolist(), sums.numpy(), strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _slope(correlation: float, z_a: Tensor, z_b: Tensor) -> Tensor:
+    """Σ_kl φ₂(z_ak, z_bl; r) of each answer, `(N,)`, as a mean over the draws of the levels."""
     rest = 1 - correlation**2
-    total = 0.0
+    slopes = []
     for start in range(0, z_a.shape[-1], _MOST_AT_ONCE):
         part = slice(start, start + _MOST_AT_ONCE)
         a, b = z_a[..., part].unsqueeze(2), z_b[..., part].unsqueeze(1)
         density = torch.exp(-(a * a - 2 * correlation * a * b + b * b) / (2 * rest)) / (2 * math.pi * rest**0.5)
-        total += (density.sum(dim=(1, 2)).mean(dim=0) * freedom[part]).sum().item()
-    return total
+        slopes.append(density.sum(dim=(1, 2)).mean(dim=0))
+    return torch.cat(slopes)
 
 
 def _positive_definite(correlation: Tensor) -> Tensor:

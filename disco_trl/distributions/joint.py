@@ -33,7 +33,7 @@ class JointRewardDistribution:
 
     Args:
         location (`torch.Tensor` of shape `(B, A)`):
-            Locations, in reward units.
+            Locations, in reward units. Any other leading dimensions work as well and take the place of B below.
         scale (`torch.Tensor` of shape `(B, A)`):
             Positive scales, in reward units.
         correlation (`torch.Tensor` of shape `(A, A)`, *optional*):
@@ -84,12 +84,12 @@ class JointRewardDistribution:
         location_error: Tensor | None = None,
         error_factor: Tensor | None = None,
     ) -> None:
-        if location.ndim != 2 or scale.shape != location.shape:
+        if location.ndim < 2 or scale.shape != location.shape:
             raise ValueError(
                 f"location is of size {list(location.shape)} and scale of {list(scale.shape)}; both must be of size "
                 "[answers, attributes]"
             )
-        count = location.shape[1]
+        count = location.shape[-1]
         self.names = tuple(map(str, range(count))) if names is None else tuple(names)
         if len(self.names) != count or len({*self.names}) != count:
             raise ValueError(f"the names {list(self.names)} must be {count} different ones, one for each attribute")
@@ -189,8 +189,7 @@ class JointRewardDistribution:
         Raises:
             `ValueError`: If there is no such attribute.
         """
-        place = self._place(name)
-        return self._rewards.map(lambda tensor: tensor[:, place])
+        return self._only(self._place(name))
 
     def project(self, weights: Mapping[str, float]) -> RewardDistribution:
         """
@@ -214,7 +213,7 @@ class JointRewardDistribution:
             # One attribute, in another unit. (Families without shape parameters are symmetric.)
             (place,) = places.tolist()
             factor = weight[place].item()
-            only = self._rewards.map(lambda tensor: tensor[:, place])
+            only = self._only(place)
             error, shared = only.location_error, only.error_factor
             return only.replace(
                 location=factor * only.location,
@@ -226,7 +225,7 @@ class JointRewardDistribution:
         scale = self.kind.scale_of_sum(weight * wide.scale, to_float64(self.correlation))
         error, shared = wide.location_error, wide.error_factor
         error = None if error is None else (weight * error).norm(dim=-1)
-        shared = None if shared is None else (weight[:, None] * shared).flatten(1)
+        shared = None if shared is None else (weight[:, None] * shared).flatten(-2)
         result = RewardDistribution(wide.location @ weight, scale, self.kind, None, error, shared)
         return result.map(lambda tensor: to_dtype_of(tensor, self.location, self.scale))
 
@@ -269,7 +268,8 @@ class JointRewardDistribution:
         if not bars:
             raise ValueError(f"no bar is given; name one or more of the attributes {', '.join(self.names)}")
         places = [self._place(name) for name in bars]
-        wide = self._rewards.map(lambda tensor: to_float64(tensor[:, places]))
+        attributes = torch.tensor(places, device=self.location.device)
+        wide = self._rewards.map(lambda tensor: to_float64(tensor.index_select(self.location.ndim - 1, attributes)))
         limit = torch.tensor([float(bar) for bar in bars.values()], dtype=torch.float64, device=wide.location.device)
         z = (limit - wide.location) / wide.scale
         correlation = to_float64(self.correlation)[places][:, places]
@@ -278,14 +278,43 @@ class JointRewardDistribution:
         elif isinstance(self.kind, Normal):
             # P(ε > z) = P(-ε < -z), and -ε is distributed as ε is.
             at, matrix = (-z.detach()).cpu().numpy(), correlation.cpu().numpy()
-            found = multivariate_normal.cdf(at, mean=[0.0] * len(places), cov=matrix) if len(at) else []
-            probability = torch.as_tensor(found, dtype=torch.float64).reshape(len(at)).clamp(0, 1)
+            found = multivariate_normal.cdf(at, mean=[0.0] * len(places), cov=matrix) if at.size else []
+            probability = torch.as_tensor(found, dtype=torch.float64).reshape(z.shape[:-1]).clamp(0, 1)
         else:
             raise ValueError(
                 f"several attributes of {self.family!r} rewards have a known joint distribution only if they are "
                 "independent; use the normal family"
             )
         return to_dtype_of(probability, self.location, self.scale)
+
+    def exceeds_all(self, bars: Mapping[str, float], probability: float) -> Tensor:
+        """
+        Tells whether [`JointRewardDistribution.prob_all_greater`] is at least a number, for most answers at once.
+
+        With the probabilities p_a for each attribute alone, that for all lies between 1 − Σ (1 − p_a) and min p_a
+        (M. Fréchet, 1935). Only where the number is between these bounds is it computed.
+
+        Args:
+            bars (`Mapping[str, float]`):
+                Bars by the names of attributes, in reward units.
+            probability (`float`):
+                The number, in [0, 1].
+
+        Returns:
+            `torch.BoolTensor` of shape `(B,)`: Whether it is.
+
+        Raises:
+            `ValueError`: As in [`JointRewardDistribution.prob_all_greater`].
+        """
+        alone = [self.prob_all_greater({name: bar}) for name, bar in bars.items()]
+        if len(alone) < 2:
+            return self.prob_all_greater(bars) >= probability
+        each = torch.stack(alone, dim=-1)
+        found = 1 - (1 - each).sum(dim=-1) >= probability
+        is_open = ~found & (each.amin(dim=-1) >= probability)
+        if is_open.any():
+            found[is_open] = self[is_open].prob_all_greater(bars) >= probability
+        return found
 
     def sample(self, shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
         """
@@ -327,6 +356,9 @@ class JointRewardDistribution:
             rewards.location_error,
             rewards.error_factor,
         )
+
+    def _only(self, place: int) -> RewardDistribution:
+        return self._rewards.map(lambda tensor: tensor.select(self.location.ndim - 1, place))
 
     def _place(self, name: str) -> int:
         if name not in self.names:

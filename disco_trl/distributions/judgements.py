@@ -42,7 +42,9 @@ class Judgements:
     strength_counts: Tensor | None = None
 
     @classmethod
-    def forced_choices(cls, count: int, device: torch.device, margin: Tensor | None = None) -> Judgements:
+    def forced_choices(
+        cls, count: int, device: torch.device, margin: Tensor | None = None, said: float = 1.0
+    ) -> Judgements:
         """
         Makes one vote for each chosen side, which is what a dataset with none of the columns says.
 
@@ -53,12 +55,14 @@ class Judgements:
                 Where the tensors are.
             margin (`torch.Tensor` of shape `(P,)`, *optional*):
                 Margins; 0 by default.
+            said (`float`, *optional*, defaults to `1.0`):
+                Number of votes for each chosen side; 0 if nobody compared the two.
 
         Returns:
             [`Judgements`]: Of weight 1 each.
         """
         zeros = torch.zeros(count, device=device)
-        return cls(zeros + 1, zeros, zeros, zeros, zeros if margin is None else margin, zeros + 1)
+        return cls(zeros + said, zeros, zeros, zeros, zeros if margin is None else margin, zeros + 1)
 
     @classmethod
     def of_batch(cls, batch: dict[str, Any]) -> Judgements | None:

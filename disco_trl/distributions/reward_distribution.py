@@ -51,6 +51,9 @@ class RewardDistribution:
             What the errors of different answers have in common, of shape `(B, K)`: the inner product of two rows is
             the covariance of the errors of two answers, and the square of a row's norm is the part of its
             `location_error`² that it explains. If `None`, errors are independent across answers.
+        cap (`torch.Tensor`, *optional*):
+            Largest number of shape `(B,)` that a transform may make of each reward, such as that of an answer that
+            fails a constraint. It has no part in the distribution. If `None`, there is none.
 
     Attributes:
         family (`str`):
@@ -83,6 +86,7 @@ class RewardDistribution:
     shape: Tensor | None
     location_error: Tensor | None
     error_factor: Tensor | None = field(repr=False)
+    cap: Tensor | None = field(repr=False)
     # Not part of what `dataclasses.replace` passes on: it follows from the family.
     kind: Family = field(init=False, repr=False)
 
@@ -94,6 +98,7 @@ class RewardDistribution:
         shape: Tensor | None = None,
         location_error: Tensor | None = None,
         error_factor: Tensor | None = None,
+        cap: Tensor | None = None,
     ) -> None:
         kind = family if isinstance(family, Family) else get_family(family)
         if torch.broadcast_shapes(location.shape, scale.shape) == location.shape:
@@ -115,6 +120,8 @@ class RewardDistribution:
                 f"error_factor is of size {list(error_factor.shape)} and location of {list(location.shape)}; it needs "
                 "one row for each location, and a location_error"
             )
+        if cap is not None and cap.shape != location.shape:
+            raise ValueError(f"cap is of size {list(cap.shape)} and location of {list(location.shape)}; give one each")
         values = {
             "location": location,
             "scale": scale,
@@ -122,6 +129,7 @@ class RewardDistribution:
             "shape": shape,
             "location_error": location_error,
             "error_factor": error_factor,
+            "cap": cap,
             "kind": kind,
         }
         for name, value in values.items():
@@ -163,6 +171,7 @@ class RewardDistribution:
             None if self.shape is None else function(self.shape),
             None if self.location_error is None else function(self.location_error),
             None if self.error_factor is None else function(self.error_factor),
+            None if self.cap is None else function(self.cap),
         )
 
     def replace(self, **tensors: Tensor | None) -> RewardDistribution:
@@ -176,7 +185,7 @@ class RewardDistribution:
         Returns:
             [`RewardDistribution`]: The rewards with these, and the others as they are.
         """
-        names = ("location", "scale", "shape", "location_error", "error_factor")
+        names = ("location", "scale", "shape", "location_error", "error_factor", "cap")
         known: dict[str, Any] = {name: getattr(self, name) for name in names} | tensors
         return RewardDistribution(family=self.kind, **known)
 
@@ -198,7 +207,7 @@ class RewardDistribution:
         families = {reward.family for reward in rewards}
         parts = {
             name: [tensor for reward in rewards if (tensor := getattr(reward, name)) is not None]
-            for name in ("location", "scale", "shape", "location_error", "error_factor")
+            for name in ("location", "scale", "shape", "location_error", "error_factor", "cap")
         }
         if len(families) != 1 or any(len(tensors) not in (0, len(rewards)) for tensors in parts.values()):
             raise ValueError(
@@ -319,7 +328,7 @@ class RewardDistribution:
             return self
         ratio = self.kind.unit_scale / Normal.unit_scale
         scale = torch.hypot(self.scale, ratio * self.location_error)
-        return RewardDistribution(self.location, scale, self.kind, self.shape)
+        return RewardDistribution(self.location, scale, self.kind, self.shape, cap=self.cap)
 
     def cdf(self, x: float | Tensor) -> Tensor:
         """

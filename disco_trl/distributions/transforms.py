@@ -66,7 +66,8 @@ class Transform(ABC):
             `torch.Tensor` of shape `(...)`: One number for each reward, in reward units, or for `win_rate` a
             probability.
         """
-        return self._of(reward.total() if self.total else reward, group)
+        values = self._of(reward.total() if self.total else reward, group)
+        return values if reward.cap is None else torch.minimum(values, reward.cap.to(values))
 
     @abstractmethod
     def _of(self, reward: RewardDistribution, group: Tensor | None) -> Tensor:

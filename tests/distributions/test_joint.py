@@ -151,6 +151,18 @@ def test_bars_of_independent_attributes_multiply(family):
     torch.testing.assert_close(rewards.prob_all_greater({"helpfulness": 0.2, "verbosity": -1.0}), expected)
 
 
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES])
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_whether_all_bars_are_exceeded(names, probability):
+    generator = torch.Generator().manual_seed(0)
+    location = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    rewards = JointRewardDistribution(location, torch.ones_like(location), CORRELATION, NAMES)
+    bars = dict(zip(names, (-0.5, 0.1, -1.0), strict=False))
+    found = rewards.exceeds_all(bars, probability)
+    assert torch.equal(found, rewards.prob_all_greater(bars) >= probability)
+    assert 0 < found.sum() < 200
+
+
 def test_bars_of_no_attribute_and_of_unknown_joint_distributions_are_errors():
     with pytest.raises(ValueError, match="no bar is given"):
         joint().prob_all_greater({})
