@@ -30,15 +30,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from disco_trl.data.collator import DataCollatorForDiscoPreference
-from disco_trl.data.columns import PAIRS, RANKED_IDS, RANKING, TOKENIZED_PAIR, find_layout
+from disco_trl.data.collator import BY_RATER, OF_ATTRIBUTES, DataCollatorForDiscoPreference
+from disco_trl.data.columns import OVERALL, PAIRS, RANKED_IDS, RANKING, TOKENIZED_PAIR, find_layout
 from disco_trl.data.curation.convert import Converter, Report, detect_format
 from disco_trl.data.curation.formats import FORMATS
 from disco_trl.data.curation.survey import DataSurvey
 from disco_trl.data.findings import Findings
 from disco_trl.data.judgements import Survey
 from disco_trl.data.look_alikes import find_look_alikes, fix_of_answers
-from disco_trl.data.records import MOST_LEVELS, read_feedback, read_record
+from disco_trl.data.records import MOST_LEVELS, read_record
 from disco_trl.data.tokenization import SpecialTokens, tokenize_record
 from disco_trl.data.validation import find_special_token
 from disco_trl.data.values import Row
@@ -74,6 +74,16 @@ SOUND: list[Row] = [
     PLAIN | {"chosen_rating": [5, 4], "rejected_rating": 1, "chosen_votes": 0, "rejected_votes": 0},
     {"prompt": "Two and two? ", "completions": ["Four.", "Five.", "4"], "ranks": [1, 3, 1]},
     {"prompt": [USER], "completions": [[FOUR], [FIVE]], "ranks": [1, 2]},
+    PLAIN | {"chosen_rating": {"tone": [5, None], "safety": [4, 3]}, "rejected_rating": {"overall": 2}},
+    PLAIN | {"attribute": "safety", "preference_strength": 2},
+    {"prompt": "a", "completions": ["b", "c", "d"], "completion_ratings": [{"tone": 1}, None, {"tone": 2, "x": 3}]},
+    {
+        "prompt": "a",
+        "completions": ["b", "c"],
+        "ranks": [1, 2],
+        "attribute": "tone",
+        "completion_ratings": [[1, 2], 3],
+    },
     # Formats that are converted
     {"prompt": "a", "completion": "b", "ratings": [1, 2, 3]},
     {"prompt": "a", "responses": ["b", "c"], "scores": [0.5, 1.5]},
@@ -251,12 +261,18 @@ class DataPath:
         survey.figures()
         read = {name: value for name, value in row.items() if value is not None}
         read |= {RANKED_IDS: tokens} if record.is_ranking else dict(zip(TOKENIZED_PAIR, tokens, strict=True))
-        values = sorted(ratings_of(row)) or None
+        known: dict[str, dict[str, Any]] = {
+            name: {"strength_levels": MOST_LEVELS} for name in {OVERALL, *record.rated}
+        }
+        known[record.comparisons[0].attribute] = {"strength_levels": MOST_LEVELS}
+        for name in record.rated:
+            known[name]["rating_values"] = sorted({rating for given in record.ratings(name) for rating in given})
         for share_prefixes in (False, True):
-            collator = DataCollatorForDiscoPreference(
-                pad_token_id=0, share_prefixes=share_prefixes, rating_values=values, strength_levels=MOST_LEVELS
-            )
+            collator = DataCollatorForDiscoPreference(pad_token_id=0, share_prefixes=share_prefixes, likelihoods=known)
             batch = collator([read, read])
+            of_attributes = batch.pop(OF_ATTRIBUTES, {})
+            batch.pop(BY_RATER, None)  # has nan where a rater did not say
+            batch |= {f"{name} of {a}": tensor for a, of_a in of_attributes.items() for name, tensor in of_a.items()}
             for name, tensor in batch.items():
                 if not torch.isfinite(tensor).all():
                     raise AssertionError(f"{name} of the batch is not finite")
@@ -275,11 +291,6 @@ class DataPath:
     def evaluate(self, row: Row) -> None:
         """Reads the items that evaluation makes of a row."""
         item_reader(detect_kind(row))(row, 0)
-
-
-def ratings_of(row: Row) -> set[float]:
-    """The ratings that a row holds."""
-    return {rating for ratings in read_feedback(row).ratings for rating in ratings}
 
 
 def described(row: Row) -> str:

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..data.curation.formats import FORMATS, rated_answers_of_ultrafeedback
+from ..data.curation.formats import FORMATS, rated_answers_of_ultrafeedback, ultrafeedback_with_aspects
 from .arguments import OutputFileArguments, SplitArguments, at_least_one
 
 
@@ -47,8 +47,12 @@ class Arguments(OutputFileArguments, SplitArguments):
         default=None, metadata={"help": "For ratings: the number of pairs (default: each answer is in one)."}
     )
     seed: int = field(default=0, metadata={"help": "For ratings: the seed of the pairs (default: %(default)s)."})
-    to: Literal["rankings", "pairs"] | None = field(
-        default=None, metadata={"help": "For ultrafeedback: rankings (the default), or pairs with ratings."}
+    to: Literal["rankings", "pairs", "attributes"] | None = field(
+        default=None,
+        metadata={
+            "help": "For ultrafeedback: rankings (the default), pairs with ratings, or rankings with the scores of "
+            "all aspects as ratings of attributes."
+        },
     )
     score: str | None = field(
         default=None,
@@ -76,6 +80,7 @@ def run(args: Arguments) -> None:
     from ..data.curation.convert import (
         Converter,
         Report,
+        convert_long,
         convert_pairs,
         convert_rows,
         detect_format,
@@ -106,14 +111,24 @@ def run(args: Arguments) -> None:
                 "the better one 'chosen' and the other 'rejected'; if they are right, pass --format strengths"
             )
         print(f"warning: {unsigned}")
-    owners = {"pairs": "ratings", "to": "ultrafeedback", "score": "ultrafeedback", "strength_words": "strengths"}
-    for option, owner in owners.items():
-        if getattr(args, option) is not None and name != owner:
-            raise ValueError(f"--{option} is for the format {owner}, and this is {name}; leave it out")
+    rated = ("ratings", "attributes", "long")
+    owners = {
+        "pairs": rated,
+        "to": ("ultrafeedback",),
+        "score": ("ultrafeedback",),
+        "strength_words": ("strengths",),
+    }
+    for option, of_option in owners.items():
+        if getattr(args, option) is not None and name not in of_option:
+            raise ValueError(
+                f"--{option} is for the format {' or '.join(of_option)}, and this is {name}; leave it out"
+            )
 
     convert = FORMATS[name].convert
     if args.to == "pairs":
         convert = rated_answers_of_ultrafeedback
+    elif args.to == "attributes":
+        convert = ultrafeedback_with_aspects
     if args.score is not None:
         convert = partial(convert, score=args.score)
     report = Report(name)
@@ -127,11 +142,12 @@ def run(args: Arguments) -> None:
     converter = Converter(
         convert, report, args.plain_text, renamed, args.skip_bad, flat, judged_in=FORMATS[name].judged_in
     )
-    if name == "ratings":
+    if name in rated:
         # Which answer meets which is drawn from all of them, so they are read in any order: from disk.
         splits = load_preferences(args.dataset_name, args.dataset_config)
         stored = choose_split(splits, args.dataset_split or next(iter(splits)), "--dataset_split").with_format(None)
-        groups = convert_pairs(stored, converter, args.pairs, args.seed)
+        of_rated = convert_long if name == "long" else convert_pairs
+        groups = of_rated(stored, converter, args.pairs, args.seed)
     else:
         groups = convert_rows(dataset, converter, rated=args.to == "pairs")
     first = next(filter(None, groups), None)
@@ -156,13 +172,23 @@ def _renaming(argument: str) -> tuple[str, str]:
     return old, new
 
 
+def _is_by_attribute(value: Any) -> bool:
+    return any(isinstance(one, dict) for one in (value if isinstance(value, list) else [value]))
+
+
 def _features(row: Row) -> Features:
     from datasets import Features, List, Value
 
+    from ..data.columns import RANKED_RATINGS, RATINGS
     from ..data.curation.convert import MESSAGES, TYPES
 
     types: dict[str, Any] = {}
     for name, value in row.items():
+        if name in (*RATINGS, RANKED_RATINGS) and _is_by_attribute(value):
+            raise ValueError(
+                f"{name!r} holds ratings by attribute, for which Parquet needs to know all attributes beforehand; "
+                "write to a .jsonl file instead"
+            )
         if name in TYPES:
             types[name] = TYPES[name]
         elif name == "completions":

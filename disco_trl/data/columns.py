@@ -23,15 +23,26 @@ RANKED_IDS = "completion_ids"
 VOTES = ("chosen_votes", "rejected_votes")
 RATINGS = ("chosen_rating", "rejected_rating")
 RANKING = ("completions", "ranks")
+RANKED_RATINGS = "completion_ratings"
+"""Ratings of all answers of a row with `completions`, with an entry for each."""
+RATING_COLUMNS = (*RATINGS, RANKED_RATINGS)
 STRENGTH = "preference_strength"
-JUDGEMENT_COLUMNS = (*VOTES, "preference_probability", STRENGTH, "tie", "margin", *RATINGS, "weight")
+ATTRIBUTE = "attribute"
+"""What the comparison of a row is about."""
+OVERALL = "overall"
+"""The attribute that a judgement is about which names none."""
+JUDGEMENT_COLUMNS = (
+    *(*VOTES, "preference_probability", STRENGTH, "tie", "margin", ATTRIBUTE),
+    *(*RATING_COLUMNS, "weight"),
+)
 READINGS = {
     VOTES: "numbers of votes for each answer",
     ("preference_probability",): "soft labels, P(chosen ≻ rejected)",
     (STRENGTH,): "how much better the chosen answer is, below 0 if it is worse",
     ("tie",): "whether the two were called equal",
-    RATINGS: "ratings of each answer",
+    RATING_COLUMNS: "ratings of each answer",
     RANKING: "ranked answers",
+    (ATTRIBUTE,): "which attribute the comparison of a row is about",
     ("weight",): "weights of the rows",
 }
 """What the likelihood takes each column for that TRL does not read."""
@@ -84,8 +95,10 @@ PREPARED = Layout(TOKENIZED_PAIR, "tokenized")
 
 
 def is_ranking(row: dict[str, Any]) -> bool:
-    """Whether the row ranks several answers, rather than holding one or two."""
-    return not is_missing(row.get("ranks")) or (not is_missing(row.get("completions")) and not holds_pair(row))
+    """Whether the row ranks or rates several answers, rather than holding one or two."""
+    if not all(is_missing(row.get(name)) for name in ("ranks", RANKED_RATINGS)):
+        return True
+    return not is_missing(row.get("completions")) and not holds_pair(row)
 
 
 def holds_pair(row: dict[str, Any]) -> bool:

@@ -81,7 +81,7 @@ class Findings:
         if not record.is_ranking and holds_pair(row) and _is_filled(row.get("completions")):
             self._unranked.append(number)
         said: dict[str, list[float]] = {
-            "ratings": [rating for ratings in record.ratings for rating in ratings],
+            "ratings": [rating for ratings in record.ratings() for rating in ratings],
             "strengths": [abs(strength) for comparison in record.comparisons for strength in comparison.strengths],
         }
         for what, given in said.items():

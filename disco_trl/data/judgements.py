@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,18 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from .columns import JUDGEMENT_COLUMNS, RANKING, RATINGS, READINGS, STRENGTH, leave_out
+from .columns import (
+    ATTRIBUTE,
+    JUDGEMENT_COLUMNS,
+    OVERALL,
+    RANKED_RATINGS,
+    RANKING,
+    RATING_COLUMNS,
+    RATINGS,
+    READINGS,
+    STRENGTH,
+    leave_out,
+)
 from .records import Comparison, Feedback, Record, read_feedback
 from .values import BadRow, Row
 
@@ -37,7 +49,7 @@ SURVEYED_OF_STREAM = 1000
 @dataclass
 class Survey:
     """
-    What the judgements of a dataset are like, which decides what there is to learn from them.
+    What the judgements of a dataset about one attribute are like, which decides what there is to learn from them.
 
     Args:
         has_ties (`bool`, *optional*, defaults to `False`):
@@ -55,6 +67,8 @@ class Survey:
             Whether somebody compared two answers, rather than only rating them.
         strengths (`Counter`, *optional*):
             How often a preference of each strength was given, whatever its direction. 0 stands for a tie.
+        attributes (`dict[str, Survey]`, *optional*):
+            In the survey of the overall judgements: those about each attribute, in the order of their names.
     """
 
     has_ties: bool = False
@@ -64,25 +78,42 @@ class Survey:
     said: set[str] = field(default_factory=set)
     has_comparisons: bool = False
     strengths: Counter = field(default_factory=Counter)
+    attributes: dict[str, Survey] = field(default_factory=dict)
 
     @property
     def ratings_on_a_scale(self) -> Counter:
         """The ratings, unless they are not on a scale that thresholds could be learned for."""
         return self.ratings if why_not_a_scale(self.ratings) is None else Counter()
 
-    def add(self, feedback: Feedback) -> None:
-        """Take what was said in a row into account."""
-        self.has_ties |= feedback.has_tie
+    def add(self, feedback: Feedback, attribute: str = OVERALL) -> None:
+        """
+        Take what was said in a row into account.
+
+        Args:
+            feedback ([`~disco_trl.data.records.Feedback`]):
+                What was said.
+            attribute (`str`, *optional*, defaults to `"overall"`):
+                The attribute that this is the survey of. That of the overall judgements surveys the others as well.
+        """
         self.pairs_of_rows.add(len(feedback.comparisons))
         self.said |= feedback.said - {"margin"}
-        self.has_comparisons |= any(comparison.people for comparison in feedback.comparisons)
         for comparison in feedback.comparisons:
-            self.strengths.update(map(abs, comparison.strengths))
-            if comparison.ties:
-                self.strengths[0] += int(comparison.ties)
-        for ratings in feedback.ratings:
+            if comparison.attribute == attribute:
+                self.has_ties |= comparison.ties > 0
+                self.has_comparisons |= comparison.people > 0
+                self.strengths.update(map(abs, comparison.strengths))
+                if comparison.ties:
+                    self.strengths[0] += int(comparison.ties)
+        for ratings in feedback.ratings(attribute):
             self.has_several_ratings |= len(ratings) >= 2
             self.ratings.update(map(float, ratings))
+        if attribute == OVERALL:
+            for name in feedback.attributes - {OVERALL}:
+                self.attributes.setdefault(name, Survey()).add(feedback, name)
+
+    def by_attribute(self) -> dict[str, Survey]:
+        """The surveys of all attributes, the overall judgements first."""
+        return {OVERALL: self, **self.attributes}
 
 
 def why_not_a_scale(ratings: Mapping[float, int]) -> str | None:
@@ -107,15 +138,17 @@ def why_not_a_scale(ratings: Mapping[float, int]) -> str | None:
     return None
 
 
-def readings(said: Collection[str], ratings: Mapping[float, int], strength_levels: int) -> dict[Sequence[str], str]:
+def readings(
+    said: Collection[str], scales: Mapping[str, Mapping[float, int]], strength_levels: int
+) -> dict[Sequence[str], str]:
     """
     What the likelihood takes the columns of a dataset for.
 
     Args:
         said (`Collection[str]`):
             Columns of judgements that are filled.
-        ratings (`Mapping[float, int]`):
-            How often each rating was given; empty if they are not read.
+        scales (`Mapping[str, Mapping[float, int]]`):
+            How often each rating was given, by attribute, for those whose ratings are read.
         strength_levels (`int`):
             Number of strengths that are told apart; 0 if they are read as votes.
 
@@ -126,11 +159,12 @@ def readings(said: Collection[str], ratings: Mapping[float, int], strength_level
     for columns, meaning in READINGS.items():
         # Answers are no judgement by themselves: `completions` goes with the `ranks` that are said.
         there = columns if columns == RANKING and "ranks" in said else tuple(name for name in columns if name in said)
-        if columns == RATINGS:
-            values = [f"{value:g}" for value in sorted(ratings)]
-            some = values if len(values) <= 12 else [*values[:3], "...", *values[-2:]]
-            meaning += f", all on one scale of {len(values)} value{'s' * (len(values) != 1)} ({', '.join(some)})"
-            there = there if values else ()
+        if columns == RATING_COLUMNS:
+            described = [f"{name} {_scale(ratings)}" for name, ratings in scales.items() if ratings]
+            if [*scales] == [OVERALL] and described:
+                described = [f"all {_scale(scales[OVERALL])}"]
+            meaning += f", {', '.join(described)}"
+            there = there if described else ()
         if columns == (STRENGTH,):
             levels = f"on a scale from -{strength_levels} to {strength_levels}"
             meaning += f", {levels}" if strength_levels > 1 else " (only the sign is read)"
@@ -139,7 +173,13 @@ def readings(said: Collection[str], ratings: Mapping[float, int], strength_level
     return found
 
 
-def log_readings(dataset_name: str, found: Survey, likelihood: dict[str, Any]) -> None:
+def _scale(ratings: Mapping[float, int]) -> str:
+    values = [f"{value:g}" for value in sorted(ratings)]
+    some = values if len(values) <= 12 else [*values[:3], "...", *values[-2:]]
+    return f"on one scale of {len(values)} value{'s' * (len(values) != 1)} ({', '.join(some)})"
+
+
+def log_readings(dataset_name: str, found: Survey, likelihoods: Mapping[str, dict[str, Any]]) -> None:
     """
     Log, once for all processes, what the likelihood takes columns for that TRL does not read, and whether it leaves
     ratings out or reads strengths as votes.
@@ -151,20 +191,24 @@ def log_readings(dataset_name: str, found: Survey, likelihood: dict[str, Any]) -
             Name of the dataset in the log.
         found ([`Survey`]):
             Survey of the dataset.
-        likelihood (`dict`):
+        likelihoods (`Mapping[str, dict]`):
             What the model knows of how people answer, as in [`check_answerable`].
     """
     if not PartialState().is_main_process:
         return
-    ratings: Mapping[float, int] = found.ratings if "rating_values" in likelihood else {}
-    if found.ratings and not ratings:
-        unread = [name for name in RATINGS if name in found.said]
-        logger.warning(
-            f"{dataset_name} dataset, column {' and '.join(map(repr, unread))}: {why_not_a_scale(found.ratings)}; "
-            "they are not read as ratings. If they are some, round them to the steps of a scale, or pass "
-            f"rating_values; else leave them out: {leave_out(unread)}"
-        )
-    if read := readings(found.said, ratings, likelihood.get("strength_levels", 0)):
+    surveys = {name: of_name for name, of_name in found.by_attribute().items() if name in likelihoods}
+    scales = {name: of_name.ratings for name, of_name in surveys.items() if "rating_values" in likelihoods[name]}
+    for name, of_name in surveys.items():
+        if of_name.ratings and name not in scales:
+            unread = [column for column in RATING_COLUMNS if column in found.said]
+            about = "" if name == OVERALL else f", {name!r}"
+            logger.warning(
+                f"{dataset_name} dataset, column {' and '.join(map(repr, unread))}{about}: "
+                f"{why_not_a_scale(of_name.ratings)}; they are not read as ratings. If they are some, round them to "
+                f"the steps of a scale, or pass rating_values; else leave them out: {leave_out(unread)}"
+            )
+    levels = max((of_name.get("strength_levels", 0) for of_name in likelihoods.values()), default=0)
+    if read := readings(found.said, scales, levels):
         meanings = "; ".join(f"{', '.join(columns)}: {meaning}" for columns, meaning in read.items())
         logger.warning(
             f"{dataset_name} dataset, columns in the likelihood: {meanings}. If one means something else, leave it "
@@ -188,11 +232,16 @@ def survey(dataset: Dataset | IterableDataset) -> Survey:
         found.add(feedback)
     if not found.pairs_of_rows:  # no row was read, because there are no judgements
         found.pairs_of_rows.add(1)
+    found.attributes = dict(sorted(found.attributes.items()))
     return found
 
 
 def check_answerable(
-    dataset: Dataset | IterableDataset, dataset_name: str, found: Survey, likelihood: dict[str, Any]
+    dataset: Dataset | IterableDataset,
+    dataset_name: str,
+    found: Survey,
+    likelihoods: Mapping[str, dict[str, Any]],
+    chosen: Collection[str] | None = None,
 ) -> None:
     """
     Check that a model can have answered as the rows of a dataset say (of a stream, the first 1,000).
@@ -204,44 +253,76 @@ def check_answerable(
             Name used in the error.
         found ([`Survey`]):
             Survey of the dataset. Its rows are read again only if one of them is at fault.
-        likelihood (`dict`):
-            What the model knows of how people answer: the settings of its
-            [`~disco_trl.models.likelihood_head.LikelihoodHead`].
+        likelihoods (`Mapping[str, dict]`):
+            What the model knows of how people answer, by attribute, `"overall"` included: the settings of the
+            [`~disco_trl.models.likelihood_head.LikelihoodHead`] of each.
+        chosen (`Collection[str]`, *optional*):
+            Attributes that the user has chosen. What is said about others is not read then, which is logged.
 
     Raises:
-        `ValueError`: If a rating, a strength or a tie is unknown to the model; it names row, column and fix.
+        `ValueError`: If an attribute, a rating, a strength or a tie is unknown to the model; it names row, column and
+            fix.
     """
+    unread = [] if chosen is None else [name for name in found.attributes if name not in chosen]
+    if unread and PartialState().is_main_process:
+        logger.warning(f"{dataset_name} dataset: what is said about {', '.join(unread)} is not read (attributes)")
+    for name, of_name in found.by_attribute().items():
+        if name not in unread:
+            _check_answerable(dataset, dataset_name, name, of_name, likelihoods)
+
+
+def _check_answerable(
+    dataset: Dataset | IterableDataset,
+    dataset_name: str,
+    attribute: str,
+    found: Survey,
+    likelihoods: Mapping[str, dict[str, Any]],
+) -> None:
+    likelihood = likelihoods.get(attribute, {})
+    is_unknown = attribute not in likelihoods
     values: list[float] = likelihood.get("rating_values", [])
     strange = found.ratings.keys() - {*values} if values else set()
     has_strange_ties = found.has_ties and "tie_width" not in likelihood
     levels = likelihood.get("strength_levels")
     too_strong = levels is not None and max(found.strengths, default=0) > levels
+    about = "" if attribute == OVERALL else f", {attribute!r}"
     # (Preferences of one strength, and ties, are votes anyway.)
-    if max(found.strengths, default=0) > 1 and levels is None and PartialState().is_main_process:
+    if max(found.strengths, default=0) > 1 and levels is None and PartialState().is_main_process and not is_unknown:
         logger.warning(
-            f"{dataset_name} dataset, column {STRENGTH!r}: read as votes, because the model knows no levels of "
+            f"{dataset_name} dataset, column {STRENGTH!r}{about}: read as votes, because the model knows no levels of "
             "strength; train it with strength_levels to read how strong they are"
         )
-    for index, feedback in _feedback(dataset) if strange or has_strange_ties or too_strong else ():
-        columns = [name for name, given in zip(RATINGS, feedback.ratings, strict=False) if {*given} & strange]
-        if columns:
-            given = min(strange & {rating for ratings in feedback.ratings for rating in ratings})
+    is_at_fault = is_unknown or strange or has_strange_ties or too_strong
+    for index, feedback in _feedback(dataset) if is_at_fault else ():
+        where = f"{dataset_name} dataset, row {index}, column"
+        if is_unknown and attribute in feedback.attributes:
+            column = ATTRIBUTE if ATTRIBUTE in feedback.said else next(n for n in RATING_COLUMNS if n in feedback.said)
+            known = ", ".join(repr(name) for name in likelihoods if name != OVERALL) or "none"
             raise ValueError(
-                f"{dataset_name} dataset, row {index}, column {' or '.join(map(repr, columns))}: the model, which "
-                f"knows the ratings {', '.join(f'{value:g}' for value in values)}, cannot give {given:g}; round it, "
-                "pass rating_values with all there are, or leave the column out"
+                f"{where} {column!r}: the attribute {attribute!r}, which the model does not know (it knows {known}); "
+                "correct the name, or leave it out"
             )
+        ratings = feedback.ratings(attribute)
+        if given := strange & {rating for of_answer in ratings for rating in of_answer}:
+            columns = [name for name, of_answer in zip(RATINGS, ratings, strict=False) if {*of_answer} & strange]
+            columns = columns if RANKED_RATINGS not in feedback.said else [RANKED_RATINGS]
+            raise ValueError(
+                f"{where} {' or '.join(map(repr, columns))}{about}: the model, which knows the ratings "
+                f"{', '.join(f'{value:g}' for value in values)}, cannot give {min(given):g}; round it, pass "
+                "rating_values with all there are, or leave the column out"
+            )
+        of_attribute = [comparison.about(attribute) for comparison in feedback.comparisons]
         if too_strong and levels is not None:
             try:
-                for comparison in feedback.comparisons:
+                for comparison in of_attribute:
                     _count_strengths(comparison, levels)
             except BadRow as error:
                 raise ValueError(f"{dataset_name} dataset, row {index}, {error}") from error
-        if feedback.has_tie and has_strange_ties:
+        if has_strange_ties and any(comparison.ties for comparison in of_attribute):
             column = next((name for name in ("ranks", STRENGTH) if name in feedback.said), "tie")
             raise ValueError(
-                f"{dataset_name} dataset, row {index}, column {column!r}: a tie, and the training data have none to "
-                "learn from; give tie_width, or leave such rows out"
+                f"{where} {column!r}: a tie{about}, and the training data have none to learn from; give tie_width, or "
+                "leave such rows out"
             )
 
 
@@ -274,7 +355,11 @@ def has_judgements(columns: Iterable[str]) -> bool:
 
 
 def in_turn(
-    record: Record, weigh_by: str = "pair", are_rated: bool = False, pairs_per_row: int | None = None
+    record: Record,
+    weigh_by: str = "pair",
+    are_rated: bool = False,
+    pairs_per_row: int | None = None,
+    attribute: str = OVERALL,
 ) -> list[tuple[Comparison, float]]:
     """
     The comparisons of a record as they stand in a batch.
@@ -283,18 +368,21 @@ def in_turn(
         record ([`Record`]):
             Record of a row.
         weigh_by (`str`, *optional*, defaults to `"pair"`):
-            `"pair"` if all that is said in a row weighs 1 together, `"vote"` if each thing that is said weighs 1.
+            `"pair"` if all that is said in a row about an attribute weighs 1 together, `"vote"` if each thing that is
+            said weighs 1.
         are_rated (`bool`, *optional*, defaults to `False`):
             Whether the ratings count among what is said.
         pairs_per_row (`int`, *optional*):
             If set, the comparisons are repeated in turn until there are so many, and share their weight.
+        attribute (`str`, *optional*, defaults to `"overall"`):
+            Attribute that is asked about. Comparisons in others are there without a judgement.
 
     Returns:
         `list[tuple[Comparison, float]]`: The comparisons, each with its weight in the batch.
     """
-    comparisons = record.comparisons
-    said = sum(sum((one.wins, one.losses, one.ties)) for one in comparisons)
-    said += sum(map(len, record.ratings)) if are_rated else 0
+    comparisons = [comparison.about(attribute) for comparison in record.comparisons]
+    said = sum(one.people for one in comparisons)
+    said += sum(map(len, record.ratings(attribute))) if are_rated else 0
     share = max(said, 1) if weigh_by == "pair" else 1
     if not pairs_per_row:
         return [(one, one.weight / share) for one in comparisons]
@@ -312,9 +400,10 @@ def to_tensors(
     rating_values: Sequence[float] | None,
     strength_levels: int | None = None,
     row_numbers: Sequence[int] | None = None,
+    attribute: str = OVERALL,
 ) -> dict[str, Tensor]:
     """
-    The judgements of a batch, for [`~disco_trl.distributions.judgements.Judgements`].
+    The judgements of a batch about one attribute, for [`~disco_trl.distributions.judgements.Judgements`].
 
     Args:
         records (`Sequence[Record]`):
@@ -327,13 +416,15 @@ def to_tensors(
             Number of levels of strength that the model knows; None if strengths are read as votes.
         row_numbers (`Sequence[int]`, *optional*):
             Numbers of the B rows in the dataset, for the error.
+        attribute (`str`, *optional*, defaults to `"overall"`):
+            The attribute.
 
     Returns:
         `dict[str, torch.Tensor]`: `judgements`, of shape `(P, 6)`: wins, losses, ties, whether a tie was allowed,
         margin (in units of reward) and weight. With `rating_values` also `rating_counts`, of shape `(2 * P, L)`: how
-        many people gave each rating to the first answers and then to the second ones. With `strength_levels` also
-        `strength_counts`, of shape `(P, 2 * strength_levels)`: how many wins are of each strength, and how many
-        losses.
+        many people gave each rating to the first answers and then to the second ones. (An answer that stands in
+        several comparisons has its ratings in the first of them.) With `strength_levels` also `strength_counts`, of
+        shape `(P, 2 * strength_levels)`: how many wins are of each strength, and how many losses.
 
     Raises:
         `ValueError`: If a rating is not among `rating_values`, or a strength beyond `strength_levels`.
@@ -344,16 +435,19 @@ def to_tensors(
     strength_counts: list[list[float]] = []
     for position, (record, of_record) in enumerate(zip(records, comparisons, strict=True)):
         try:
-            of_answers = _count_ratings(record, levels)
+            of_answers = _count_ratings(record, levels, attribute)
             if strength_levels is not None:
                 strength_counts += [_count_strengths(one, strength_levels) for one, _ in of_record]
         except BadRow as error:
             where = f"row {position} of the batch" if row_numbers is None else f"row {row_numbers[position]}"
             raise ValueError(f"{where}, {error}") from error
+        carrier: dict[int, tuple[int, int]] = {}
         for one, weight in of_record:
             table.append((one.wins, one.losses, one.ties, float(one.tie_allowed), one.margin, weight))
-            for side, answer in zip(counts, (one.first, one.second), strict=True):
-                side.append(of_answers[answer])
+            pair = one.first, one.second
+            for side, answer in zip(counts, pair, strict=True):
+                is_first = carrier.setdefault(answer, pair) == pair
+                side.append(of_answers[answer] if is_first else [0.0] * len(levels))
     tensor = torch.tensor(table, dtype=torch.float32)
     # The loss is a mean over comparisons, and is to be one over rows.
     tensor[:, -1] *= len(table) / len(records)
@@ -363,6 +457,51 @@ def to_tensors(
     if strength_levels is not None:
         tensors["strength_counts"] = torch.tensor(strength_counts, dtype=torch.float32)
     return tensors
+
+
+def ratings_by_rater(
+    records: Sequence[Record],
+    comparisons: Sequence[Sequence[tuple[Comparison, float]]],
+    scales: Mapping[str, Sequence[float]],
+) -> Tensor:
+    """
+    The ratings of a batch, rater by rater, which tell how people's opinions of two attributes go together.
+
+    Args:
+        records, comparisons:
+            As in [`to_tensors`].
+        scales (`Mapping[str, Sequence[float]]`):
+            Ratings that the model knows, in order, for each of A attributes.
+
+    Returns:
+        `torch.Tensor` of shape `(2 * P, R, A)`: The level, from 0, that each of up to R people gave to the first
+        answers and then to the second ones, where an answer first stands in its row; `nan` where there is none.
+    """
+    levels = {name: {value: level for level, value in enumerate(values)} for name, values in scales.items()}
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for record, of_record in zip(records, comparisons, strict=True):
+        seen: set[int] = set()
+        for one, _ in of_record:
+            for side, answer in zip(sides, (one.first, one.second), strict=True):
+                side.append([] if answer in seen else _by_rater(record, answer, levels))
+                seen.add(answer)
+    answers = [*sides[0], *sides[1]]
+    most = max(map(len, answers))
+    padded = [answer + [[math.nan] * len(scales)] * (most - len(answer)) for answer in answers]
+    return torch.tensor(padded, dtype=torch.float32).reshape(len(answers), most, len(scales))
+
+
+def _by_rater(record: Record, answer: int, levels: Mapping[str, Mapping[float, int]]) -> list[list[float]]:
+    """The levels that each person gave to the attributes of an answer."""
+    given = [record.rated[name][answer] if name in record.rated else [] for name in levels]
+    people = max(map(len, given), default=0)
+    # An attribute that nobody rated has no list.
+    given = [ratings or [None] * people for ratings in given]
+    numbered = [
+        [math.nan if rating is None else known.get(rating, math.nan) for rating in ratings]
+        for ratings, known in zip(given, levels.values(), strict=True)
+    ]
+    return [list(of_person) for of_person in zip(*numbered, strict=True)]
 
 
 def _count_strengths(comparison: Comparison, levels: int) -> list[float]:
@@ -377,14 +516,16 @@ def _count_strengths(comparison: Comparison, levels: int) -> list[float]:
     return counts
 
 
-def _count_ratings(record: Record, levels: dict[float, int]) -> list[list[float]]:
+def _count_ratings(record: Record, levels: dict[float, int], attribute: str) -> list[list[float]]:
     """How often each level was given to each answer."""
     counts = [[0.0] * len(levels) for _ in record.answers]
-    for answer, ratings in enumerate(record.ratings if levels else ()):
+    for answer, ratings in enumerate(record.ratings(attribute) if levels else ()):
         for rating in ratings:
             if rating not in levels:
                 known = ", ".join(f"{value:g}" for value in levels)
-                wrong = f"the rating {rating!r} is not one of those that the model knows ({known})"
-                raise BadRow(RATINGS[answer], wrong, "pass rating_values with all of them, or round it")
+                about = "" if attribute == OVERALL else f" of {attribute!r}"
+                wrong = f"the rating {rating!r}{about} is not one of those that the model knows ({known})"
+                column = RANKED_RATINGS if RANKED_RATINGS in record.said else RATINGS[answer]
+                raise BadRow(column, wrong, "pass rating_values with all of them, or round it")
             counts[answer][levels[rating]] += 1
     return counts

@@ -27,7 +27,13 @@ A row is one person's forced choice of `chosen`, unless its columns say more:
 - `margin`: TRL's, by how much the chosen answer has to be better, in units of reward;
 - `chosen_rating`, `rejected_rating`: a number, or a list of several people's numbers;
 - `completions` and `ranks`, in place of `chosen` and `rejected`: K answers and the rank of each, 1 the best;
+- `completion_ratings`, beside `ranks` or in their place: a list with the ratings of each of the K answers;
+- `attribute`: what the comparison of the row is about, such as `"safety"`, where it is not the overall judgement;
 - `weight`: multiplies the log-likelihood of the row.
+
+Ratings may be about attributes as well: `{"helpfulness": 4, "verbosity": 2}`, or lists with one number a rater in the
+same order for each attribute, and None where a rater did not say. Numbers outside of a dict are about the overall
+judgement, which is the attribute `"overall"`.
 
 Any of them may be missing (None or NaN) in any row. A prompt that is missing is no prompt: the answers stand by
 themselves. (In pairs a column `prompt` that is there has to be filled, because TRL reads it.)
@@ -35,14 +41,17 @@ themselves. (In pairs a column `prompt` that is there has to be filled, because 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 from .columns import (
+    ATTRIBUTE,
     JUDGEMENT_COLUMNS,
+    OVERALL,
     RANKED_IDS,
+    RANKED_RATINGS,
     RANKING,
     RATINGS,
     STRENGTH,
@@ -54,7 +63,7 @@ from .columns import (
     is_ranking,
 )
 from .contents import check_contents
-from .values import BadRow, Row, as_list, as_number, as_ratings, as_truth, is_missing, shown
+from .values import BadRow, Row, as_list, as_number, as_ratings, as_truth, by_attribute, is_missing, shown
 
 
 MOST_RANKED = 256
@@ -62,6 +71,9 @@ MOST_RANKED = 256
 
 MOST_LEVELS = 20
 """Most levels of strength: each has a boundary to learn, and a number beyond it is no grade."""
+
+LONGEST_NAME = 64
+"""Most characters of the name of an attribute. A longer text is a remark."""
 
 _COLUMNS = (*JUDGEMENT_COLUMNS, "ranks")
 
@@ -78,6 +90,8 @@ class Comparison:
             How often the first answer won, lost and tied. A soft label is a part of a win and the rest of a loss.
         strengths (`tuple[int, ...]`):
             How strong some of the wins (above 0) and losses (below 0) are, one number for each.
+        attribute (`str`):
+            What they were compared in.
         tie_allowed (`bool`):
             Whether a tie could have been said.
         margin (`float`):
@@ -95,6 +109,13 @@ class Comparison:
     margin: float = 0.0
     weight: float = 1.0
     strengths: tuple[int, ...] = ()
+    attribute: str = OVERALL
+
+    def about(self, attribute: str) -> Comparison:
+        """What was said about the two in this attribute; without any judgement if it was about another one."""
+        if attribute == self.attribute:
+            return self
+        return replace(self, wins=0.0, losses=0.0, ties=0.0, strengths=(), tie_allowed=False)
 
     @property
     def people(self) -> float:
@@ -115,20 +136,31 @@ class Feedback:
     Args:
         comparisons (`Sequence[Comparison]`):
             Comparisons between answers.
-        ratings (`Sequence[list[float]]`):
-            People's ratings of each answer; empty if there are none at all.
+        rated (`Mapping[str, Sequence[list]]`):
+            People's ratings by attribute and, within it, of each answer. The lists of one answer hold the same raters
+            in the same order, with None where one of them did not rate the attribute.
         said (`frozenset[str]`):
             The columns that say it, as far as they are filled.
     """
 
     comparisons: Sequence[Comparison] = (Comparison(0, 1),)
-    ratings: Sequence[list[float]] = ()
+    rated: Mapping[str, Sequence[list[float | None]]] = field(default_factory=dict)
     said: frozenset[str] = frozenset()
+
+    def ratings(self, attribute: str = OVERALL) -> Sequence[list[float]]:
+        """People's ratings of each answer in an attribute; empty if there are none at all."""
+        return [[rating for rating in given if rating is not None] for given in self.rated.get(attribute, ())]
+
+    @property
+    def attributes(self) -> set[str]:
+        """What something was said about."""
+        compared = {comparison.attribute for comparison in self.comparisons if comparison.people}
+        return compared | {name for name in self.rated if any(self.ratings(name))}
 
     @property
     def is_ranking(self) -> bool:
-        """Whether the answers were ranked."""
-        return "ranks" in self.said
+        """Whether the answers were ranked or rated in a row of several."""
+        return not self.said.isdisjoint(("ranks", RANKED_RATINGS))
 
     @property
     def has_tie(self) -> bool:
@@ -248,7 +280,7 @@ def read_answers(row: Row, layout: Layout | None = None, feedback: Feedback | No
     prompt = row.get("prompt") if layout.takes_prompt and kind != "tokenized" else None
     return Record(
         comparisons=feedback.comparisons,
-        ratings=feedback.ratings,
+        rated=feedback.rated,
         said=feedback.said,
         answers=answers,
         columns=columns,
@@ -264,21 +296,26 @@ def key_of(sequence: Sequence[int]) -> int:
 
 
 def _check_ranking(row: Row) -> None:
-    """Raise [`BadRow`] unless there are answers, few enough, and a rank for each."""
+    """Raise [`BadRow`] unless there are answers, few enough, and a rank or ratings for each."""
     name = RANKING[0] if is_missing(row.get(RANKED_IDS)) else RANKED_IDS
-    for column, other in ((name, "ranks"), ("ranks", name)):
+    judged = [column for column in ("ranks", RANKED_RATINGS) if not is_missing(row.get(column))] or ["ranks"]
+    for column, other in ((name, judged[0]), *((column, name) for column in judged)):
         if is_missing(row.get(column)):
             raise BadRow(column, f"missing where {other!r} is given", "give both, or neither")
         if not isinstance(as_list(row[column]), list):
             raise BadRow(column, f"{shown(row[column])} is not a list", "give a list with an entry for each answer")
-    answers, ranks = as_list(row[name]), as_list(row["ranks"])
-    if len(answers) != len(ranks):
-        raise BadRow("ranks", f"{len(ranks)} ranks of {len(answers)} completions", "give each completion its rank")
+    answers = as_list(row[name])
+    for column in judged:
+        given, what = as_list(row[column]), "ranks" if column == "ranks" else "ratings"
+        if len(answers) != len(given):
+            wrong = f"{len(given)} {what} of {len(answers)} completions"
+            fix = "its rank" if column == "ranks" else "its ratings, or null"
+            raise BadRow(column, wrong, f"give each completion {fix}")
     _check_number(name, answers)
 
 
 def _check_number(column: str, values: Any) -> None:
-    """Raise [`BadRow`] unless these are the answers, or the ranks, of a ranking that fits into a batch."""
+    """Raise [`BadRow`] unless these are the answers, or what is said of each, of a row that fits into a batch."""
     if not isinstance(values, list):
         raise BadRow(column, f"{shown(values)} is not a list", "give a list with an entry for each answer")
     if len(values) < 2:
@@ -306,7 +343,7 @@ def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
     """
     if not with_answers and row.keys().isdisjoint(_COLUMNS):
         return FORCED_CHOICE
-    said = frozenset(name for name in _COLUMNS if not is_missing(row.get(name)))
+    said = frozenset(name for name in _COLUMNS if _is_filled(name, row.get(name)))
     strengths = _strengths(row, said)
     wins, losses, ties = _counts(row, said) if strengths is None else _by_sign(strengths)
     # A margin has to be in every row, as in TRL; a weight need not.
@@ -314,38 +351,84 @@ def read_feedback(row: Row, with_answers: bool = False) -> Feedback:
     weight = _number(row, "weight", "1.0 for an ordinary row") if "weight" in said else 1.0
     if weight < 0:
         raise BadRow("weight", f"{row['weight']!r} is negative", "give 0 or more; 0 leaves the row out")
-    ratings = [as_ratings(row.get(name)) for name in RATINGS]
-    for name, of_answer in zip(RATINGS, ratings, strict=True):
-        for rating in of_answer:
-            if as_number(rating) is None:
-                raise BadRow(name, f"{shown(rating)} is not a rating", "give a finite number, or a list of them")
+    attribute = _name_of(ATTRIBUTE, row[ATTRIBUTE]) if ATTRIBUTE in said else OVERALL
     if with_answers:
         _check_ranking(row)
-    if "ranks" not in said:
+    if said.isdisjoint(("ranks", RANKED_RATINGS)):
         # Whether a scale of strengths has a 0 is seen in the dataset, not in a row: of a model that has learned no tie
         # width, because no row says 0, the band between the strengths 1 and -1 has no width.
         allowed = "tie" in said or strengths is not None
         graded = tuple(filter(None, strengths or ()))
-        comparison = Comparison(0, 1, wins, losses, ties, allowed, margin, weight, graded)
-        return Feedback(comparisons=(comparison,), ratings=ratings if any(ratings) else (), said=said)
+        comparison = Comparison(0, 1, wins, losses, ties, allowed, margin, weight, graded, attribute)
+        rated = _rated(RATINGS, [row.get(name) for name in RATINGS])
+        return Feedback(comparisons=(comparison,), rated=rated, said=said)
 
-    _check_number("ranks", as_list(row["ranks"]))
-    ranks = [as_number(rank) for rank in as_list(row["ranks"])]
-    for position, rank in enumerate(ranks):
-        if rank is None:
-            wrong = f"{shown(as_list(row['ranks'])[position])} is not a rank"
-            raise BadRow("ranks", wrong, "give finite numbers, 1 for the best")
     of_pairs = [name for name in (*VOTES, "preference_probability", STRENGTH, "tie", *RATINGS) if name in said]
     if of_pairs:
         wrong = "speaks of a chosen and a rejected answer in a row of ranked ones"
         raise BadRow(of_pairs[0], wrong, "put pairs and rankings into different rows")
-    # A ranking without equal ranks does not tell whether a tie was on offer.
-    allowed = len({*ranks}) < len(ranks)
+    rated = {}
+    if RANKED_RATINGS in said:
+        cells = as_list(row[RANKED_RATINGS])
+        _check_number(RANKED_RATINGS, cells)
+        rated = _rated([RANKED_RATINGS] * len(cells), cells)
     comparisons = []
-    for better, worse in ranked_pairs(ranks):  # type: ignore[arg-type]
-        said_of_pair = (0.0, 0.0, 1.0) if ranks[better] == ranks[worse] else (1.0, 0.0, 0.0)
-        comparisons.append(Comparison(better, worse, *said_of_pair, allowed, margin, weight))
-    return Feedback(comparisons=comparisons, said=said)
+    if "ranks" in said:
+        _check_number("ranks", as_list(row["ranks"]))
+        ranks = [as_number(rank) for rank in as_list(row["ranks"])]
+        for position, rank in enumerate(ranks):
+            if rank is None:
+                wrong = f"{shown(as_list(row['ranks'])[position])} is not a rank"
+                raise BadRow("ranks", wrong, "give finite numbers, 1 for the best")
+        # A ranking without equal ranks does not tell whether a tie was on offer.
+        allowed = len({*ranks}) < len(ranks)
+        for better, worse in ranked_pairs(ranks):  # type: ignore[arg-type]
+            said_of_pair = (0.0, 0.0, 1.0) if ranks[better] == ranks[worse] else (1.0, 0.0, 0.0)
+            comparisons.append(Comparison(better, worse, *said_of_pair, allowed, margin, weight, attribute=attribute))
+    else:
+        # Nobody compared them. Each stands in a pair, as a batch is made of pairs, the last of an odd number twice.
+        starts = [*range(0, len(cells) - 1, 2), *([len(cells) - 2] if len(cells) % 2 else [])]
+        comparisons = [Comparison(first, first + 1, 0.0, margin=margin, weight=weight) for first in starts]
+    return Feedback(comparisons=comparisons, rated=rated, said=said)
+
+
+def _is_filled(column: str, cell: Any) -> bool:
+    """Whether a cell says something. Arrow has a None for each attribute that is rated in another row."""
+    if column in RATINGS:
+        return bool(by_attribute(cell, OVERALL))
+    if column == RANKED_RATINGS and isinstance(as_list(cell), list):
+        return any(by_attribute(of_answer, OVERALL) for of_answer in as_list(cell))
+    return not is_missing(cell)
+
+
+def _rated(columns: Sequence[str], cells: Sequence[Any]) -> Mapping[str, Sequence[list[float | None]]]:
+    """Ratings by attribute and answer, from the cells of the answers."""
+    rated: dict[str, list[list[float | None]]] = {}
+    for answer, (column, cell) in enumerate(zip(columns, cells, strict=True)):
+        given = by_attribute(cell, OVERALL)
+        for name, ratings in given.items():
+            _name_of(column, name)
+            for rating in ratings:
+                if as_number(rating) is None and not (isinstance(cell, dict) and is_missing(rating)):
+                    about = f" of {name!r}" if isinstance(cell, dict) else ""
+                    wrong = f"{shown(rating)} is not a rating{about}"
+                    raise BadRow(column, wrong, "give a finite number, or a list of them")
+            values = [None if is_missing(rating) else rating for rating in ratings]
+            rated.setdefault(name, [[] for _ in cells])[answer] = values
+        raters = {name: len(ratings) for name, ratings in given.items()}
+        if len({*raters.values()}) > 1:
+            found = ", ".join(f"{count} of {name!r}" for name, count in raters.items())
+            fix = "give each attribute one entry a rater, in the same order, and null where one did not rate it"
+            raise BadRow(column, f"ratings of different numbers of raters ({found})", fix)
+    return rated
+
+
+def _name_of(column: str, value: Any) -> str:
+    """The name of an attribute."""
+    if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_NAME:
+        wrong = f"{shown(value)} is not the name of an attribute"
+        raise BadRow(column, wrong, f"give a text of at most {LONGEST_NAME} characters")
+    return value
 
 
 FORCED_CHOICE = Feedback()

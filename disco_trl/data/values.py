@@ -81,6 +81,25 @@ def as_truth(value: Any) -> bool | None:
     return bool(value) if isinstance(value, int | float) and value in (True, False) else None
 
 
+def by_attribute(value: Any, default: str) -> dict[str, list[Any]]:
+    """
+    The ratings of an answer by the attributes that they are about.
+
+    Args:
+        value (`Any`):
+            Cell of a row: a number, a list with one a rater, or a dict with either for each attribute.
+        default (`str`):
+            Attribute of ratings that name none.
+
+    Returns:
+        `dict[str, list]`: As many for each attribute as there are raters, with None for what one of them did not rate.
+    """
+    if isinstance(value, dict):
+        return {name: as_ratings(given) for name, given in value.items() if not is_missing(given)}
+    given = as_ratings(value)
+    return {default: given} if given else {}
+
+
 def as_ratings(value: Any) -> list[Any]:
     """The ratings of an answer, whether the column holds one or a list."""
     if is_missing(value):

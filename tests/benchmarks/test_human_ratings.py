@@ -265,7 +265,7 @@ def test_some_texts_are_rated_once():
     sides = ("chosen_rating", "rejected_rating")
     assert [{name: value for name, value in row.items() if name not in sides} for row in rows] == before
     record = next(read_record(row, find_layout(row)) for row in rows if row["chosen_rating"])
-    assert len(record.ratings[0]) >= 3 and record.comparisons[0].tie_allowed
+    assert len(record.ratings()[0]) >= 3 and record.comparisons[0].tie_allowed
 
 
 def test_more_ratings_than_texts_are_an_error():

@@ -43,7 +43,8 @@ def test_strengths_are_counted_in_a_batch_and_a_bad_one_is_named_by_its_row():
         {**ids, "preference_strength": 0, ROW_COLUMN: 3},
     ]
     for share_prefixes in (False, True):
-        collator = DataCollatorForDiscoPreference(pad_token_id=0, share_prefixes=share_prefixes, strength_levels=2)
+        known = {"overall": {"strength_levels": 2}}
+        collator = DataCollatorForDiscoPreference(pad_token_id=0, share_prefixes=share_prefixes, likelihoods=known)
         batch = collator(examples)
         assert batch["strength_counts"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
         assert batch["strength_counts"].dtype == batch["judgements"].dtype == torch.float32

@@ -12,6 +12,7 @@ from preference_rows import CALL, EXPLICIT, IMPLICIT, LEGAL, STANDARD, TOKENIZED
 from disco_trl.cli.main import main
 from disco_trl.cli.scale_advice import scale_advice
 from disco_trl.data.curation.check import check_dataset
+from disco_trl.data.curation.check_report import render
 from disco_trl.data.curation.survey import normalize
 from disco_trl.data.curation.survey import texts_of as texts_of_record
 from disco_trl.data.records import read_answers
@@ -427,3 +428,21 @@ def test_memory_holds_numbers_and_no_texts():
     rows = [pair(f"{n} " + "x" * 5000, f"{n}", chosen_rating=[1, 2]) for n in range(300)]
     _, survey = check_dataset(Dataset.from_list(rows))
     assert len(pickle.dumps(vars(survey))) / len(rows) < 200  # bytes; a row has more than 5,000
+
+
+def test_attributes_are_reported_one_by_one():
+    rows = [
+        pair(chosen_rating={"tone": [1, 3], "length": [2, None]}, rejected_rating={"tone": 2}, attribute=None),
+        pair(chosen_rating={"tone": [2, 2], "length": None}, rejected_rating=None, attribute="safety"),
+    ]
+    found = check(rows)
+    tone = found["attributes"]["tone"]
+    assert tone["compared_pairs"] == 0
+    assert (tone["ratings"]["answers"], tone["ratings"]["answers_with_several"]) == (3, 2)
+    assert found["attributes"]["safety"] == {"compared_pairs": 1}
+    assert "ratings" not in found  # nobody has rated the whole
+    shown = render(found, "data")
+    assert "tone: 3 answers rated, 2 of them by several people, with 1, 2, 3; people's standard deviation" in shown
+    assert "length: 1 answers rated, 0 of them by several people, with 2; not read (all 1 are 2, which tells" in shown
+    assert "safety: 1 pairs compared" in shown
+    assert "chosen_rating, rejected_rating: ratings of each answer, tone on one scale of 3 values (1, 2, 3)" in shown

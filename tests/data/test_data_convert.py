@@ -574,7 +574,7 @@ def test_plain_text_stays_text(convert):
 
 
 def test_options_of_another_format_are_refused(convert):
-    with pytest.raises(SystemExit, match="--pairs is for the format ratings, and this is soft"):
+    with pytest.raises(SystemExit, match="--pairs is for the format ratings or attributes or long, and this is soft"):
         convert([SOFT], "--pairs", "3")
 
 

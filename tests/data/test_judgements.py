@@ -178,15 +178,15 @@ def test_a_survey_counts_strengths_and_their_ties():
 def test_strengths_that_the_model_cannot_give_are_refused(given, likelihood, message):
     dataset = Dataset.from_list([{"preference_strength": [1]}, {"preference_strength": given}])
     with pytest.raises(ValueError, match=f"test dataset, {message}"):
-        check_answerable(dataset, "test", survey(dataset), likelihood)
+        check_answerable(dataset, "test", survey(dataset), {"overall": likelihood})
 
 
 def test_strengths_that_the_model_can_give_pass(caplog):
     dataset = Dataset.from_list([{"preference_strength": [1, -3, 0]}])
     found = survey(dataset)
-    check_answerable(dataset, "test", found, {"strength_levels": 3, "tie_width": "learned"})
+    check_answerable(dataset, "test", found, {"overall": {"strength_levels": 3, "tie_width": "learned"}})
     assert caplog.messages == []
-    check_answerable(dataset, "test", found, {"tie_width": 0.3})
+    check_answerable(dataset, "test", found, {"overall": {"tie_width": 0.3}})
     (message,) = caplog.messages
     assert "test dataset, column 'preference_strength': read as votes" in message and "strength_levels" in message
 
@@ -196,7 +196,7 @@ def test_strengths_that_the_model_can_give_pass(caplog):
     [({"strength_levels": 3}, ", on a scale from -3 to 3."), ({}, " (only the sign is read).")],
 )
 def test_how_strengths_are_read_is_logged(caplog, likelihood, meaning):
-    log_readings("train", survey(Dataset.from_list([{"preference_strength": 2}])), likelihood)
+    log_readings("train", survey(Dataset.from_list([{"preference_strength": 2}])), {"overall": likelihood})
     assert f"preference_strength: how much better the chosen answer is, below 0 if it is worse{meaning}" in caplog.text
 
 
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_knows_the_ratings_reads_them_on_a_scale_or_not(tiny_l
 
 
 def test_rankings_are_logged_with_their_answers(caplog):
-    log_readings("train", survey(Dataset.from_list([RANKING])), {})
+    log_readings("train", survey(Dataset.from_list([RANKING])), {"overall": {}})
     assert "columns in the likelihood: completions, ranks: ranked answers." in caplog.text
 
 

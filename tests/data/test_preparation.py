@@ -25,7 +25,7 @@ from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, ByT5Tokenizer, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
-from disco_trl import DiscoRewardTrainer
+from disco_trl import DiscoRewardConfig, DiscoRewardTrainer
 from disco_trl.data.columns import ROW_COLUMN
 from disco_trl.data.preparation import finish_preferences
 
@@ -33,10 +33,12 @@ from disco_trl.data.preparation import finish_preferences
 @pytest.fixture
 def prepare(tiny_tokenizer, tmp_path):
     """What a trainer makes of its dataset. Ours asks the model how many tokens and which ratings it knows."""
-    model = SimpleNamespace(config=SimpleNamespace(disco={}), get_input_embeddings=lambda: None)  # it knows them all
+    # It knows all tokens, and nothing of how people answer.
+    model = SimpleNamespace(likelihoods={"overall": {}}, get_input_embeddings=lambda: None)
 
     def prepare(dataset, dataset_name="train", *, trainer=DiscoRewardTrainer, tokenizer=tiny_tokenizer, **options):
-        args = RewardConfig(str(tmp_path), **{"max_length": None, "bf16": False, "report_to": "none", **options})
+        config = DiscoRewardConfig if trainer is DiscoRewardTrainer else RewardConfig
+        args = config(str(tmp_path), **{"max_length": None, "bf16": False, "report_to": "none", **options})
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as TRL's constructor does
         made = trainer.__new__(trainer)
         made._adoption, made._surveyed_dataset = SimpleNamespace(model=model), None

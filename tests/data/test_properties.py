@@ -132,7 +132,7 @@ def test_sharing_prefixes_does_not_change_what_was_judged(rows, weigh_by):
 @given(st.lists(st.tuples(pairs, strengths), min_size=1, max_size=4))
 def test_a_batch_counts_each_strength_once(rows):
     examples = [pair | {"preference_strength": given} for pair, given in rows]
-    padded, shared = collated(examples, strength_levels=3)
+    padded, shared = collated(examples, likelihoods={"overall": {"strength_levels": 3}})
     torch.testing.assert_close(padded["strength_counts"], shared["strength_counts"], rtol=0, atol=0)
     won, lost = padded["strength_counts"].split(3, dim=-1)
     wins, losses, ties, *_ = padded["judgements"].unbind(dim=-1)
@@ -148,7 +148,7 @@ def test_a_batch_counts_each_strength_once(rows):
             }
             for pair, given in rows
         ],
-        strength_levels=3,
+        likelihoods={"overall": {"strength_levels": 3}},
     )
     assert mirrored["strength_counts"].tolist() == torch.cat([lost, won], dim=-1).tolist()
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..columns import (
     JUDGEMENT_COLUMNS,
     KNOWN_COLUMNS,
+    OVERALL,
     PAIRS,
     RANKING,
     RATINGS,
@@ -23,7 +24,7 @@ from ..columns import (
 )
 from ..files import chunks
 from ..findings import ROWS_NAMED, Findings, named
-from ..judgements import readings
+from ..judgements import readings, why_not_a_scale
 from ..look_alikes import conversion_of, find_look_alikes, fix_of_answers, unconverted_side
 from ..records import Record, read_record
 from ..tokenization import SpecialTokens, tokenize_record
@@ -111,8 +112,9 @@ def check_dataset(dataset: Dataset | IterableDataset, tokenizer: Any = None) -> 
     if layout is None:
         raise ValueError("the data is empty; check its path and split")
     figures = survey.figures()
-    ratings = {} if figures.get("ratings", {}).get("why_not_read") else survey.rating_values
-    read_as = readings(said, ratings, figures.get("strengths", {}).get("levels", 0))
+    by_attribute = {OVERALL: survey.ratings} | {name: of.ratings for name, of in survey.attributes.items()}
+    scales = {name: of.values for name, of in by_attribute.items() if why_not_a_scale(of.values) is None and of.values}
+    read_as = readings(said, scales, figures.get("strengths", {}).get("levels", 0))
     found = {
         "rows": read,
         "errors": errors.figures(),

@@ -43,6 +43,8 @@ def render(found: dict[str, Any], name: str) -> str:
     """
     blocks = [_block(name, _schema_lines(found))]
     blocks.append(_block("What was judged", _judgement_lines(found)))
+    if attributes := found.get("attributes"):
+        blocks.append(_block("Attributes", [_attribute_line(name, of) for name, of in attributes.items()]))
     blocks.append(_block("What can be learned", _learned_lines(found)))
     if (scale := found.get("scale")) is not None:
         blocks.append(_block("What can be learned of the scale", _scale_lines(scale)))
@@ -119,6 +121,25 @@ def _judgement_lines(found: dict[str, Any]) -> list[str]:
             f"rankings: of {sizes['min']:g} to {sizes['max']:g} answers, {rankings['with_ties']:,} with equal ranks"
         )
     return lines
+
+
+def _attribute_line(name: str, found: dict[str, Any]) -> str:
+    said = []
+    if found["compared_pairs"]:
+        said.append(f"{found['compared_pairs']:,} pairs compared")
+    if ratings := found.get("ratings"):
+        values = list(ratings["values"])
+        shown = ", ".join(values) if len(values) <= 12 else f"{values[0]} to {values[-1]}"
+        said.append(
+            f"{ratings['answers']:,} answers rated, {ratings['answers_with_several']:,} of them by several people, "
+            f"with {shown}"
+        )
+        if ratings["why_not_read"]:
+            said.append(f"not read ({ratings['why_not_read']})")
+        elif "standard_deviation_of_an_answer" in ratings:
+            median = ratings["standard_deviation_of_an_answer"]["50 %"]
+            said.append(f"people's standard deviation about an answer: median {median:.2f}")
+    return f"{name}: {'; '.join(said)}"
 
 
 def _learned_lines(found: dict[str, Any]) -> list[str]:
@@ -213,9 +234,9 @@ def draw(survey: DataSurvey, path: Path) -> None:
         panels.append(_draw_votes)
     if survey.probabilities:
         panels.append(_draw_soft_labels)
-    if survey.rating_counts:
+    if survey.ratings.counts:
         panels.append(_draw_ratings)
-        if (np.asarray(survey.rating_counts) > 1).any():
+        if (np.asarray(survey.ratings.counts) > 1).any():
             panels.append(_draw_disagreement)
     columns = min(len(panels), 3 if len(panels) != 4 else 2)
     rows = -(-len(panels) // columns)
@@ -295,22 +316,22 @@ def _draw_soft_labels(survey: DataSurvey, axes: Any) -> None:
 
 
 def _draw_ratings(survey: DataSurvey, axes: Any) -> None:
-    values = sorted(survey.rating_values)
-    counts = [survey.rating_values[value] for value in values]
+    values = sorted(survey.ratings.values)
+    counts = [survey.ratings.values[value] for value in values]
     width = 0.85 * min(np.diff(values), default=1.0)
     axes.bar(values, counts, width, color=PLAIN_COLOR)
     if len(values) <= 12:
         axes.set_xticks(values)
     axes.set_xlabel("rating")
     axes.set_ylabel("times given")
-    axes.set_title(f"{sum(counts):,} ratings of {len(survey.rating_counts):,} answers", loc="left")
+    axes.set_title(f"{sum(counts):,} ratings of {len(survey.ratings.counts):,} answers", loc="left")
 
 
 def _draw_disagreement(survey: DataSurvey, axes: Any) -> None:
     from matplotlib.colors import LogNorm
 
-    several = np.asarray(survey.rating_counts) > 1
-    means, deviations = (np.asarray(values)[several] for values in (survey.rating_means, survey.rating_deviations))
+    several = np.asarray(survey.ratings.counts) > 1
+    means, deviations = (np.asarray(values)[several] for values in (survey.ratings.means, survey.ratings.deviations))
     if len(means) > 2000:
         # From below 1, so that a single answer is not white
         shades = LogNorm(vmin=0.2)

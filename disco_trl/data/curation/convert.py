@@ -25,6 +25,7 @@ from ..findings import Findings, media_of, repeats_prompt
 from ..look_alikes import find_look_alikes
 from ..records import Record, read_record
 from ..values import BadRow, Row
+from .attribute_formats import answers_of_long_rows, level_of
 from .check import ErrorCounts
 from .formats import FORMATS, as_strength, fitting_formats, pair_of, strengths_of
 from .strength_words import detect_levels, is_word
@@ -37,6 +38,7 @@ TYPES = {
     **{"tie": Value("bool"), "weight": Value("float64"), "ranks": List(Value("float64")), "tools": Value("string")},
     **{"preference_strength": List(Value("int64"))},
     **{"chosen_rating": List(Value("float64")), "rejected_rating": List(Value("float64"))},
+    "attribute": Value("string"),
 }
 
 
@@ -285,7 +287,7 @@ class Converter:
             for name in media_of(row):
                 wrong = "pictures, sound or video, without which the texts would be written"
                 raise BadRow(name, wrong, "drop the row, or, if the answers do not depend on it, the column")
-            rows = [self._checked(self._finished(converted), row, number) for converted in self.convert(row)]
+            rows = [self._checked(self.finished(converted), row, number) for converted in self.convert(row)]
             if self.judged_in is not None:
                 self.report.judged_in[self.judged_in(row)] += 1
             return rows
@@ -317,7 +319,7 @@ class Converter:
             raise ValueError(f"row {number}, {error} (or skip all such rows with --skip_bad)") from error
         self.report.bad.add(error.problem, number)
 
-    def _finished(self, row: Row) -> Row:
+    def finished(self, row: Row) -> Row:
         """The row with its texts as messages, unless they are to stay texts or have no prompt to answer."""
         prompt = row.get("prompt")
         if self.plain_text and isinstance(prompt, list):
@@ -416,6 +418,28 @@ def draw_pairs(groups: list[list[int]], count: int | None, seed: int) -> Iterato
             yield one, other, False
 
 
+def convert_long(dataset: Dataset, converter: Converter, count: int | None, seed: int) -> Iterator[list[Row]]:
+    """Rows of a dataset with one rating a row: the answers with all of their ratings, in pairs."""
+
+    def rows() -> Iterator[tuple[int, Row]]:
+        for part in logging.tqdm(chunks(dataset), desc="reading"):
+            for row in part:
+                yield converter.report.read, rename(row, converter.renamed)
+                converter.report.read += 1
+
+    try:
+        answers = list(answers_of_long_rows(rows()))
+    except BadRow as error:
+        raise ValueError(f"row {converter.report.read}, {error}") from error
+    answers = [(number, converter.finished(answer)) for number, answer in answers]
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for place, (_, answer) in enumerate(answers):
+        groups[str(answer.get("prompt"))].append(place)
+    converter.report.alone = sum(len(group) == 1 for group in groups.values())
+    for one, other, first_only in draw_pairs(list(groups.values()), count, seed):
+        yield converter.pair(answers[one], answers[other], first_only)
+
+
 def convert_pairs(dataset: Dataset, converter: Converter, count: int | None, seed: int) -> Iterator[list[Row]]:
     """Rows of a dataset of rated answers, in pairs. Until an answer is drawn, only the hash of its prompt is kept."""
     groups: defaultdict[int, list[int]] = defaultdict(list)
@@ -441,7 +465,7 @@ def convert_rows(dataset: Dataset | IterableDataset, converter: Converter, rated
                 converted = converter(row, number)
                 if rated:
                     # The best with the worst, and so on inwards: the ratings say most about where they differ.
-                    ordered = sorted(converted, key=lambda answer: answer["ratings"], reverse=True)
+                    ordered = sorted(converted, key=lambda answer: level_of(answer["ratings"]), reverse=True)
                     pairs = [(index, len(ordered) - 1 - index) for index in range((len(ordered) + 1) // 2)]
                     converted = [
                         pair

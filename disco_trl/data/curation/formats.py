@@ -9,15 +9,25 @@ messages; `disco_trl.data.curation.convert` decides whether texts become message
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from statistics import fmean
 from typing import Any
 
 from ..columns import STRENGTH, TEXT_PAIR, holds_pair
 from ..records import MOST_LEVELS
-from ..values import BadRow, Row, as_number, as_ratings, is_missing, shown
+from ..values import BadRow, Row, as_ratings, is_missing, shown
+from .attribute_formats import (
+    from_columns,
+    from_labels,
+    from_long,
+    is_labelled,
+    is_long,
+    is_rated_in_columns,
+    level_of,
+    with_aspects,
+)
+from .cells import answer_of, column_of, finite, first_of, list_of, prompt_of
 from .strength_words import is_word, strength_of_words
 from .transcripts import is_transcript, transcript_messages
 
@@ -51,8 +61,6 @@ RANKS = ("ranks", "rank", "rankings")
 SCORES = ("scores", "rewards", "all_rm_scores", "overall_scores")
 ORDERS = ("order", "best_to_worst")
 RATED_TEXTS = ("completion", "response", "answer", "text")
-PROMPTS = ("prompt", "instruction", "question", "query", "context")
-ANSWER_TEXTS = ("completion", "response", "answer", "text", "content", "output", "value")
 
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
@@ -83,50 +91,6 @@ class Format:
     judged_in: Callable[[Row], str] | None = None
 
 
-def first_of(row: Row, names: Iterable[str]) -> str | None:
-    """The first of these columns that is filled in the row, or None."""
-    return next((name for name in names if not is_missing(row.get(name))), None)
-
-
-def _column(row: Row, names: Iterable[str], what: str) -> str:
-    names = tuple(names)
-    found = first_of(row, names)
-    if found is None:
-        there = next((name for name in names if name in row), names[0])
-        raise BadRow(there, f"{what} is missing", f"fill it in; it may be called {', '.join(map(repr, names))}")
-    return found
-
-
-def _prompt(row: Row) -> dict[str, Any]:
-    name = first_of(row, PROMPTS)
-    return {} if name is None else {"prompt": row[name]}
-
-
-def _answer(column: str, value: Any) -> Any:
-    """The text, or the messages, of an answer that may stand in a record."""
-    if isinstance(value, dict):
-        value = next((value[name] for name in ANSWER_TEXTS if value.get(name) is not None), None)
-    if isinstance(value, str | list) and value:
-        return value
-    raise BadRow(column, f"{shown(value)} where an answer should be", "give a text, or a list of messages")
-
-
-def _finite(column: str, value: Any, what: str) -> float:
-    try:
-        number = as_number(float(value) if isinstance(value, str) else value)
-    except (ValueError, OverflowError):
-        number = None
-    if number is None:
-        raise BadRow(column, f"{shown(value)} is not {what}", "give a finite number")
-    return int(number) if number == int(number) else number
-
-
-def _list(column: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise BadRow(column, f"{shown(value)} is not a list", "give a list with an entry for each answer")
-    return value
-
-
 # Ratings of single answers
 
 
@@ -135,13 +99,13 @@ def _is_rated(row: Row) -> bool:
 
 
 def _from_ratings(row: Row) -> list[Row]:
-    name = _column(row, RATED_TEXTS, "the answer")
+    name = column_of(row, RATED_TEXTS, "the answer")
     ratings = row.get("ratings")
     ratings = ratings if isinstance(ratings, list) else [ratings]
-    numbers = [_finite("ratings", rating, "a rating") for rating in ratings if not is_missing(rating)]
+    numbers = [finite("ratings", rating, "a rating") for rating in ratings if not is_missing(rating)]
     if not numbers:
         raise BadRow("ratings", "nobody has rated the answer", "drop the row")
-    return [{**_prompt(row), "answer": _answer(name, row[name]), "ratings": numbers}]
+    return [{**prompt_of(row), "answer": answer_of(name, row[name]), "ratings": numbers}]
 
 
 def pair_of(one: Row, other: Row, first_only: bool = False) -> Row:
@@ -161,7 +125,7 @@ def pair_of(one: Row, other: Row, first_only: bool = False) -> Row:
         `dict`: The row.
     """
     sides = [(one, one["ratings"]), (other, None if first_only else other["ratings"])]
-    if fmean(one["ratings"]) < fmean(other["ratings"]):
+    if level_of(one["ratings"]) < level_of(other["ratings"]):
         sides.reverse()
     (chosen, chosen_rating), (rejected, rejected_rating) = sides
     return {
@@ -175,7 +139,7 @@ def pair_of(one: Row, other: Row, first_only: bool = False) -> Row:
 
 
 def _ranked(row: Row, answers: list[Any], ranks: Sequence[float]) -> list[Row]:
-    return [{**_prompt(row), "completions": answers, "ranks": list(ranks)}]
+    return [{**prompt_of(row), "completions": answers, "ranks": list(ranks)}]
 
 
 def ranks_of_scores(scores: list[float]) -> list[int]:
@@ -204,17 +168,17 @@ def _is_ranking(row: Row) -> bool:
 
 
 def _from_ranking(row: Row) -> list[Row]:
-    name = _has_list(row) or _column(row, LISTS_OF_ANSWERS, "the list of answers")
-    entries = _list(name, row[name])
-    answers = [_answer(name, entry) for entry in entries]
+    name = _has_list(row) or column_of(row, LISTS_OF_ANSWERS, "the list of answers")
+    entries = list_of(name, row[name])
+    answers = [answer_of(name, entry) for entry in entries]
     if isinstance(entries[0], dict) and (inside := first_of(entries[0], ("rank", "score"))):
-        inner = [_finite(name, isinstance(entry, dict) and entry.get(inside), f"a {inside}") for entry in entries]
+        inner = [finite(name, isinstance(entry, dict) and entry.get(inside), f"a {inside}") for entry in entries]
         return _ranked(row, answers, inner if inside == "rank" else ranks_of_scores(inner))
-    column = _column(row, (*RANKS, *SCORES, *ORDERS), "what says which answer is better")
-    values = _list(column, row[column])
+    column = column_of(row, (*RANKS, *SCORES, *ORDERS), "what says which answer is better")
+    values = list_of(column, row[column])
     if len(values) != len(answers):
         raise BadRow(column, f"{len(values)} entries for {len(answers)} answers", "give each answer one")
-    numbers = [_finite(column, value, "a number") for value in values]
+    numbers = [finite(column, value, "a number") for value in values]
     if column in SCORES:
         return _ranked(row, answers, ranks_of_scores(numbers))
     if column in ORDERS:
@@ -248,14 +212,37 @@ def rated_answers_of_ultrafeedback(row: Row, score: str = "overall_score") -> li
     Raises:
         [`~disco_trl.data.values.BadRow`]: If fewer than two answers have the score.
     """
-    name = _has_list(row, dict) or _column(row, LISTS_OF_ANSWERS, "the list of answers")
-    scored = [(entry, _ultrafeedback_score(name, entry, score)) for entry in _list(name, row[name])]
+    name = _has_list(row, dict) or column_of(row, LISTS_OF_ANSWERS, "the list of answers")
+    scored = [(entry, _ultrafeedback_score(name, entry, score)) for entry in list_of(name, row[name])]
     rated = [
-        {**_prompt(row), "answer": _answer(name, entry), "ratings": ratings} for entry, ratings in scored if ratings
+        {**prompt_of(row), "answer": answer_of(name, entry), "ratings": ratings}
+        for entry, ratings in scored
+        if ratings
     ]
     if len(rated) < 2:
         raise BadRow(name, f"{len(rated)} of {len(scored)} answers have a {score!r}", "drop the row")
     return rated
+
+
+def ultrafeedback_with_aspects(row: Row, score: str = "overall_score") -> list[Row]:
+    """
+    A ranking of the answers of a row, with the scores of their aspects as ratings.
+
+    Args:
+        row (`dict`):
+            Row of the format `ultrafeedback`.
+        score (`str`, *optional*, defaults to `"overall_score"`):
+            Name of the score that they are ranked by.
+
+    Returns:
+        `list[dict]`: One row with the columns `completions`, `ranks` and `completion_ratings`.
+
+    Raises:
+        [`~disco_trl.data.values.BadRow`]: If fewer than two answers have the score, or an aspect is not a number.
+    """
+    name = _has_list(row, dict) or column_of(row, LISTS_OF_ANSWERS, "the list of answers")
+    entries = [entry for entry in list_of(name, row[name]) if _ultrafeedback_score(name, entry, score)]
+    return [with_aspects(ranked, entries) for ranked in _from_ultrafeedback(row, score)]
 
 
 def _from_ultrafeedback(row: Row, score: str = "overall_score") -> list[Row]:
@@ -276,7 +263,7 @@ def _ultrafeedback_score(column: str, completion: Any, score: str) -> list[float
             raise BadRow(column, f"an answer without {score!r}", f"choose another with --score: {there}")
     if value is None or value == "N/A":
         return []
-    return [_finite(column, value, f"a number for {score!r}")]
+    return [finite(column, value, f"a number for {score!r}")]
 
 
 # Two answers, and how much better one of them is
@@ -308,7 +295,7 @@ def strengths_of(row: Row) -> tuple[str, list[Any]]:
     Raises:
         [`~disco_trl.data.values.BadRow`]: If there are none.
     """
-    column = _column(row, (name for names in STRENGTHS for name in names), "how much better an answer is")
+    column = column_of(row, (name for names in STRENGTHS for name in names), "how much better an answer is")
     columns, key = next((names, key) for names, key in STRENGTHS.items() if column in names)
     filled = [name for name in columns if not is_missing(row.get(name))]
     strengths = []
@@ -323,7 +310,7 @@ def strengths_of(row: Row) -> tuple[str, list[Any]]:
 
 def as_strength(column: str, value: Any) -> int:
     """The value as a strength of preference; raises [`~disco_trl.data.values.BadRow`] if it is none."""
-    number = _finite(column, value, "a strength of preference")
+    number = finite(column, value, "a strength of preference")
     if number != int(number) or abs(number) > MOST_LEVELS:
         wrong = f"{shown(value)} is not a strength of preference"
         raise BadRow(column, wrong, f"give a whole number from -{MOST_LEVELS} to {MOST_LEVELS}")
@@ -349,9 +336,9 @@ def _from_graded(row: Row, words: Mapping[str, int] | None = None) -> list[Row]:
     else:
         strengths = [-strength for strength in strengths]
     chosen, rejected = names
-    pair = {"chosen": _answer(chosen, row[chosen]), "rejected": _answer(rejected, row[rejected])}
+    pair = {"chosen": answer_of(chosen, row[chosen]), "rejected": answer_of(rejected, row[rejected])}
     # MultiPref has its prompts in `text`.
-    prompt = _prompt(row) or ({} if is_missing(row.get("text")) else {"prompt": row["text"]})
+    prompt = prompt_of(row) or ({} if is_missing(row.get("text")) else {"prompt": row["text"]})
     return [{**prompt, **pair, STRENGTH: strengths}]
 
 
@@ -371,8 +358,8 @@ def _from_soft(row: Row) -> list[Row]:
     names = _two_answers(row)
     if names is None:
         raise BadRow("completion_a", "two answers are missing", "name them 'completion_a' and 'completion_b'")
-    column = _column(row, PROBABILITIES, "the probability")
-    probability = _finite(column, row[column], "a probability")
+    column = column_of(row, PROBABILITIES, "the probability")
+    probability = finite(column, row[column], "a probability")
     if not 0 <= probability <= 1:
         raise BadRow(column, f"{probability} is not a probability", "give a number from 0 to 1")
     if PROBABILITIES[column]:
@@ -380,8 +367,8 @@ def _from_soft(row: Row) -> list[Row]:
     if probability < 0.5:
         names, probability = names[::-1], 1 - probability
     chosen, rejected = names
-    pair = {"chosen": _answer(chosen, row[chosen]), "rejected": _answer(rejected, row[rejected])}
-    return [{**_prompt(row), **pair, "preference_probability": float(probability)}]
+    pair = {"chosen": answer_of(chosen, row[chosen]), "rejected": answer_of(rejected, row[rejected])}
+    return [{**prompt_of(row), **pair, "preference_probability": float(probability)}]
 
 
 # Files of LLaMA-Factory
@@ -392,7 +379,7 @@ def _is_alpaca(row: Row) -> bool:
 
 
 def _from_alpaca(row: Row) -> list[Row]:
-    instruction = _column(row, ["instruction"], "the instruction")
+    instruction = column_of(row, ["instruction"], "the instruction")
     prompt = row[instruction] if is_missing(row.get("input")) else f"{row[instruction]}\n{row['input']}".rstrip("\n")
     history = [] if is_missing(row.get("history")) else row["history"]
     if not isinstance(history, list):
@@ -408,7 +395,7 @@ def _from_alpaca(row: Row) -> list[Row]:
     sides = row["output"] if isinstance(row.get("output"), list) else [row.get("chosen"), row.get("rejected")]
     if len(sides) != 2:
         raise BadRow("output", f"{len(sides)} answers, not two", "give the better and then the worse")
-    pair = {"chosen": _answer("chosen", sides[0]), "rejected": _answer("rejected", sides[1])}
+    pair = {"chosen": answer_of("chosen", sides[0]), "rejected": answer_of("rejected", sides[1])}
     return [{"prompt": prompt, **pair, **_kept_strength(row)}]
 
 
@@ -418,8 +405,8 @@ def _is_sharegpt(row: Row) -> bool:
 
 
 def _from_sharegpt(row: Row) -> list[Row]:
-    column = _column(row, ["conversations", "messages"], "the conversation")
-    messages = [_message(column, turn) for turn in _list(column, row[column])]
+    column = column_of(row, ["conversations", "messages"], "the conversation")
+    messages = [_message(column, turn) for turn in list_of(column, row[column])]
     system = row.get("system")
     if not is_missing(system) and system != "" and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -489,6 +476,23 @@ FORMATS = {
         "`instruction` and `completions`, each with `response` and `overall_score` or `annotations`",
         _is_ultrafeedback,
         _from_ultrafeedback,
+    ),
+    "attributes": Format(
+        "HelpSteer2: an answer in `response`, and its ratings (numbers or lists) in `helpfulness`, `correctness`, "
+        "`coherence`, `complexity` and `verbosity`",
+        is_rated_in_columns,
+        from_columns,
+    ),
+    "long": Format(
+        "one rating a row: an answer in `item` or `response`, with or without `prompt`, and `rater`, `attribute` and "
+        "`rating`",
+        is_long,
+        from_long,
+    ),
+    "safe-rlhf": Format(
+        "PKU-SafeRLHF: `response_0`, `response_1`, `better_response_id` and `safer_response_id`",
+        is_labelled,
+        from_labels,
     ),
     "strengths": Format(
         "HelpSteer, MultiPref: two responses and how much better each annotator finds one, in numbers (negative for "

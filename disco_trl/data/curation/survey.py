@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..columns import STRENGTH
+from ..columns import OVERALL, STRENGTH
 from ..contents import text_of
 from ..findings import ROWS_NAMED
 from ..judgements import why_not_a_scale
@@ -124,6 +124,75 @@ class Fingerprints:
         }
 
 
+class RatingFigures:
+    """Takes in the ratings of answers, and gives figures."""
+
+    def __init__(self) -> None:
+        self.values: Counter[float] = Counter()
+        self.counts, self.means, self.deviations = array("Q"), array("d"), array("d")
+
+    def add(self, ratings: Sequence[float]) -> None:
+        """
+        Take in an answer.
+
+        Args:
+            ratings (`Sequence[float]`):
+                Its ratings, of which there is at least one.
+        """
+        self.values.update(ratings)
+        self.counts.append(len(ratings))
+        self.means.append(float(np.mean(ratings)))
+        self.deviations.append(float(np.std(ratings, ddof=1)) if len(ratings) > 1 else np.nan)
+
+    def figures(self) -> dict[str, Any]:
+        """All figures, in types that JSON has."""
+        counts, means, deviations = map(_numbers, (self.counts, self.means, self.deviations))
+        several = counts > 1
+        figures: dict[str, Any] = {
+            "answers": len(counts),
+            "of_an_answer": quantiles(counts),
+            "answers_with_several": int(several.sum()),
+            "values": {f"{value:.12g}": number for value, number in sorted(self.values.items())},
+            "why_not_read": why_not_a_scale(self.values),
+        }
+        if several.sum() > 1:
+            within = float(np.mean(deviations[several] ** 2))
+            # The mean of an answer's ratings is off by within / count itself.
+            between = float(np.var(means[several], ddof=1) - np.mean(deviations[several] ** 2 / counts[several]))
+            figures["standard_deviation_of_an_answer"] = quantiles(deviations[several])
+            figures["share_of_variance_between_answers"] = max(0.0, between) / (max(0.0, between) + within or 1.0)
+        return figures
+
+
+class AttributeFigures:
+    """Takes in what rows say about one attribute, and gives figures."""
+
+    def __init__(self) -> None:
+        self.compared = 0
+        self.ratings = RatingFigures()
+
+    def add(self, record: Record, attribute: str) -> None:
+        """
+        Take in a row.
+
+        Args:
+            record ([`~disco_trl.data.records.Record`]):
+                Its record.
+            attribute (`str`):
+                Name of the attribute.
+        """
+        self.compared += sum(one.people > 0 for one in record.comparisons if one.attribute == attribute)
+        for ratings in filter(None, record.ratings(attribute)):
+            self.ratings.add(ratings)
+
+    def figures(self) -> dict[str, Any]:
+        """All figures, in types that JSON has."""
+        return {
+            "compared_pairs": self.compared,
+            **({"ratings": self.ratings.figures()} if self.ratings.counts else {}),
+        }
+
+
 class DataSurvey:
     """Takes in records of rows, one by one, and gives figures."""
 
@@ -147,8 +216,9 @@ class DataSurvey:
         self.probabilities = array("d")
         self.strengths: Counter[int] = Counter()
         self.strength_counts = array("Q")
-        self.rating_values: Counter[float] = Counter()
-        self.rating_counts, self.rating_means, self.rating_deviations = array("Q"), array("d"), array("d")
+        self.ratings = RatingFigures()
+        # Besides the overall judgements, by attribute
+        self.attributes: dict[str, AttributeFigures] = {}
         self.ranked = array("Q")
         # How many pairs, or answers, so many people judged: by what they were asked, and by their number
         self.asked: dict[str, Counter[int]] = {what: Counter() for what in ("votes", "grades", "ratings")}
@@ -171,6 +241,8 @@ class DataSurvey:
         if tokens is not None:
             self.side_tokens.extend(tokens)
             self.longest_side.append(max(tokens))
+        for name in sorted(record.attributes - {OVERALL}):
+            self.attributes.setdefault(name, AttributeFigures()).add(record, name)
         self.terms["weights"] += "weight" in record.said
         self.terms["margins"] += "margin" in record.said
         names = ["ranked answers"] * len(answers) if record.is_ranking else ["chosen", "rejected"]
@@ -205,16 +277,13 @@ class DataSurvey:
         self.wins.append(won)
         self.losses.append(lost)
 
-        if record.ratings:
+        if any(record.ratings()):
             self.terms["ratings"] += 1
             if record.said.isdisjoint(("chosen_votes", "preference_probability", STRENGTH, "tie")):
                 self.terms["ratings with a forced choice"] += 1
-        for values in filter(None, record.ratings):
-            self.rating_values.update(values)
-            self.rating_counts.append(len(values))
+        for values in filter(None, record.ratings()):
+            self.ratings.add(values)
             self.asked["ratings"][len(values)] += 1
-            self.rating_means.append(float(np.mean(values)))
-            self.rating_deviations.append(float(np.std(values, ddof=1)) if len(values) > 1 else np.nan)
 
     def _add_strengths(self, record: Record) -> None:
         (comparison,) = record.comparisons
@@ -288,8 +357,10 @@ class DataSurvey:
                 "values": {str(value): count for value, count in values.items()},
                 "levels": max(map(abs, values)),
             }
-        if self.rating_counts:
-            figures["ratings"] = self._ratings()
+        if self.ratings.counts:
+            figures["ratings"] = self.ratings.figures()
+        if self.attributes:
+            figures["attributes"] = {name: self.attributes[name].figures() for name in sorted(self.attributes)}
         unread = figures.get("ratings", {}).get("why_not_read")
         figures["asked"] = {
             what: {str(people): count for people, count in sorted(counts.items()) if people}
@@ -359,24 +430,6 @@ class DataSurvey:
         share = float(np.mean(preferred[differ] > other[differ]))
         pairs = int(differ.sum())
         return {"share": share, "pairs": pairs, "standard_error": float((share * (1 - share) / pairs) ** 0.5)}
-
-    def _ratings(self) -> dict[str, Any]:
-        counts, means, deviations = map(_numbers, (self.rating_counts, self.rating_means, self.rating_deviations))
-        several = counts > 1
-        figures: dict[str, Any] = {
-            "answers": len(counts),
-            "of_an_answer": quantiles(counts),
-            "answers_with_several": int(several.sum()),
-            "values": {f"{value:.12g}": number for value, number in sorted(self.rating_values.items())},
-            "why_not_read": why_not_a_scale(self.rating_values),
-        }
-        if several.sum() > 1:
-            within = float(np.mean(deviations[several] ** 2))
-            # The mean of an answer's ratings is off by within / count itself.
-            between = float(np.var(means[several], ddof=1) - np.mean(deviations[several] ** 2 / counts[several]))
-            figures["standard_deviation_of_an_answer"] = quantiles(deviations[several])
-            figures["share_of_variance_between_answers"] = max(0.0, between) / (max(0.0, between) + within or 1.0)
-        return figures
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float]:
