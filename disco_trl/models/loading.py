@@ -152,7 +152,7 @@ def _load_full(
         settings["likelihood"] = merge_likelihood(settings.get("likelihood", {}), beside["likelihood"], path)
     if stored_with_adapter is not None:
         settings.pop("scale_layer", None)  # the scale is the adapter's own, and so is what it reads
-    settings |= {name: beside[name] for name in ("epistemic", "scale_layer") if name in beside}
+    settings |= {name: beside[name] for name in ("epistemic", "scale_layer", "attributes") if name in beside}
     stock = stock_class(config, path, trust_remote_code, hub_kwargs)
     config.num_labels = 1
     config.disco = settings

@@ -27,15 +27,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..distributions.likelihood import Responses
+from ..data.columns import OVERALL
 from ..distributions.reward_distribution import Family, RewardDistribution, get_family
 from .architectures import check_summary, find_head
+from .attribute_heads import AttributeHead, AttributeHeads
 from .epistemic_head import EpistemicHead
-from .heads import DiscoHead, ShapeHead, heads_bypassed
-from .likelihood_head import LikelihoodHead, to_responses
+from .heads import DiscoHead, heads_bypassed
+from .likelihood_head import LikelihoodHead
 from .loading import load_reward_model
 from .outputs import OWN_OUTPUTS, STOCK_OUTPUTS, RewardModelOutput, overall
 from .prefix_sharing import as_attention_mask
+from .reward_head import ShapeHead
+from .reward_reader import RewardReader
+from .reward_view import RewardView
 from .scalar import ScalarReward
 from .scale_head import ScaleHead
 from .scale_layer import (
@@ -48,7 +52,11 @@ from .scale_layer import (
     reading,
     tokens_to_read,
 )
-from .settings import resolve_settings
+from .settings import attribute_likelihoods, resolve_settings
+
+
+OWN_MODULES = (ScaleHead, ShapeHead, LikelihoodHead, EpistemicHead, AttributeHead, AttributeHeads)
+"""Modules that the stock class does not know how to initialize."""
 
 
 if TYPE_CHECKING:
@@ -57,7 +65,7 @@ else:
     _Stock = object
 
 
-class DiscoRewardModel(_Stock):
+class DiscoRewardModel(RewardReader, _Stock):
     """
     A sequence classifier that returns a reward distribution for each answer.
 
@@ -145,81 +153,7 @@ class DiscoRewardModel(_Stock):
         )
         return model
 
-    def reward_distribution(self, **inputs: Any) -> RewardDistribution:
-        """
-        Compute the reward distribution of each row of a batch.
-
-        Args:
-            **inputs:
-                Arguments of the model's `forward`.
-
-        Returns:
-            [`~disco_trl.RewardDistribution`]: Location and scale of shape `(B,)`, in float32. It has a
-            `location_error` if the model has learned one, or was trained with `epistemic=True`.
-        """
-        if "use_cache" in inspect.signature(self.forward).parameters:
-            # Nothing continues a scored answer. By default a decoder would keep the keys and values of all layers.
-            inputs.setdefault("use_cache", False)
-        return self.rewards_of(self(**inputs))
-
-    def rewards_of(self, output: RewardModelOutput) -> RewardDistribution:
-        """
-        Convert an output of this model to the distributions of the overall reward.
-
-        Args:
-            output ([`~disco_trl.models.outputs.RewardModelOutput`]):
-                What `forward` returned.
-
-        Returns:
-            [`~disco_trl.RewardDistribution`]: Location and scale of shape `(B,)`.
-        """
-        errors, factor = [], None
-        if output.likelihood is not None and "location_error" in output.likelihood:
-            errors.append(overall(output.likelihood["location_error"]))
-        if self.scale_head.has_location_error:
-            location = overall(cast(Tensor, output.logits))
-            errors.append(self.scale_head.location_error.to(location).expand_as(location))
-        if self._fitted_epistemic is not None:
-            factor = self._fitted_epistemic(cast(Tensor, output.pooled_hidden_state))
-            errors.append(factor.norm(dim=-1))
-        return RewardDistribution(
-            overall(cast(Tensor, output.logits)),
-            overall(cast(Tensor, output.scale)),
-            self.family,
-            shape=None if output.raw_shape is None else self.family.shape_from_raw(output.raw_shape),
-            # The two errors are independent, so their variances add. The first is each answer's own; the second comes
-            # from one location row, which all answers share.
-            location_error=functools.reduce(torch.hypot, errors) if errors else None,
-            error_factor=factor,
-        )
-
-    def responses_of(self, output: RewardModelOutput) -> Responses:
-        """
-        Read from an output of this model how people answer given their rewards, as far as the model has learned it.
-
-        Args:
-            output ([`~disco_trl.models.outputs.RewardModelOutput`]):
-                What `forward` returned. In training the parameters have to come from there, with their gradient, and
-                not from the head, which may be sharded; [`~disco_trl.models.heads.DiscoHead.responses`] reads one that
-                is whole.
-
-        Returns:
-            [`~disco_trl.distributions.likelihood.Responses`]: Quantities that are the same for all rows.
-        """
-        return to_responses({name: value[0] for name, value in (output.likelihood or {}).items()})
-
-    @property
-    def has_location_error(self) -> bool:
-        """Whether the rewards of this model have a `location_error`."""
-        is_learned = "location_error" in self.config.disco.get("likelihood", {})
-        return is_learned or self.scale_head.has_location_error or self._fitted_epistemic is not None
-
-    @property
-    def _fitted_epistemic(self) -> EpistemicHead | None:
-        epistemic = self.reward_head.epistemic
-        return epistemic if epistemic is not None and epistemic.is_fitted else None
-
-    def as_scalar(self, transform: str = "mean", **options: Any) -> nn.Module:
+    def as_scalar(self, transform: str = "mean", view: RewardView | None = None, **options: Any) -> nn.Module:
         """
         Wrap this model so that its reward is a number, for the argument `reward_model` of PPO.
 
@@ -227,6 +161,8 @@ class DiscoRewardModel(_Stock):
             transform (`str`, *optional*, defaults to `"mean"`):
                 Name of the transform that maps a distribution to a number, such as `"lower_bound"`; see
                 `disco_trl.distributions.transforms`.
+            view ([`~disco_trl.models.reward_view.RewardView`], *optional*):
+                Which reward, of a model that knows several attributes. By default the overall one.
             **options:
                 Options of the transform, such as `k=1.0`.
 
@@ -237,17 +173,7 @@ class DiscoRewardModel(_Stock):
             `ValueError`: If the transform needs groups of answers or does not exist for the family, or if the model is
                 an encoder.
         """
-        return ScalarReward(self, transform, **options)
-
-    @property
-    def reward_head(self) -> DiscoHead:
-        """The head in use. With an adapter it is PEFT's wrapper, which forwards attributes to the active copy."""
-        return functools.reduce(getattr, self.head_name.split("."), cast(Any, self))
-
-    @property
-    def scale_head(self) -> ScaleHead:
-        """The scale head in use; with an adapter, that of the active adapter."""
-        return self.reward_head.scale
+        return ScalarReward(self, transform, view, **options)
 
     def named_reward_heads(self) -> Iterator[tuple[str, DiscoHead]]:
         """Iterate over the name and module of the head and of the copies that PEFT keeps of it."""
@@ -273,6 +199,13 @@ class DiscoRewardModel(_Stock):
                 head.add_likelihood(settings["likelihood"])
             if "epistemic" in settings:
                 head.add_epistemic(settings["epistemic"])
+            if "attributes" in settings:
+                head.add_attributes(settings["attributes"])
+                for name, likelihood in attribute_likelihoods(settings).items():
+                    of_attribute = head.by_attribute()[name]
+                    of_attribute.add_likelihood(likelihood)
+                    if "epistemic" in settings:
+                        of_attribute.add_epistemic(settings["epistemic"])
         self.config.disco = settings
         self._apply_scale_layer()
         ignored = getattr(self.config, "keys_to_ignore_at_inference", [])
@@ -307,7 +240,7 @@ class DiscoRewardModel(_Stock):
                 f"{where}: its scale is fixed at {self.scale_head.fixed_scale:g} and reads nothing; leave scale_layer "
                 "out"
             )
-        if not all(head.scale.is_constant for head in heads):
+        if not all(part.scale.is_constant for head in heads for part in head.by_attribute().values()):
             raise ValueError(
                 f"{where}: scale_layer={layer!r} contradicts the model, whose scale has been learned with "
                 f"scale_layer={self.scale_layer!r}; leave it out to go on with that, or start from a model without a "
@@ -324,14 +257,71 @@ class DiscoRewardModel(_Stock):
             self._apply_scale_layer()
             raise
         for head in heads:  # a constant scale may have seen rows, of which the moments are those of other states
-            head.scale.reset_buffers()
+            for part in head.by_attribute().values():
+                part.scale.reset_buffers()
 
     def _apply_scale_layer(self) -> None:
         for hook in self._scale_layer_hooks:
             hook.remove()
         self._scale_layer_hooks = () if self.scale_layer is None else hook_layer(self, self.scale_layer)
         for _, head in self.named_reward_heads():
-            head.scale.layer = self.scale_layer
+            for part in head.by_attribute().values():
+                part.scale.layer = self.scale_layer
+
+    def add_attributes(self, settings: dict[str, Any]) -> None:
+        """
+        Have the model give rewards for attributes as well. Its overall reward stays as it is.
+
+        Args:
+            settings (`dict`):
+                `"names"`, `"weights"`, `"likelihoods"`, `"are_learned"` and `"has_rest"`, see
+                [`~disco_trl.models.attribute_heads.AttributeHeads`]; the likelihoods are settings of a
+                [`~disco_trl.models.likelihood_head.LikelihoodHead`] for each attribute.
+        """
+        self.config.disco = {**self.config.disco, "attributes": settings}
+        for _, head in self.named_reward_heads():
+            head.add_attributes(settings, is_new=self.head_name in self.newly_initialized)
+            for name, likelihood in attribute_likelihoods(self.config.disco).items():
+                head.by_attribute()[name].add_likelihood(likelihood)
+
+    def keep_only(self, attribute: str) -> None:
+        """
+        Become a model of the reward for one attribute, in place, which is its overall reward from then on.
+
+        Args:
+            attribute (`str`):
+                Name of the attribute, or `"overall"`, which forgets the others.
+
+        Raises:
+            `ValueError`: If the model does not know the attribute.
+        """
+        RewardView(attribute=attribute).of_nothing(self)
+        settings = {
+            name: value for name, value in self.config.disco.items() if name not in ("attributes", "likelihood")
+        }
+        if likelihood := self.likelihoods[attribute]:
+            settings["likelihood"] = likelihood
+        for _, head in self.named_reward_heads():
+            head.keep_only(attribute)
+        self.config.disco = settings
+
+    def keep_sum(self, weights: Mapping[str, float]) -> None:
+        """
+        Become a model of the location of a weighted sum of attributes, in place.
+
+        The scale is left as it is, and is not that of the sum.
+
+        Args:
+            weights (`Mapping[str, float]`):
+                Weights by the names of attributes.
+
+        Raises:
+            `ValueError`: If the model does not know an attribute, or if all weights are 0.
+        """
+        RewardView(weights=weights).of_nothing(self)
+        for _, head in self.named_reward_heads():
+            head.keep_sum(weights)
+        self.config.disco = {name: value for name, value in self.config.disco.items() if name != "attributes"}
 
     def add_epistemic(self, max_directions: int) -> None:
         """
@@ -343,10 +333,11 @@ class DiscoRewardModel(_Stock):
         """
         rank = min(max_directions, self.reward_head.in_features)
         for _, head in self.named_reward_heads():
-            head.add_epistemic(rank)
+            for part in head.by_attribute().values():
+                part.add_epistemic(rank)
         self.config.disco = {**self.config.disco, "epistemic": rank}
 
-    def init_thresholds(self, ratings: Mapping[float, int]) -> None:
+    def init_thresholds(self, ratings: Mapping[float, int], attribute: str = OVERALL) -> None:
         """
         Place the thresholds where equal rewards for all answers would give the ratings of the training data.
 
@@ -355,16 +346,18 @@ class DiscoRewardModel(_Stock):
         Args:
             ratings (`Mapping[float, int]`):
                 How often each rating value occurs.
+            attribute (`str`, *optional*, defaults to `"overall"`):
+                Attribute that is rated.
         """
         family = self.family
         shape = family.shape_from_raw(torch.zeros(len(family.shape_names), dtype=torch.float64))
         for _, head in self.named_reward_heads():
-            likelihood = cast(LikelihoodHead, head.likelihood)
+            likelihood = cast(LikelihoodHead, head.by_attribute()[attribute].likelihood)
             if not likelihood.get_parameter("thresholds").any():
                 counts = [ratings.get(value, 0) for value in likelihood.settings["rating_values"]]
                 likelihood.init_thresholds(counts, lambda levels: family.quantile(levels, shape))
 
-    def init_strengths(self, strengths: Mapping[int, int]) -> None:
+    def init_strengths(self, strengths: Mapping[int, int], attribute: str = OVERALL) -> None:
         """
         Place the boundaries between strengths where equal rewards for all answers would give the training data's.
 
@@ -373,6 +366,8 @@ class DiscoRewardModel(_Stock):
         Args:
             strengths (`Mapping[int, int]`):
                 How often a preference of each strength occurs, in either direction; 0 stands for a tie.
+            attribute (`str`, *optional*, defaults to `"overall"`):
+                Attribute that is compared.
         """
         family, zero = self.family, torch.zeros((), dtype=torch.float64)
         shape = family.shape_from_raw(zero.new_zeros(len(family.shape_names))) if family.shape_names else None
@@ -384,14 +379,14 @@ class DiscoRewardModel(_Stock):
             return brentq(lambda x: difference.log_prob_exceeds(zero + x).item() - above, 0, 1e3 * family.unit_scale)
 
         for _, head in self.named_reward_heads():
-            likelihood = cast(LikelihoodHead, head.likelihood)
+            likelihood = cast(LikelihoodHead, head.by_attribute()[attribute].likelihood)
             if not likelihood.get_parameter("strength_boundaries").any():
                 levels = range(likelihood.settings["strength_levels"] + 1)
                 likelihood.init_strengths([strengths.get(level, 0) for level in levels], quantile)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Without this, transformers 5 leaves parameters that a checkpoint does not contain as uninitialized memory.
-        if isinstance(module, ScaleHead | ShapeHead | LikelihoodHead | EpistemicHead):
+        if isinstance(module, OWN_MODULES):
             module.init_weights()
             return
         kind = type(module)

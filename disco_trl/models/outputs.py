@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 STOCK_OUTPUTS = tuple({field.name for field in fields(SequenceClassifierOutputWithPast)} - {"loss", "logits"})
 # The fields that a stock classifier does not have. The model lists them in `keys_to_ignore_at_inference`, so that
 # `compute_metrics` still receives a single array.
-OWN_OUTPUTS = ("scale", "raw_shape", "likelihood", "pooled_hidden_state", "scale_state")
+OWN_OUTPUTS = ("scale", "raw_shape", "likelihood", "attributes", "pooled_hidden_state", "scale_state")
 
 
 # A named tuple and not a dataclass: a sharded head is found by what its forward returns. FSDP2 registers its hooks for
@@ -24,12 +24,10 @@ class HeadOutput(NamedTuple):
     """
     Output of a [`~disco_trl.models.heads.DiscoHead`] for hidden states of shape `(..., H)`.
 
-    A is the number of attributes of an answer that the head scores, which is 1.
-
     Attributes:
-        location (`torch.Tensor` of shape `(..., A)`):
+        location (`torch.Tensor` of shape `(..., 1)`):
             Locations, in reward units.
-        scale (`torch.Tensor` of shape `(..., A)`):
+        scale (`torch.Tensor` of shape `(..., 1)`):
             Scales, positive, in reward units.
         raw_shape (`torch.Tensor` of shape `(..., S)`, *optional*):
             Unconstrained shape parameters of a family that has S of them, which `Family.shape_from_raw` maps to their
@@ -38,24 +36,27 @@ class HeadOutput(NamedTuple):
             Quantities that the likelihood learns beside the rewards, by name (see
             [`~disco_trl.models.likelihood_head.LikelihoodHead`]). They are the same in each row. `None` if there are
             none.
+        attributes (`tuple` of [`HeadOutput`], *optional*, defaults to `()`):
+            Rewards for each attribute of a model that knows several.
     """
 
     location: Tensor
     scale: Tensor
     raw_shape: Tensor | None
     likelihood: dict[str, Tensor] | None
+    attributes: tuple[HeadOutput, ...] = ()
 
 
 def overall(values: Tensor) -> Tensor:
     """
-    The part of per-attribute values that belongs to the overall reward.
+    Take the last dimension, of size 1, off values of a reward.
 
     Args:
-        values (`torch.Tensor` of shape `(..., A)`):
-            A location, scale or location error for each attribute.
+        values (`torch.Tensor` of shape `(..., 1)`):
+            A location, scale or location error.
 
     Returns:
-        `torch.Tensor` of shape `(...)`: The values of the overall reward, which is the only attribute.
+        `torch.Tensor` of shape `(...)`: The values.
     """
     return values[..., 0]
 
@@ -75,6 +76,8 @@ class RewardModelOutput(SequenceClassifierOutputWithPast):
             As in [`HeadOutput`].
         likelihood (`dict` from `str` to `torch.Tensor` of shape `(B, J)`, *optional*):
             As in [`HeadOutput`].
+        attributes (`tuple` of [`HeadOutput`], *optional*):
+            As in [`HeadOutput`]. `None` if there are none.
         pooled_hidden_state (`torch.Tensor` of shape `(B, H)`):
             The hidden state that the location was read from in each row, without gradient.
         scale_state (`torch.Tensor` of shape `(B, H)`):
@@ -85,6 +88,7 @@ class RewardModelOutput(SequenceClassifierOutputWithPast):
     scale: Tensor | None = None
     raw_shape: Tensor | None = None
     likelihood: dict[str, Tensor] | None = None
+    attributes: tuple[HeadOutput, ...] | None = None
     pooled_hidden_state: Tensor | None = None
     scale_state: Tensor | None = None
 
@@ -110,7 +114,14 @@ class RewardModelOutput(SequenceClassifierOutputWithPast):
             scale=head.scale,
             raw_shape=head.raw_shape,
             likelihood=head.likelihood,
+            attributes=head.attributes or None,
             pooled_hidden_state=pooled_hidden_state.detach(),
             scale_state=(pooled_hidden_state if scale_states is None else scale_states).detach(),
             **stock,
         )
+
+    def by_attribute(self) -> tuple[HeadOutput, ...]:
+        """The overall rewards, and after them those for each attribute."""
+        assert self.logits is not None and self.scale is not None
+        overall = HeadOutput(self.logits, self.scale, self.raw_shape, self.likelihood)
+        return (overall, *(self.attributes or ()))

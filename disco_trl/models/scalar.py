@@ -13,6 +13,7 @@ from ..distributions.reward_distribution import RewardDistribution, get_family
 from ..distributions.transforms import Sample, get_transform
 from .distributed import process_state
 from .outputs import RewardModelOutput
+from .reward_view import RewardView
 from .scale_head import MAX_LOG_SCALE
 from .scale_layer import states_of
 
@@ -31,6 +32,8 @@ class ScalarReward(nn.Module):
             A decoder-only disco model.
         transform (`str`, *optional*, defaults to `"mean"`):
             Name of a transform; see `disco_trl.distributions.transforms`.
+        view ([`~disco_trl.models.reward_view.RewardView`], *optional*):
+            Which reward, of a model that knows several attributes. By default the overall one.
         **options:
             Options of the transform.
 
@@ -40,7 +43,7 @@ class ScalarReward(nn.Module):
             it); or if the model is an encoder.
     """
 
-    def __init__(self, model: Any, transform: str = "mean", **options: Any):
+    def __init__(self, model: Any, transform: str = "mean", view: RewardView | None = None, **options: Any):
         super().__init__()
         self.transform = get_transform(transform, **options)
         self.family = model.config.disco["reward_family"]
@@ -61,6 +64,8 @@ class ScalarReward(nn.Module):
         # The trial has its own transform, because a transform may count its calls.
         shape = get_family(self.family).shape_from_raw(torch.zeros(len(get_family(self.family).shape_names)))
         get_transform(transform, **options)(RewardDistribution(torch.zeros(()), widest, self.family, shape))
+        self.view = view or RewardView()
+        self.view.of_nothing(model)
         self.config = model.config
         self.base_model_prefix = model.base_model_prefix
         self.model_ = model  # `model` is the name of the backbone in most architectures
@@ -90,7 +95,7 @@ class ScalarReward(nn.Module):
         scale_states = None if self.model_.scale_layer is None else states_of(hidden_states)
         head = self.model_.reward_head(hidden_states, True, scale_states)
         output = RewardModelOutput.from_head(head, hidden_states, scale_states)
-        return self.transform(self.model_.rewards_of(output))[..., None]
+        return self.transform(self.view.rewards_of(self.model_, output))[..., None]
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutputWithPast:
         """
@@ -104,5 +109,5 @@ class ScalarReward(nn.Module):
             [`~transformers.modeling_outputs.SequenceClassifierOutputWithPast`]: `logits`, of shape `(B, 1)`, are the
             transformed rewards.
         """
-        reward = self.model_.reward_distribution(**inputs)
+        reward = self.view.rewards_of(self.model_, self.model_.run_once(**inputs))
         return SequenceClassifierOutputWithPast(logits=self.transform(reward)[:, None])

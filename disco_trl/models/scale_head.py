@@ -147,6 +147,13 @@ class ScaleHead(nn.Module):
         return self.unit_scale * self.log_level.exp().to(dtype) * bounded_exp(raw)
 
     @property
+    def level(self) -> float:
+        """Scale of an answer whose raw scale is 0, in reward units; of every answer, if it is constant."""
+        if self.fixed_scale is not None:
+            return self.fixed_scale
+        return self.unit_scale * self.log_level.exp().item()
+
+    @property
     def has_location_error(self) -> bool:
         """Whether every location has an error of the model's own."""
         return self.fixed_scale is None and bool(self.location_error > 0)

@@ -6,14 +6,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..data.columns import OVERALL
 from ..data.judgements import MOST_RATING_VALUES
-from ..data.records import MOST_LEVELS
+from ..data.records import LONGEST_NAME, MOST_LEVELS
 from ..data.values import as_number, shown
 from ..distributions.reward_distribution import get_family
 
 
+MOST_ATTRIBUTES = 64
+"""Most attributes of a model: their correlation has a number for each pair of them."""
+ATTRIBUTE_SETTINGS = ("names", "weights", "likelihoods", "are_learned", "has_rest")
+"""Settings of `disco_trl.models.heads.AttributeHeads`, and the settings of the likelihood of each."""
 # Settings that a checkpoint has only where there is something to say
-_FURTHER = ("likelihood", "epistemic", "scale_layer")
+_FURTHER = ("likelihood", "epistemic", "scale_layer", "attributes")
 
 
 def resolve_settings(
@@ -33,8 +38,8 @@ def resolve_settings(
             Path of the checkpoint, for error messages.
 
     Returns:
-        `dict`: `"reward_family"` and `"fixed_scale"`; and, if the checkpoint has them, `"likelihood"`, `"epistemic"`
-        and `"scale_layer"`.
+        `dict`: `"reward_family"` and `"fixed_scale"`; and, if the checkpoint has them, `"likelihood"`, `"epistemic"`,
+        `"scale_layer"` and `"attributes"`.
 
     Raises:
         `ValueError`: If the two contradict each other, the family is unknown, the scale is not positive and finite, or
@@ -78,12 +83,27 @@ def _check_stored(stored: Any, where: str) -> None:
             and all(is_number(value.get(name, 0)) or value[name] == "learned" for name in ("tie_width", "label_noise"))
         )
 
+    def are_attributes(value: Any) -> bool:
+        if not isinstance(value, dict) or value.keys() != {*ATTRIBUTE_SETTINGS}:
+            return False
+        names, weights, likelihoods = (value[name] for name in ("names", "weights", "likelihoods"))
+        return (
+            all(isinstance(part, list) and len(part) == len(names) for part in (names, weights, likelihoods))
+            and 0 < len(names) <= MOST_ATTRIBUTES
+            and len({*map(str, names)} - {OVERALL}) == len(names)
+            and all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in names)
+            and all(is_number(weight) for weight in weights)
+            and all(are_likelihood(one) for one in likelihoods)
+            and all(isinstance(value[name], bool) for name in ("are_learned", "has_rest"))
+        )
+
     domains: dict[str, tuple[Callable[[Any], bool], str]] = {
         "reward_family": (lambda value: isinstance(value, str), "the name of a family"),
         "fixed_scale": (lambda value: value is None or is_number(value), "null or a number"),
         "likelihood": (are_likelihood, "settings as training writes them"),
         # There are never more directions than dimensions of the hidden state, of which some models have 16,384.
         "epistemic": (lambda value: type(value) is int and 0 < value <= 2**16, "a number of directions"),
+        "attributes": (are_attributes, "settings as training writes them"),
         "scale_layer": (lambda value: type(value) is int and 0 < value, "the number of a layer, from 1"),
     }
     if not isinstance(stored, dict):
@@ -101,6 +121,21 @@ def _check_stored(stored: Any, where: str) -> None:
             f"{where}: its reward settings say scale_layer={stored['scale_layer']} and "
             f"fixed_scale={stored['fixed_scale']:g}, and a fixed scale reads no layer; save it again"
         )
+
+
+def attribute_likelihoods(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """
+    Read what a model knows of how people answer about each attribute, the overall judgement aside.
+
+    Args:
+        settings (`dict`):
+            `config.disco` of the model.
+
+    Returns:
+        `dict[str, dict]`: Settings of a [`~disco_trl.models.likelihood_head.LikelihoodHead`] by attribute.
+    """
+    attributes = settings.get("attributes", {"names": [], "likelihoods": []})
+    return dict(zip(attributes["names"], attributes["likelihoods"], strict=True))
 
 
 def merge_likelihood(stored: dict[str, Any], asked: dict[str, Any], where: str) -> dict[str, Any]:

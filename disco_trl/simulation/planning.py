@@ -2,9 +2,9 @@
 
 The model is the package's own, with given features in place of a language model's hidden states: location and log
 scale are linear in the features of a text, the geometric mean of the scales is the family's unit (as in
-`disco_trl.models.heads.ScaleHead`), and a location may have an error τ that all judgements on a pair, or on a text,
-share. The likelihood is the one that the trainer maximizes. With tens of features and tens of thousands of judgements,
-its maximum can be found to the last digit, and its Fisher information written down
+`disco_trl.models.scale_head.ScaleHead`), and a location may have an error τ that all judgements on a pair, or on a
+text, share. The likelihood is the one that the trainer maximizes. With tens of features and tens of thousands of
+judgements, its maximum can be found to the last digit, and its Fisher information written down
 (`disco_trl.simulation.information`). Both judge a setup before labels are paid for and a GPU is rented: what fails
 here, where features and family are right, will not do better with a language model.
 """

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
@@ -59,16 +60,23 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
         `ValueError`: If `args` name more different ratings than can be told apart, or if the data hold only ratings
             and these are not on a scale.
     """
-    settings: dict[str, Any] = {}
-    if args.rating_values is not None:
-        settings["rating_values"] = [float(value) for value in args.rating_values]
-    elif ratings := found.ratings_on_a_scale:
-        settings["rating_values"] = sorted(ratings)
-    elif found.ratings and not found.has_comparisons:
+    if args.rating_values is None and not found.ratings_on_a_scale and found.ratings and not found.has_comparisons:
         raise ValueError(
             "train dataset, columns 'chosen_rating' and 'rejected_rating': nobody compared the answers, and the "
             f"ratings have nothing to teach: {why_not_a_scale(found.ratings)}; round them to the steps of a scale"
         )
+    return _settings_of(args, found, args.rating_values)
+
+
+def _settings_of(
+    args: DiscoRewardConfig, found: Survey, rating_values: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """What is learned of how people answer about one attribute."""
+    settings: dict[str, Any] = {}
+    if rating_values is not None:
+        settings["rating_values"] = [float(value) for value in rating_values]
+    elif ratings := found.ratings_on_a_scale:
+        settings["rating_values"] = sorted(ratings)
     if len(settings.get("rating_values", ())) > MOST_RATING_VALUES:
         raise ValueError(
             f"rating_values has {len(settings['rating_values'])} different ratings, where 2 to {MOST_RATING_VALUES} "
@@ -87,6 +95,68 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
     elif args.label_noise > 0:
         settings["label_noise"] = float(args.label_noise)
     return settings
+
+
+def attribute_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any] | None:
+    """
+    Decide which attributes there are, what is learned of each, and how they make up the overall reward.
+
+    Args:
+        args ([`DiscoRewardConfig`]):
+            What the user has set.
+        found ([`~disco_trl.data.judgements.Survey`]):
+            What the training data hold.
+
+    Returns:
+        `dict[str, Any]`, *optional*: Settings for [`~disco_trl.DiscoRewardModel.add_attributes`], or `None` if there
+            are no attributes.
+
+    Raises:
+        `ValueError`: If the user names an attribute that nobody judged, if the weights are none, or if they are to be
+            learned from data that do not determine them.
+    """
+    judged = ", ".join(map(repr, found.attributes)) or "none"
+    names = [*(found.attributes if args.attributes is None else args.attributes)]
+    for option, asked in (("attributes", names), ("attribute_weights", args.attribute_weights or {})):
+        if unknown := [name for name in asked if name not in found.attributes]:
+            raise ValueError(
+                f"{option} names {unknown[0]!r}, about which the training data say nothing (they say something about "
+                f"{judged}); correct the name, or leave it out"
+            )
+    if not names:
+        if args.learn_attribute_weights:
+            raise ValueError(
+                "learn_attribute_weights=True, but the training data say nothing about attributes, without which no "
+                "weight is determined; rate or compare some (chosen_rating as a dict, or a column 'attribute')"
+            )
+        return None
+    given = cast(dict[str, float] | None, args.attribute_weights)  # the config has read JSON
+    if given is not None and (left := [name for name in given if name not in names]):
+        raise ValueError(
+            f"attribute_weights has {left[0]!r}, which attributes leaves out; name it in both, or in none"
+        )
+    weights = {name: 1 / len(names) for name in names} if given is None else {n: float(given.get(n, 0)) for n in names}
+    if not all(map(math.isfinite, weights.values())) or not any(weights.values()):
+        raise ValueError(f"attribute_weights={given!r} must be finite numbers, of which one or more differ from 0")
+    has_rest = found.has_comparisons or bool(found.ratings_on_a_scale)
+    if args.learn_attribute_weights and not has_rest:
+        raise ValueError(
+            "learn_attribute_weights=True, but nobody has judged the answers overall, so that nothing tells how much "
+            "each attribute counts; pass attribute_weights"
+        )
+    if not has_rest:
+        made_of = ", ".join(f"{weight:+.3g} {name}" for name, weight in weights.items())
+        logger.warning(
+            f"Nobody has judged the answers overall: the overall reward is the weighted sum of the attributes "
+            f"({made_of}). Other weights are set by attribute_weights."
+        )
+    return {
+        "names": names,
+        "weights": [*weights.values()],
+        "likelihoods": [_settings_of(args, found.attributes[name]) for name in names],
+        "are_learned": has_rest if args.learn_attribute_weights is None else args.learn_attribute_weights,
+        "has_rest": has_rest,
+    }
 
 
 def warn_of_idle_margins(dataset: Dataset | IterableDataset, family: Family, likelihood: dict[str, Any]) -> None:
@@ -135,6 +205,8 @@ class Adoption:
             Configuration of the trainer.
         likelihood (`dict[str, Any]`):
             What is learned of how people answer, the settings of a `disco_trl.models.likelihood_head.LikelihoodHead`.
+        attributes (`dict[str, Any]`, *optional*):
+            What [`attribute_settings`] returns.
         found ([`~disco_trl.data.judgements.Survey`]):
             What the training data hold, for the thresholds and the boundaries between strengths to start from.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -152,11 +224,13 @@ class Adoption:
         self,
         args: DiscoRewardConfig,
         likelihood: dict[str, Any],
+        attributes: dict[str, Any] | None,
         found: Survey,
         peft_config: PeftConfig | None,
     ):
         self.args = args
         self.likelihood = likelihood
+        self.attributes = attributes
         self.found = found
         self.peft_config = copy.deepcopy(peft_config)
         self._model: DiscoRewardModel | None = None
@@ -184,18 +258,38 @@ class Adoption:
         """
         self._model = upgrade(model, self.args.reward_family, self.args.fixed_scale, self.likelihood)
         self._choose_what_the_scale_reads()
+        if self.attributes is not None:
+            self._add_attributes(self.attributes)
         if self.args.epistemic:
             self.model.add_epistemic(MOST_DIRECTIONS)
-        if "rating_values" in self.likelihood:
-            self.model.init_thresholds(self.found.ratings)
-        if "strength_levels" in self.likelihood:
-            self.model.init_strengths(self.found.strengths)
+        for name, likelihood in self.model.likelihoods.items():
+            found = self.found.by_attribute().get(name, Survey())
+            if "rating_values" in likelihood:
+                self.model.init_thresholds(found.ratings, name)
+            if "strength_levels" in likelihood:
+                self.model.init_strengths(found.strengths, name)
         if isinstance(self.peft_config, PeftConfig):  # TRL refuses any other type
             save_reward_head(self.peft_config, self.model)
         self._head_weights = {
             name: {key: value.clone() for key, value in head.state_dict().items()}
             for name, head in self.model.named_reward_heads()
         }
+
+    def _add_attributes(self, settings: dict[str, Any]) -> None:
+        """Have the model know the attributes of the data, unless it does."""
+        known = self.model.attributes
+        if unknown := [name for name in settings["names"] if known and name not in known]:
+            raise ValueError(
+                f"the training data are about {unknown[0]!r}, and the checkpoint knows the attributes "
+                f"{', '.join(map(repr, known))}; leave it out of attributes, or start from a model without any"
+            )
+        if not known:
+            if not settings["has_rest"] and self.model.family.name != "normal":
+                raise ValueError(
+                    f"nobody has judged the answers overall, and a weighted sum of {self.model.family.name!r} rewards "
+                    "is of no family; use reward_family='normal', or judge some answers overall"
+                )
+            self.model.add_attributes(settings)
 
     def _choose_what_the_scale_reads(self) -> None:
         """Set the layer that the scale reads, as the user says, or by default in a model that is new to training."""

@@ -44,10 +44,11 @@ from accelerate.logging import get_logger
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from ..data.columns import OVERALL
 from ..distributions.families import Normal
 from ..distributions.reward_distribution import Family, RewardDistribution
 from ..models.distributed import is_in_shards
-from ..models.heads import DiscoHead
+from ..models.reward_head import RewardHead
 from ..models.scale_head import bounded_exp, bounded_log
 from .head_fit import HeadFit, NothingToFit, check_finite
 from .predictions import PredictionMemory, Predictions, numbered
@@ -100,7 +101,7 @@ class Signs:
     Ties and equal ratings are left out, as they are where forecasts are evaluated.
 
     Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
+        head ([`~disco_trl.models.reward_head.RewardHead`]):
             Head that made the predictions.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
@@ -116,7 +117,7 @@ class Signs:
 
     def __init__(
         self,
-        head: DiscoHead,
+        head: RewardHead,
         family: Family,
         predictions: Predictions,
         log_scale: Tensor,
@@ -254,13 +255,13 @@ def _comparisons_of_ratings(first: Tensor, second: Tensor) -> tuple[Tensor, Tens
 
 
 def calibrate(
-    head: DiscoHead, family: Family, predictions: Predictions, unseen: Predictions | None = None
+    head: RewardHead, family: Family, predictions: Predictions, unseen: Predictions | None = None
 ) -> dict[str, float]:
     """
     Fit the scale, the dials and the widths to predictions, in place.
 
     Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
+        head ([`~disco_trl.models.reward_head.RewardHead`]):
             Head that is changed.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
@@ -313,7 +314,7 @@ def calibrate(
 
 
 def recalibrate_unit(
-    head: DiscoHead, family: Family, predictions: Predictions, factor_width: float = FACTOR_WIDTH
+    head: RewardHead, family: Family, predictions: Predictions, factor_width: float = FACTOR_WIDTH
 ) -> float:
     """
     Fit the unit of the locations again, in place, for a head with epistemic uncertainty.
@@ -322,7 +323,7 @@ def recalibrate_unit(
     errors of the model, these included, so that with both the probabilities would be too close to ½.
 
     Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
+        head ([`~disco_trl.models.reward_head.RewardHead`]):
             Calibrated head whose [`~disco_trl.models.epistemic_head.EpistemicHead`] is fitted.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
@@ -346,17 +347,20 @@ def recalibrate_unit(
     return factor
 
 
-def announce(factor: float) -> None:
+def announce(factor: float, attribute: str = OVERALL) -> None:
     """
     Log a factor, as a warning where it is more than a tenth.
 
     Args:
         factor (`float`):
             Factor that the rewards were multiplied by.
+        attribute (`str`, *optional*, defaults to `"overall"`):
+            Their attribute.
     """
+    rewards = "the rewards" if attribute == OVERALL else f"the rewards for {attribute}"
     logger.log(
         logging.WARNING if abs(math.log(factor)) > 0.1 else logging.INFO,
-        f"Calibration has multiplied the rewards by {factor:.3g}. What was tuned to rewards that are not calibrated, "
+        f"Calibration has multiplied {rewards} by {factor:.3g}. What was tuned to rewards that are not calibrated, "
         "such as those logged during training (a KL coefficient, a threshold), has to be multiplied by that, too.",
     )
 
@@ -385,11 +389,11 @@ class Calibration(HeadFit):
     A scale that nothing supports does not leave training: it becomes constant where the head cannot be calibrated.
 
     Args:
-        head, family, memory, log, refusal:
+        whole_head, family, memory, log, attribute, refusal:
             As in [`HeadFit`].
-        predict_unseen (`Callable[[], Predictions]`, *optional*):
-            Function that predicts pairs which are not trained on; see [`~disco_trl.trainer.unseen_pairs.UnseenPairs`].
-            Without it, training must go through its data once.
+        predict_unseen (`Callable[[str], Predictions]`, *optional*):
+            Function that predicts pairs which are not trained on, for an attribute; see
+            [`~disco_trl.trainer.unseen_pairs.UnseenPairs`]. Without it, training must go through its data once.
 
     Attributes:
         forecasts ([`Predictions`], *optional*):
@@ -398,7 +402,7 @@ class Calibration(HeadFit):
 
     without = "The rewards are not calibrated"
 
-    def __init__(self, *args: Any, predict_unseen: Callable[[], Predictions] | None = None):
+    def __init__(self, *args: Any, predict_unseen: Callable[[str], Predictions] | None = None):
         super().__init__(*args)
         self.predict_unseen = predict_unseen
         self.forecasts: Predictions | None = None
@@ -415,21 +419,23 @@ class Calibration(HeadFit):
         return reason
 
     def kept(self, memory: PredictionMemory) -> Predictions | None:
-        return memory.forecasts()
+        return memory.forecasts(self.attribute)
 
     def fit(self, predictions: Predictions, args: Any, state: Any) -> dict[str, float]:
         assert self.memory is not None
-        unseen = None if self.predict_unseen is None else self.predict_unseen()
+        unseen = None if self.predict_unseen is None else self.predict_unseen(self.attribute).judged()
         if unseen is not None:
             check_finite(unseen)
         metrics = calibrate(self.head, self.family, predictions, unseen)
         factor = metrics["calibration_factor"]
-        self.memory.rescale(factor)
+        self.memory.rescale(factor, self.attribute)
+        self.follow(factor)
         forecasts = predictions.recent() if unseen is None else unseen
         self.forecasts = replace(forecasts, location=factor * forecasts.location)
-        announce(factor)
+        announce(factor, self.attribute)
         if self.head.scale.is_constant:
-            logger.warning(f"The scale is the same for every answer: {why_constant(metrics)}.")
+            about = "" if self.attribute == OVERALL else f" ({self.attribute})"
+            logger.warning(f"The scale is the same for every answer{about}: {why_constant(metrics)}.")
         return metrics
 
     def give_up(self) -> str:

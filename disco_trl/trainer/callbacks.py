@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..models.adapters import save_adapter_settings
+from ..models.heads import DiscoHead
 
 
 class FiniteGuard(TrainerCallback):
@@ -77,6 +78,25 @@ class FiniteGuard(TrainerCallback):
             f"{checkpoint or 'none saved yet'}. Look at these rows, then lower learning_rate or max_grad_norm, or "
             "train in bf16 instead of fp16."
         )
+
+
+class FoldAttributes(TrainerCallback):
+    """
+    Has the location row of the overall reward follow the rows of the attributes that it is made of.
+
+    It does so after each optimizer step, so that whatever is saved, evaluated or handed over is up to date.
+
+    Args:
+        head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head of the model.
+    """
+
+    def __init__(self, head: DiscoHead):
+        self.head = head
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Fold the rows into one."""
+        self.head.fold()
 
 
 class SamplerEpoch(TrainerCallback):

@@ -26,8 +26,8 @@ from torch import Tensor
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import Responses, log_likelihood
 from ..distributions.reward_distribution import Family, RewardDistribution
-from ..models.heads import DiscoHead
 from ..models.outputs import overall
+from ..models.reward_head import RewardHead
 from .calibration import Calibration, announce, recalibrate_unit
 from .head_fit import HeadFit, NothingToFit
 from .predictions import Predictions
@@ -94,12 +94,12 @@ def prior_precision(informations: Tensor, weight: Tensor) -> float:
     return strength
 
 
-def fit_posterior(head: DiscoHead, family: Family, predictions: Predictions, pairs: float | None = None) -> None:
+def fit_posterior(head: RewardHead, family: Family, predictions: Predictions, pairs: float | None = None) -> None:
     """
     Fit the posterior of a head's location row, in place.
 
     Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
+        head ([`~disco_trl.models.reward_head.RewardHead`]):
             Head with an [`~disco_trl.models.epistemic_head.EpistemicHead`].
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
@@ -120,7 +120,7 @@ def fit_posterior(head: DiscoHead, family: Family, predictions: Predictions, pai
     features = (states - mean) / unit
     with torch.no_grad():
         device = head.weight.device
-        output = head(states.to(device).float(), True, predictions.scale_states.to(device))
+        output = head.rewards(states.to(device).float(), predictions.scale_states.to(device))
     location, scale = (overall(values).cpu().double() for values in (output.location, output.scale))
     shape = None if output.raw_shape is None else family.shape_from_raw(output.raw_shape.cpu().double())
     bends = curvature(family, location, scale, shape, predictions.judgements, head.responses())
@@ -148,7 +148,7 @@ class Posterior(HeadFit):
     Args:
         calibration ([`~disco_trl.trainer.calibration.Calibration`], *optional*):
             Calibration of the head, after which the unit of the locations is fitted again. If `None`, it is not.
-        head, family, memory, log:
+        whole_head, family, memory, log, attribute:
             As in [`HeadFit`].
     """
 
@@ -175,9 +175,10 @@ class Posterior(HeadFit):
         for _ in range(MOST_ROUNDS):
             factor = recalibrate_unit(head, self.family, forecasts, self.calibration.factor_width)
             forecasts.location.mul_(factor)
-            memory.rescale(factor)
+            memory.rescale(factor, self.attribute)
+            self.follow(factor)
             fit_posterior(head, self.family, hindsight, pairs)
             if abs(math.log(factor)) < 0.01:
                 break
-        announce(memory.factor)
-        return {"calibration_factor_with_errors": memory.factor}
+        announce(memory.factors[self.attribute], self.attribute)
+        return {"calibration_factor_with_errors": memory.factors[self.attribute]}

@@ -1,27 +1,26 @@
 """
-What the callbacks share that fit something to a head when training ends.
+What is common to all that is fitted to a head when training ends.
 
 The first process fits, to the predictions that it has kept (`disco_trl.trainer.predictions`), and every other one
-receives the result. A head that the data say nothing about is left as it was, and one line in the log says why.
+receives the result. A head that the data say nothing about is left as it was, and one line in the log says why, for
+all attributes that it is the reason for.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast, broadcast_object_list
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
+from ..data.columns import OVERALL
 from ..distributions.reward_distribution import Family
 from ..models.distributed import is_in_shards
 from ..models.heads import DiscoHead
+from ..models.reward_head import RewardHead
 from .predictions import PredictionMemory, Predictions
-
-
-logger = get_logger(__name__)
 
 
 class NothingToFit(ValueError):
@@ -34,13 +33,13 @@ def check_finite(predictions: Predictions) -> None:
         raise NothingToFit("a prediction that training has made is not finite; look at the loss of the run")
 
 
-class HeadFit(TrainerCallback):
+class HeadFit(ABC):
     """
-    Base of the callbacks that fit something to a head when training ends.
+    Something that is fitted to a head when training ends. [`~disco_trl.trainer.head_fits.HeadFits`] calls it.
 
     Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
-            Head that is fitted, in place.
+        whole_head ([`~disco_trl.models.heads.DiscoHead`]):
+            Head of the model, which is changed in place.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
         memory ([`PredictionMemory`], *optional*):
@@ -48,14 +47,20 @@ class HeadFit(TrainerCallback):
             result.
         log (`Callable[[dict[str, float]], None]`):
             Function that logs metrics, such as [`~transformers.Trainer.log`].
+        attribute (`str`, *optional*, defaults to `"overall"`):
+            Attribute whose head is fitted.
         refusal (`str`, *optional*):
             Reason known before training why nothing will be fitted. It is logged when training ends.
 
     Attributes:
+        head ([`~disco_trl.models.reward_head.RewardHead`]):
+            Head that is fitted.
         changed (`bool`):
             Whether the last run of training ended with a change of the head, on all processes alike.
         is_fitted (`bool`):
             Whether it was fitted.
+        left_out (`str`, *optional*):
+            Why nothing was fitted, in whole sentences.
         metrics (`dict[str, float]`):
             What was logged then.
     """
@@ -65,19 +70,26 @@ class HeadFit(TrainerCallback):
 
     def __init__(
         self,
-        head: DiscoHead,
+        whole_head: DiscoHead,
         family: Family,
         memory: PredictionMemory | None,
         log: Callable[[dict[str, float]], None],
+        attribute: str = OVERALL,
         refusal: str | None = None,
     ):
-        self.head = head
+        self.whole_head = whole_head
+        self.attribute = attribute
         self.family = family
         self.memory = memory
         self.log = log
         self.refusal = refusal
         self.changed = self.is_fitted = False
+        self.left_out: str | None = None
         self.metrics: dict[str, float] = {}
+
+    @property
+    def head(self) -> RewardHead:
+        return self.whole_head.by_attribute()[self.attribute]
 
     @abstractmethod
     def fit(self, predictions: Predictions, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
@@ -134,7 +146,19 @@ class HeadFit(TrainerCallback):
         Returns:
             [`Predictions`], *optional*: `None` if there are none.
         """
-        return memory.predictions()
+        return memory.predictions(self.attribute)
+
+    def follow(self, factor: float) -> None:
+        """
+        Have the overall reward follow an attribute whose location was multiplied, or stay as it is.
+
+        Args:
+            factor (`float`):
+                The factor.
+        """
+        if self.attribute != OVERALL and self.whole_head.attributes is not None:
+            self.whole_head.attributes.compensate(self.attribute, factor)
+        self.whole_head.fold()
 
     def give_up(self) -> str:
         """
@@ -145,21 +169,32 @@ class HeadFit(TrainerCallback):
         """
         return ""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin(self) -> None:
         """Forget the outcome of an earlier run, such as that of another trial of a search."""
-        self.changed, self.is_fitted, self.metrics = False, False, {}
+        self.changed, self.is_fitted, self.left_out, self.metrics = False, False, None, {}
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fit the head on all processes alike, or say why it is left as it was."""
+    def end(self, args: TrainingArguments, state: TrainerState) -> None:
+        """
+        Fit the head on all processes alike, or note why it is left as it was.
+
+        Args:
+            args ([`~transformers.TrainingArguments`]):
+                Arguments of the run.
+            state ([`~transformers.TrainerState`]):
+                State of the run at its end.
+        """
         refusal = self.why_not(args, state)
         if refusal is None:
             ((refusal, self.metrics),) = broadcast_object_list([self._try_to_fit(args, state)])
         if refusal is not None:
-            logger.warning(f"{self.without}: {refusal}.{self.give_up()}")
+            self.left_out = f"{refusal}.{self.give_up()}"
             return
-        for tensor in self.head.tensors():
+        # All of the head, as what is fitted to an attribute may change how much it counts overall.
+        for tensor in self.whole_head.tensors():
             broadcast(tensor)
         self.changed = self.is_fitted = True
+        if self.attribute != OVERALL:
+            self.metrics = {f"{name}/{self.attribute}": value for name, value in self.metrics.items()}
         if self.metrics:
             self.log(dict(self.metrics))  # the Trainer adds the epoch to it
 
@@ -171,6 +206,6 @@ class HeadFit(TrainerCallback):
             if predictions is None:
                 raise NothingToFit("no predictions have been kept")
             check_finite(predictions)
-            return None, self.fit(predictions, args, state)
+            return None, self.fit(predictions.judged(), args, state)
         except NothingToFit as error:
             return str(error), {}

@@ -7,14 +7,20 @@ It is computed in two steps: figures of each pair, which processes can gather, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ..data.columns import OVERALL
 from ..distributions.judgements import Judgements
 from ..distributions.reward_distribution import RewardDistribution
+
+
+FIGURES = 8
+"""Number of figures of a pair, for each attribute."""
 
 
 def pair_figures(chosen: RewardDistribution, rejected: RewardDistribution, judgements: Judgements) -> Tensor:
@@ -64,6 +70,28 @@ def summarize(figures: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in metrics.items()}
 
 
+def summarize_all(figures: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """
+    Summarize the figures of pairs for all attributes.
+
+    Args:
+        figures (`torch.Tensor` of shape `(B, 8 * A)`):
+            What [`pair_figures`] returns, for one attribute after the other.
+        names (`Sequence[str]`):
+            Names of the attributes, the overall judgement first.
+
+    Returns:
+        `dict[str, float]`: What [`summarize`] returns for the overall reward. For each other attribute `accuracy/NAME`
+            and `nll/NAME` per vote, where anybody voted, and `scale_mean/NAME`.
+    """
+    overall, *others = figures.split(FIGURES, dim=1)
+    metrics = summarize(overall)
+    for name, of_name in zip(names[1:], others, strict=True):
+        found = summarize(of_name)
+        metrics |= {f"{key}/{name}": found[key] for key in ("accuracy", "nll", "scale_mean") if key in found}
+    return metrics
+
+
 def summarize_rewards(figures: Tensor) -> dict[str, float]:
     """
     Summarize the locations as TRL does the rewards.
@@ -89,6 +117,7 @@ class EvaluationMetrics(Trainer):
     """
 
     model: Any
+    _reward_model: Any
     _metrics: Any  # TRL's: by "train" and "eval", and by name, a list with an entry for each batch
     # Figures of the pairs of an evaluation, for when it is logged
     _evaluated: list[Tensor]
@@ -107,7 +136,8 @@ class EvaluationMetrics(Trainer):
             metrics = {name: sum(values) / len(values) for name, values in batches.items()}
             # A mean of batches' means would depend on the sizes of the batches.
             figures = torch.cat(self._evaluated)
-            metrics |= summarize(figures) | summarize_rewards(figures)
+            metrics |= summarize_all(figures, [OVERALL, *self._reward_model.attributes])
+            metrics |= summarize_rewards(figures[:, :FIGURES])
             logs.update({f"{self._metric_key_prefix}_{name}": value for name, value in metrics.items()})
             batches.clear()
         super().log(logs, start_time)

@@ -10,14 +10,16 @@ own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..data.columns import OVERALL
+from ..distributions.correlation import products_of_ratings
 from ..distributions.judgements import Judgements
 from ..models.outputs import RewardModelOutput
 
@@ -50,6 +52,9 @@ class Predictions:
             How many wins and losses were of each of L strengths. L is 0 for a model that knows no strengths.
         answers (`torch.LongTensor` of shape `(P, 2)`):
             Which answers are equal: those with equal numbers. Each negative number is an answer of its own.
+        products (`torch.Tensor` of shape `(P, 2, 2, A, A)`):
+            What the ratings of either side say about how people's opinions of two of A attributes go together: sums of
+            products, and degrees of freedom ([`~disco_trl.distributions.correlation.products_of_ratings`]).
     """
 
     hidden_states: Tensor
@@ -60,6 +65,11 @@ class Predictions:
     rating_counts: Tensor
     strength_counts: Tensor
     answers: Tensor
+    products: Tensor = field(default=None)  # type: ignore[assignment]  # by default of no attributes
+
+    def __post_init__(self) -> None:
+        if self.products is None:
+            self.products = self.location.new_zeros(len(self.location), 2, 2, 0, 0)
 
     @property
     def judgements(self) -> Judgements:
@@ -74,8 +84,14 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.location)
 
-    def __getitem__(self, pairs: slice) -> Predictions:
-        return Predictions(**{field.name: getattr(self, field.name)[pairs] for field in fields(self)})
+    def judged(self) -> Predictions:
+        """The pairs about which anything was said, as they are if that is all."""
+        wins, losses, ties = self.said[:, :3].unbind(dim=1)
+        is_judged = (wins + losses + ties > 0) | (self.rating_counts.sum(dim=(1, 2)) > 0)
+        return self if bool(is_judged.all()) else self[is_judged]
+
+    def __getitem__(self, pairs: slice | Tensor) -> Predictions:
+        return Predictions(**{one.name: getattr(self, one.name)[pairs] for one in fields(self)})
 
     def recent(self) -> Predictions:
         """
@@ -117,38 +133,69 @@ def numbered(answers: Tensor) -> Tensor:
     return number.view_as(answers)
 
 
-class _Batches(deque[Predictions]):
+_STATES = ("hidden_states", "scale_states", "answers", "products")
+"""What predictions of all attributes of the same pairs have in common."""
+
+
+@dataclass
+class _Batch:
+    """Predictions of some pairs: their states, and the rest by attribute."""
+
+    states: dict[str, Tensor]
+    by_attribute: dict[str, dict[str, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.states["answers"])
+
+
+class _Batches(deque[_Batch]):
     """The latest batches of predictions, of up to `MOST_PAIRS` pairs."""
 
-    def __init__(self, batches: Iterable[Predictions] = ()) -> None:
+    def __init__(self, batches: Iterable[_Batch] = ()) -> None:
         super().__init__()
         self.pairs = 0
         for batch in batches:
             self.add(batch)
 
-    def add(self, batch: Predictions) -> None:
+    def add(self, batch: _Batch) -> None:
         """Add a batch, and forget the oldest ones."""
         self.append(batch)
         self.pairs += len(batch)
         while self.pairs - len(self[0]) >= MOST_PAIRS:
             self.pairs -= len(self.popleft())
 
-    def together(self) -> Predictions | None:
+    def together(self, attribute: str) -> Predictions | None:
         """The pairs of all batches, the oldest first, or `None` if there are none."""
-        names = [field.name for field in fields(Predictions)]
-        return Predictions(**{n: torch.cat([getattr(b, n) for b in self]) for n in names}) if self else None
+        if not self:
+            return None
+        parts = [batch.states | batch.by_attribute[attribute] for batch in self]
+        return Predictions(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """What a file holds of them."""
-        sizes, together = torch.tensor([len(batch) for batch in self], dtype=torch.long), self.together()
-        return {"sizes": sizes, **({} if together is None else vars(together))}
+    def to_tensors(self, attributes: Sequence[str]) -> dict[str, Tensor]:
+        """What a file holds of them. The names of the overall predictions are plain, others have a number before."""
+        tensors = {"sizes": torch.tensor([len(batch) for batch in self], dtype=torch.long)}
+        for number, attribute in enumerate(attributes):
+            for name, tensor in {} if not self else vars(self.together(attribute)).items():
+                if number == 0:
+                    tensors[name] = tensor
+                elif name not in _STATES:
+                    tensors[f"{number}-{name}"] = tensor
+        return tensors
 
     @classmethod
-    def of_tensors(cls, tensors: dict[str, Tensor]) -> _Batches:
+    def of_tensors(cls, tensors: dict[str, Tensor], attributes: Sequence[str]) -> _Batches:
         """From what [`_Batches.to_tensors`] returned."""
         sizes = tensors["sizes"].tolist()
         parts = {name: tensor.split(sizes) for name, tensor in tensors.items() if name != "sizes"}
-        return cls(Predictions(**dict(zip(parts, of, strict=True))) for of in zip(*parts.values(), strict=True))
+        own = [one.name for one in fields(Predictions) if one.name not in _STATES]
+        found = cls()
+        for place in range(len(sizes)):
+            by_attribute = {
+                attribute: {name: parts[f"{number}-{name}" if number else name][place] for name in own}
+                for number, attribute in enumerate(attributes)
+            }
+            found.add(_Batch({name: parts[name][place] for name in _STATES}, by_attribute))
+        return found
 
 
 class PredictionMemory:
@@ -157,35 +204,39 @@ class PredictionMemory:
     learned from the pair. While training goes through its data for the first time, the two are the same.
 
     Args:
-        rating_levels (`int`, *optional*, defaults to `0`):
-            Number L of ratings that the model knows.
-        strength_levels (`int`, *optional*, defaults to `0`):
-            Number L of strengths that the model knows.
+        rating_levels, strength_levels (`Mapping[str, int]`, *optional*):
+            Number L of ratings, and of strengths, that the model knows, by attribute. It must know the overall
+            judgement, with 0 if it knows none.
         keeps_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to keep the states that the location is read from beside those that the scale is read from. If
             `False`, [`Predictions.hidden_states`] are empty.
     """
 
-    def __init__(self, rating_levels: int = 0, strength_levels: int = 0, keeps_hidden_states: bool = False) -> None:
-        self.rating_levels = rating_levels
-        self.strength_levels = strength_levels
+    def __init__(
+        self,
+        rating_levels: Mapping[str, int] | None = None,
+        strength_levels: Mapping[str, int] | None = None,
+        keeps_hidden_states: bool = False,
+    ) -> None:
+        self.rating_levels = dict(rating_levels or {OVERALL: 0})
+        self.strength_levels = {name: (strength_levels or {}).get(name, 0) for name in self.rating_levels}
         self.keeps_hidden_states = keeps_hidden_states
         self._latest, self._forecasts = _Batches(), _Batches()
         self.seen = 0
         """Number of pairs that were ever added."""
-        self.factor = 1.0
-        """Factor that the locations here and in the head were multiplied by since the last prediction."""
+        self.factors = dict.fromkeys(self.rating_levels, 1.0)
+        """Factors that the locations here and in the heads were multiplied by since the last prediction."""
 
     @torch.no_grad()
     def add(
         self,
         hidden_states: Tensor,
         scale_states: Tensor,
-        location: Tensor,
-        raw_shape: Tensor | None,
-        judgements: Judgements,
+        rewards: Mapping[str, tuple[Tensor, Tensor | None]],
+        judgements: Mapping[str, Judgements],
         answers: Tensor | None = None,
         in_advance: bool = True,
+        by_rater: Tensor | None = None,
     ) -> None:
         """
         Add a batch of P pairs, and forget the oldest ones beyond `MOST_PAIRS`.
@@ -193,39 +244,48 @@ class PredictionMemory:
         Args:
             hidden_states, scale_states (`torch.Tensor` of shape `(2 * P, H)`):
                 States that location and scale are read from, chosen sides first.
-            location (`torch.Tensor` of shape `(2 * P, 1)`):
-                Locations.
-            raw_shape (`torch.Tensor` of shape `(2 * P, S)`, *optional*):
-                Raw shape parameters of families that have them.
-            judgements ([`~disco_trl.distributions.judgements.Judgements`]):
-                What was said about the pairs.
+            rewards (`Mapping[str, tuple]`):
+                By attribute, the locations, of shape `(2 * P, 1)`, and raw shape parameters, of shape `(2 * P, S)`, of
+                families that have them.
+            judgements (`Mapping[str, Judgements]`):
+                What was said about the pairs, by attribute.
             answers (`torch.LongTensor` of shape `(2 * P,)`, *optional*):
                 Which answers are equal, as in [`Predictions`]. If `None`, no two of them are.
             in_advance (`bool`, *optional*, defaults to `True`):
                 Whether the model has not learned from the pairs yet.
+            by_rater (`torch.Tensor` of shape `(2 * P, R, A)`, *optional*):
+                Levels that each of R people gave to A attributes; `nan` where there is none.
         """
-        count = len(location) // 2
+        count = len(hidden_states) // 2
 
         def in_pairs(tensor: Tensor) -> Tensor:
             return torch.stack([tensor[:count], tensor[count:]], dim=1).cpu()
 
-        shape = location.new_zeros(2 * count, 0) if raw_shape is None else raw_shape
-        ratings, strengths = judgements.rating_counts, judgements.strength_counts
-        if ratings is None:
-            ratings = location.new_zeros(2 * count, self.rating_levels)
-        if strengths is None:
-            strengths = location.new_zeros(count, 2 * self.strength_levels)
-        answers = torch.full((2 * count,), -1) if answers is None else answers
-        batch = Predictions(
-            hidden_states=in_pairs(hidden_states.float()[:, : None if self.keeps_hidden_states else 0]),
-            scale_states=in_pairs(scale_states.float()),
-            location=in_pairs(location[:, 0].float()),
-            raw_shape=in_pairs(shape.float()),
-            said=judgements.table.cpu(),
-            rating_counts=in_pairs(ratings.float()),
-            strength_counts=strengths.float().cpu(),
-            answers=in_pairs(answers),
-        )
+        def of_attribute(name: str) -> dict[str, Tensor]:
+            (location, shape), said = rewards[name], judgements[name]
+            shape = location.new_zeros(2 * count, 0) if shape is None else shape
+            ratings, strengths = said.rating_counts, said.strength_counts
+            if ratings is None:
+                ratings = location.new_zeros(2 * count, self.rating_levels[name])
+            if strengths is None:
+                strengths = location.new_zeros(count, 2 * self.strength_levels[name])
+            return {
+                "location": in_pairs(location[:, 0].float()),
+                "raw_shape": in_pairs(shape.float()),
+                "said": said.table.cpu(),
+                "rating_counts": in_pairs(ratings.float()),
+                "strength_counts": strengths.float().cpu(),
+            }
+
+        if by_rater is None:
+            by_rater = hidden_states.new_zeros(2 * count, 0, len(self.rating_levels) - 1)
+        states = {
+            "hidden_states": in_pairs(hidden_states.float()[:, : None if self.keeps_hidden_states else 0]),
+            "scale_states": in_pairs(scale_states.float()),
+            "answers": in_pairs(torch.full((2 * count,), -1) if answers is None else answers),
+            "products": in_pairs(torch.stack(products_of_ratings(by_rater.float()), dim=1)),
+        }
+        batch = _Batch(states, {name: of_attribute(name) for name in self.rating_levels})
         for batches in (self._latest, self._forecasts) if in_advance else (self._latest,):
             batches.add(batch)
         self.seen += count
@@ -233,9 +293,10 @@ class PredictionMemory:
     def add_output(
         self,
         output: RewardModelOutput,
-        judgements: Judgements,
+        judgements: Mapping[str, Judgements],
         answers: Tensor | None = None,
         in_advance: bool = True,
+        by_rater: Tensor | None = None,
     ) -> None:
         """
         Add a batch of P pairs as a model has predicted it.
@@ -243,47 +304,55 @@ class PredictionMemory:
         Args:
             output ([`~disco_trl.models.outputs.RewardModelOutput`]):
                 What `forward` returned for both sides, chosen sides first.
-            judgements, answers, in_advance:
+            judgements, answers, in_advance, by_rater:
                 As in [`PredictionMemory.add`].
         """
-        assert output.pooled_hidden_state is not None and output.scale_state is not None and output.logits is not None
+        assert output.pooled_hidden_state is not None and output.scale_state is not None
         states = output.pooled_hidden_state, output.scale_state
-        self.add(*states, output.logits, output.raw_shape, judgements, answers, in_advance)
+        parts = zip(self.rating_levels, output.by_attribute(), strict=True)
+        rewards = {name: (part.location, part.raw_shape) for name, part in parts}
+        self.add(*states, rewards, judgements, answers, in_advance, by_rater)
 
     def clear(self) -> None:
         """Forget everything, as before the first batch."""
         self._latest, self._forecasts = _Batches(), _Batches()
         self.seen = 0
-        self.factor = 1.0
+        self.factors = dict.fromkeys(self.rating_levels, 1.0)
 
-    def rescale(self, factor: float) -> None:
+    def rescale(self, factor: float, attribute: str = OVERALL) -> None:
         """
-        Multiply the locations by the factor that those of the head were multiplied by.
+        Multiply the locations by the factor that those of a head were multiplied by.
 
         Args:
             factor (`float`):
                 The factor.
+            attribute (`str`, *optional*, defaults to `"overall"`):
+                Attribute of the head.
         """
         for batch in {id(batch): batch for batch in (*self._latest, *self._forecasts)}.values():
-            batch.location.mul_(factor)
-        self.factor *= factor
+            batch.by_attribute[attribute]["location"].mul_(factor)
+        self.factors[attribute] *= factor
 
-    def predictions(self) -> Predictions | None:
+    def predictions(self, attribute: str = OVERALL) -> Predictions | None:
         """All pairs that are kept of the latest, or `None` if there are none."""
-        return self._latest.together()
+        return self._latest.together(attribute)
 
-    def forecasts(self) -> Predictions | None:
+    def forecasts(self, attribute: str = OVERALL) -> Predictions | None:
         """All pairs that are kept of those predicted in advance, or `None` if there are none."""
-        return self._forecasts.together()
+        return self._forecasts.together(attribute)
 
     def save(self, path: Path) -> None:
         """Write what is kept to a safetensors file, for a run that is resumed."""
         if not self._latest:
             return
-        parts = {"latest": self._latest}
+        parts, attributes = {"latest": self._latest}, [*self.rating_levels]
         if [*map(id, self._latest)] != [*map(id, self._forecasts)]:
             parts["forecasts"] = self._forecasts
-        tensors = {f"{part}.{name}": t for part, batches in parts.items() for name, t in batches.to_tensors().items()}
+        tensors = {
+            f"{part}.{name}": tensor
+            for part, batches in parts.items()
+            for name, tensor in batches.to_tensors(attributes).items()
+        }
         save_file({"seen": torch.tensor(self.seen), **tensors}, path)
 
     def load(self, path: Path) -> None:
@@ -294,6 +363,29 @@ class PredictionMemory:
         for key, tensor in tensors.items():
             part, name = key.split(".")
             parts.setdefault(part, {})[name] = tensor
-        self._latest = _Batches.of_tensors(parts["latest"])
+        attributes = [*self.rating_levels]
+        self._latest = _Batches.of_tensors(parts["latest"], attributes)
         # In the first pass they are the same.
-        self._forecasts = _Batches.of_tensors(parts["forecasts"]) if "forecasts" in parts else _Batches(self._latest)
+        self._forecasts = _Batches(self._latest)
+        if "forecasts" in parts:
+            self._forecasts = _Batches.of_tensors(parts["forecasts"], attributes)
+
+
+def last_of_each(answers: Tensor, is_wanted: Tensor) -> Tensor:
+    """
+    Find the latest prediction of each answer.
+
+    Args:
+        answers (`torch.LongTensor` of shape `(N,)`):
+            Which answers are equal, as in [`Predictions`], the oldest first.
+        is_wanted (`torch.BoolTensor` of shape `(N,)`):
+            Which are of interest.
+
+    Returns:
+        `torch.LongTensor` of shape `(M,)`: Places of the last of each set of equal answers among those.
+    """
+    last = {}
+    for place in is_wanted.nonzero()[:, 0].tolist():
+        answer = int(answers[place])
+        last[answer if answer >= 0 else -1 - place] = place
+    return torch.tensor(sorted(last.values()), dtype=torch.long)

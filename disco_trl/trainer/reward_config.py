@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,7 +11,9 @@ from accelerate.logging import get_logger
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import RewardConfig
 
+from ..data.columns import OVERALL
 from ..data.records import MOST_LEVELS
+from ..data.values import as_number
 from ..distributions.reward_distribution import FAMILIES, get_family
 
 
@@ -69,6 +72,17 @@ class DiscoRewardConfig(RewardConfig):
             Number L of levels of `preference_strength`, which holds whole numbers from −L to L. If `None`, L is the
             largest strength in the training data (for a stream, in its first 1,000 rows). With 1, strengths are read
             as votes.
+        attributes (`list[str]`, *optional*):
+            Attributes of an answer, beside its overall quality, that the model gives rewards for. If `None`, they are
+            those that the training data rate (`chosen_rating` as a dict) or compare (the column `attribute`). Those
+            that are left out are not read.
+        attribute_weights (`dict[str, float]`, *optional*):
+            Weight of each attribute in the overall reward, below 0 for one that counts against an answer, and 0 for
+            one that does not count, as are those that are left out. If the weights are learned, they start here and
+            keep their sign. If `None`, all are equal and positive.
+        learn_attribute_weights (`bool`, *optional*):
+            Whether to learn how much each attribute counts in the overall reward, and what they do not explain of it.
+            If `None`, the weights are learned if the training data hold overall judgements. Otherwise they cannot be.
         scale_training (`str`, *optional*, defaults to `"at_end"`):
             When the scale is learned. With `"at_end"`, it stays as it is (in a new model, the same for every answer)
             until training ends, and `calibrate` fits it then. Until then the location is trained by votes, ties and
@@ -179,6 +193,28 @@ class DiscoRewardConfig(RewardConfig):
             "it is the largest strength in the training data. With 1, strengths are read as votes."
         },
     )
+    attributes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Attributes of an answer, beside its overall quality, that the model gives rewards for. If "
+            "`None`, they are those that the training data rate or compare."
+        },
+    )
+    attribute_weights: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each attribute in the overall reward, below 0 for one that counts against an answer, "
+            "as JSON on the command line. If the weights are learned, they start here and keep their sign. If `None`, "
+            "all are equal and positive."
+        },
+    )
+    learn_attribute_weights: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to learn how much each attribute counts in the overall reward. If `None`, the weights "
+            "are learned if the training data hold overall judgements."
+        },
+    )
     scale_training: str = field(
         default="at_end",
         metadata={
@@ -283,6 +319,18 @@ class DiscoRewardConfig(RewardConfig):
             raise ValueError(
                 f"strength_levels={self.strength_levels!r} must be a whole number from 1 to {MOST_LEVELS}, or None"
             )
+        if isinstance(self.attribute_weights, str):  # as a command line has it
+            try:
+                self.attribute_weights = json.loads(self.attribute_weights)
+            except ValueError as error:
+                raise ValueError(f"attribute_weights={self.attribute_weights!r} is not JSON: {error}") from error
+        weights: Any = self.attribute_weights
+        if weights is not None and (
+            not isinstance(weights, dict) or not all(as_number(weight) is not None for weight in weights.values())
+        ):
+            raise ValueError(f"attribute_weights={weights!r} must be a number for each attribute, by its name")
+        if self.attributes is not None and len({*self.attributes} - {OVERALL}) != len(self.attributes):
+            raise ValueError(f"attributes={self.attributes!r} must be different names, other than {OVERALL!r}")
         if self.scale_training not in ("at_end", "joint"):
             raise ValueError(f"scale_training={self.scale_training!r} must be 'at_end' or 'joint'")
         if self.weigh_by not in ("pair", "vote"):

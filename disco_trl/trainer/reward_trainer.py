@@ -29,13 +29,14 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..data.collator import ANSWERS, DataCollatorForDiscoPreference
-from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN
+from ..data.collator import ANSWERS, BY_RATER, OF_ATTRIBUTES, DataCollatorForDiscoPreference
+from ..data.columns import JUDGEMENT_COLUMNS, OVERALL, RANKED_IDS, ROW_COLUMN
 from ..data.judgements import Survey, check_answerable, log_readings, survey
 from ..data.preparation import check_token_ids, finish_preferences, prepare_preferences
 from ..data.samplers import group_stream
 from ..distributions.judgements import Judgements
-from ..distributions.likelihood import log_likelihood, split_log_likelihood
+from ..distributions.likelihood import Responses, log_likelihood, split_log_likelihood
+from ..distributions.reward_distribution import RewardDistribution
 from ..models.adapters import keep_to_one_family
 from ..models.distributed import check_parallelism, keep_head_apart
 from ..models.inference import check_pad_token, vocabulary_size
@@ -43,14 +44,12 @@ from ..models.likelihood_head import width_penalty
 from ..models.model_card import make_model_card
 from ..models.modeling import DiscoRewardModel
 from ..models.prefix_sharing import prepare
-from .adoption import Adoption, likelihood_settings, warn_of_idle_margins
+from .adoption import Adoption, attribute_settings, likelihood_settings, warn_of_idle_margins
 from .batching import PairBatching
-from .calibration import Calibration
-from .callbacks import FiniteGuard, PushWithSettings, SamplerEpoch
+from .callbacks import FiniteGuard, FoldAttributes, PushWithSettings, SamplerEpoch
 from .checkpoints import WholeCheckpoints
-from .epistemic import Posterior
-from .head_fit import HeadFit
-from .metrics import EvaluationMetrics, pair_figures, summarize
+from .head_fits import HeadFits
+from .metrics import FIGURES, EvaluationMetrics, pair_figures, summarize_all
 from .predictions import PredictionMemory
 from .reward_config import DiscoRewardConfig
 from .search import SearchFromHere
@@ -157,9 +156,10 @@ class DiscoRewardTrainer(
         self._surveyed = survey(train_dataset) if is_dataset else Survey()
         self._surveyed_dataset = train_dataset
         likelihood = likelihood_settings(args, self._surveyed)
+        attributes = attribute_settings(args, self._surveyed)
 
         # Model, PEFT and data, by TRL
-        self._adoption = Adoption(args, likelihood, self._surveyed, peft_config)
+        self._adoption = Adoption(args, likelihood, attributes, self._surveyed, peft_config)
         with self._adoption.in_constructor(model):
             super().__init__(
                 model=model,
@@ -181,7 +181,7 @@ class DiscoRewardTrainer(
         self._adoption.restore_heads()
         self._reward_model = self._adoption.model
         self._family = self._reward_model.family
-        warn_of_idle_margins(train_dataset, self._family, self._likelihood)
+        warn_of_idle_margins(train_dataset, self._family, self._likelihoods[OVERALL])
         if is_peft_model(self.model):
             keep_to_one_family(self.model)
 
@@ -206,18 +206,21 @@ class DiscoRewardTrainer(
             refusal = self._set_pairs_aside(self._passes, self._data_seed)
         self._calibrates = wants_calibration and refusal is None
         # The first process keeps them and fits; the others receive the result, for all to have the same head.
-        keeps = (self._calibrates or args.epistemic) and args.process_index == 0
+        learns_attributes = bool(self._reward_model.attributes)
+        keeps = (self._calibrates or args.epistemic or learns_attributes) and args.process_index == 0
         self._memory = self._make_memory() if keeps else None
-        fit = (self._reward_model.reward_head, self._family, self._memory, self.log)
-        self._head_fits: list[HeadFit] = []
-        predict_unseen = (lambda: self._predict_unseen(self._make_memory())) if self._unseen is not None else None
-        calibration = Calibration(*fit, refusal, predict_unseen=predict_unseen) if wants_calibration else None
-        if calibration is not None:
-            self._head_fits.append(calibration)
-        if args.epistemic:
-            self._head_fits.append(Posterior(*fit, calibration=calibration))
-        for callback in self._head_fits:
-            self.add_callback(callback)
+        predict_unseen = self._predict_unseen if self._unseen is not None else None
+        if learns_attributes:
+            if self._head_is_in_shards:
+                raise ValueError(
+                    "the training data rate or compare attributes, whose rows make up that of the overall reward, and "
+                    "the head would be in shards; train with replicas (DDP, ZeRO-1 or ZeRO-2), or leave them out"
+                )
+            self.add_callback(FoldAttributes(self._reward_model.reward_head))
+        self._head_fits = HeadFits(
+            self._reward_model, args, self._memory, self.log, wants_calibration, refusal, predict_unseen
+        )
+        self.add_callback(self._head_fits)
 
         # Which pairs go into a batch
         if args.groups_by_length and isinstance(self.train_dataset, IterableDataset):
@@ -233,13 +236,18 @@ class DiscoRewardTrainer(
     @property
     def _head_stays_whole(self) -> bool:
         """Whether the head can be fitted when training ends, as far as it is known before it begins."""
-        is_zero3 = getattr(self.args.deepspeed_plugin, "zero_stage", None) == 3
-        return not (self.args.load_best_model_at_end or self.is_fsdp_enabled or is_zero3)
+        return not (self.args.load_best_model_at_end or self._head_is_in_shards)
+
+    @property
+    def _head_is_in_shards(self) -> bool:
+        """Whether no process holds the whole head while it is trained."""
+        return self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", None) == 3
 
     def _make_memory(self) -> PredictionMemory:
-        """Memory for what is said, and for the states that are fitted to, of this model."""
-        ratings, strengths = self._likelihood.get("rating_values", ()), self._likelihood.get("strength_levels", 0)
-        return PredictionMemory(len(ratings), strengths, keeps_hidden_states=self.args.epistemic)
+        known = self._likelihoods
+        ratings = {name: len(of_name.get("rating_values", ())) for name, of_name in known.items()}
+        strengths = {name: of_name.get("strength_levels", 0) for name, of_name in known.items()}
+        return PredictionMemory(ratings, strengths, keeps_hidden_states=self.args.epistemic)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that was made before the model had a scale: the scale would stay as it starts."""
@@ -266,16 +274,15 @@ class DiscoRewardTrainer(
             pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
             share_prefixes=args.prefix_sharing and refusal is None,
             weigh_by=args.weigh_by,
-            rating_values=self._likelihood.get("rating_values"),
-            strength_levels=self._likelihood.get("strength_levels"),
+            likelihoods=self._likelihoods,
             # Processes gather their figures for the metrics, which needs the same number of pairs in each.
             pairs_per_row=max(pairs_of_rows) if args.world_size > 1 and len(pairs_of_rows) > 1 else None,
         )
 
     @property
-    def _likelihood(self) -> dict[str, Any]:
-        """What the model learns of how people answer: its training data's, and its checkpoint's before."""
-        return self._adoption.model.config.disco.get("likelihood", {})
+    def _likelihoods(self) -> dict[str, dict[str, Any]]:
+        """What the model learns of how people answer, by attribute: of its training data, and before that."""
+        return self._adoption.model.likelihoods
 
     @hook
     def create_accelerator_and_postprocess(self) -> None:
@@ -306,7 +313,7 @@ class DiscoRewardTrainer(
         check_pad_token(self._adoption.model, processing_class.pad_token_id)
         found = self._surveyed if dataset is self._surveyed_dataset else survey(dataset)
         if dataset_name == "train":  # before a row is refused for what a column of another meaning holds
-            log_readings(dataset_name, found, self._likelihood)
+            log_readings(dataset_name, found, self._likelihoods)
         prepared = prepare_preferences(dataset, processing_class, dataset_name, num_proc=args.dataset_num_proc)
         # TRL tokenizes what is not tokenized yet, a stream say. Its own length filter is turned off, because it would
         # read the dataset row by row once more.
@@ -314,7 +321,7 @@ class DiscoRewardTrainer(
         unfiltered.max_length = None
         prepared = super()._prepare_dataset(prepared, processing_class, unfiltered, dataset_name)
         prepared = finish_preferences(prepared, dataset_name, max_length=args.max_length)
-        check_answerable(dataset, dataset_name, found, self._likelihood)
+        check_answerable(dataset, dataset_name, found, self._likelihoods, args.attributes)  # type: ignore[attr-defined]  # our config
         return check_token_ids(prepared, dataset_name, vocabulary_size(self._adoption.model))
 
     @hook
@@ -330,7 +337,8 @@ class DiscoRewardTrainer(
         optimizer = super().create_optimizer(*args, **kwargs)
         # What the likelihood learns beside the rewards are a few numbers in units of reward, or logarithms. A learning
         # rate that suits a language model would hardly move them.
-        learned = {id(p) for name, p in self.model.named_parameters() if ".likelihood." in name}
+        few = (".likelihood.", ".attributes.raw_weight")
+        learned = {id(p) for name, p in self.model.named_parameters() if any(part in name for part in few)}
         own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in learned]
         if own:
             for group in optimizer.param_groups:
@@ -338,61 +346,84 @@ class DiscoRewardTrainer(
             optimizer.add_param_group({"params": own, "lr": LIKELIHOOD_LEARNING_RATE, "weight_decay": 0.0})
         return optimizer
 
+    def _judgements_of(self, inputs: dict[str, Any]) -> dict[str, Judgements]:
+        of_attributes = inputs.pop(OF_ATTRIBUTES, {})
+        said = {OVERALL: Judgements.of_batch(inputs)}
+        said |= {name: Judgements.of_batch(of_attributes.get(name, {})) for name in self._reward_model.attributes}
+        rows: torch.Tensor = inputs["read_at"] if "read_at" in inputs else inputs["input_ids"]
+        count, device = len(rows) // 2, rows.device
+        return {
+            # Without columns that say more, the chosen sides were preferred overall.
+            name: Judgements.forced_choices(count, device, inputs.get("margin"), said=float(name == OVERALL))
+            if judgements is None
+            else judgements
+            for name, judgements in said.items()
+        }
+
+    def _log_likelihoods(
+        self, chosen: RewardDistribution, rejected: RewardDistribution, said: Judgements, responses: Responses
+    ) -> torch.Tensor:
+        """Log-likelihood of what was said about each pair `(P,)`, with the gradient that it is trained by."""
+        if self.args.scale_training == "joint":
+            return log_likelihood(chosen, rejected, said, responses)
+        # The scale stays as it is until training ends. Its gradient is 0 and not missing, as DDP waits for all.
+        chosen, rejected = (side.replace(scale=side.scale.detach() + 0 * side.scale) for side in (chosen, rejected))
+        return split_log_likelihood(chosen, rejected, said, responses)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # What flows: a batch → TRL's forward and metrics → distributions → −log likelihood → figures of each pair,
-        # gathered from all processes → metrics; and, in training, running moments of the head and the memory.
+        # gathered from all processes → metrics; and, in training, running moments of the heads and the memory. All of
+        # it once for the overall reward, and once for each attribute.
         mode = "train" if self.model.training else "eval"
         self._upstream.check_batch(mode, inputs)
         rows = inputs.pop(ROW_COLUMN, None)
-        answers = inputs.pop(ANSWERS, None)
-        judgements = Judgements.of_batch(inputs)
+        answers, by_rater = (inputs.pop(name, None) for name in (ANSWERS, BY_RATER))
+        judgements = self._judgements_of(inputs)
 
         # TRL's method runs the model and logs its metrics of the rewards, which are the locations here. Its loss is
         # not used: it is a sum from which the Bradley–Terry term cannot be taken out again.
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        rewards = self._reward_model.rewards_of(outputs)
-        count = len(rewards) // 2
-        chosen, rejected = rewards[:count], rewards[count:]
-        if judgements is None:
-            judgements = Judgements.forced_choices(count, rewards.location.device, inputs.get("margin"))
-
-        responses = self._reward_model.responses_of(outputs)
-        if self.args.scale_training == "joint":
-            log_likelihoods = log_likelihood(chosen, rejected, judgements, responses)
-        else:
-            # The scale stays as it is until training ends. Its gradient is 0 and not missing, as DDP waits for all.
-            kept = rewards.scale.detach() + 0 * rewards.scale
-            chosen, rejected = chosen.replace(scale=kept[:count]), rejected.replace(scale=kept[count:])
-            log_likelihoods = split_log_likelihood(chosen, rejected, judgements, responses)
         # accelerate repeats rows to even out the last batches. In training they count, as in every other trainer.
+        count = len(outputs.logits) // 2
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
-        loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)
-        if self.args.center_rewards_coefficient is not None:
-            center = torch.mean((chosen.location + rejected.location)[real] ** 2)
-            loss = loss + self.args.center_rewards_coefficient * center
-        learned = {name: value[0] for name, value in (outputs.likelihood or {}).items()}
-        penalty = width_penalty(learned, self._family.unit_scale)
-        if mode == "train" and penalty is not None:
-            # The loss is a mean over the pairs of a step, and the prior counts once in the whole run.
-            loss = loss + penalty / (self._pairs_per_step * max(self.state.max_steps, 1))
+        losses, figures = [], []
+        learned: dict[str, float] = {}
+        for (name, said), output in zip(judgements.items(), outputs.by_attribute(), strict=True):
+            rewards = self._reward_model.rewards_of(outputs, name)
+            responses = self._reward_model.responses_of(outputs, name)
+            chosen, rejected = rewards[:count], rewards[count:]
+            log_likelihoods = self._log_likelihoods(chosen, rejected, said, responses)
+            loss = -(said.weight.to(log_likelihoods) * log_likelihoods)[real].mean().to(rewards.location)
+            if name == OVERALL and self.args.center_rewards_coefficient is not None:
+                center = torch.mean((chosen.location + rejected.location)[real] ** 2)
+                loss = loss + self.args.center_rewards_coefficient * center
+            quantities = {key: value[0] for key, value in (output.likelihood or {}).items()}
+            penalty = width_penalty(quantities, self._family.unit_scale)
+            if mode == "train" and penalty is not None:
+                # The loss is a mean over the pairs of a step, and the prior counts once in the whole run.
+                loss = loss + penalty / (self._pairs_per_step * max(self.state.max_steps, 1))
+            losses.append(loss)
+            with torch.no_grad():
+                figures.append(pair_figures(chosen, rejected, said))
+            learned |= {
+                key if name == OVERALL else f"{key}/{name}": value.detach().mean().item()
+                for key, value in {"location_error": rewards.location_error, **vars(responses)}.items()
+                if value is not None and key not in ("thresholds", "strength_boundaries")
+            }
+        loss = sum(losses[1:], losses[0])
         if mode == "train" and self._pairs_per_batch is not None:
             # The Trainer averages the losses of batches whatever their size, and a pair must weigh the same in each.
-            loss = loss * (len(log_likelihoods) / self._pairs_per_batch)
+            loss = loss * (count / self._pairs_per_batch)
 
         with torch.no_grad():
-            figures = self.accelerator.gather(pair_figures(chosen, rejected, judgements))
-            self._upstream.check_layout(self, mode, *figures[:, 6:].T)
-            figures = figures[: self._real_pairs(len(figures))]
-            learned = {"location_error": rewards.location_error, **vars(responses)}
-            metrics = {
-                name: value.mean().item()
-                for name, value in learned.items()
-                if value is not None and name not in ("thresholds", "strength_boundaries")
-            }
+            gathered = self.accelerator.gather(torch.cat(figures, dim=1))
+            self._upstream.check_layout(self, mode, *gathered[:, FIGURES - 2 : FIGURES].T)
+            gathered = gathered[: self._real_pairs(len(gathered))]
+            metrics = dict(learned)
             if mode == "train":
-                metrics |= summarize(figures)
+                metrics |= summarize_all(gathered, [*judgements])
             else:
-                self._evaluated.append(figures)  # summarized in `log`, over the whole evaluation
+                self._evaluated.append(gathered)  # summarized in `log`, over the whole evaluation
         if "accuracy" in metrics:
             # TRL's accuracy counts pairs in which the chosen side is ahead, even if the rejected side won the votes.
             self._metrics[mode]["accuracy"].pop()
@@ -401,20 +432,22 @@ class DiscoRewardTrainer(
 
         if mode == "train":
             self._guard.check_loss(loss, rows, self.args, self.state)
-            head = self._reward_model.scale_head
-            if head.fixed_scale is None:
-                head.track(outputs.scale_state, outputs.logits, gather=self.accelerator.gather)
+            heads = self._reward_model.reward_head.by_attribute().values()
+            for head, part in zip(heads, outputs.by_attribute(), strict=True):
+                if head.scale.fixed_scale is None:
+                    head.scale.track(outputs.scale_state, part.location, gather=self.accelerator.gather)
             # Only in the first pass are predictions made in advance, which calibration needs. A posterior uses all.
             in_advance = (self.state.epoch or 0) < 1
-            if self._memory is not None and (in_advance or self.args.epistemic):
-                self._memory.add_output(outputs, judgements, answers, in_advance)
+            keeps_all = self.args.epistemic or self._reward_model.attributes
+            if self._memory is not None and (in_advance or keeps_all):
+                self._memory.add_output(outputs, judgements, answers, in_advance, by_rater)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._unseen_memory = None  # of an earlier run
         output = super().train(*args, **kwargs)
         # The last evaluation was of the head as it was before it was fitted, and is what the model card quotes.
-        changed = any(fit.changed for fit in self._head_fits)
-        if changed and self.args.eval_strategy != "no" and self.eval_dataset is not None:
+        if self._head_fits.changed and self.args.eval_strategy != "no" and self.eval_dataset is not None:
             metrics = self.evaluate()
             if self.hp_search_backend is not None:
                 self.objective = self.compute_objective(metrics)
@@ -463,8 +496,6 @@ class DiscoRewardTrainer(
         # The last evaluation of each eval set
         evaluated = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
         metrics = {key: value for entry in evaluated for key, value in entry.items() if key != "epoch"}
-        fitted = {name: value for fit in self._head_fits for name, value in fit.metrics.items()}
-        factors = [value for name, value in fitted.items() if name.startswith("calibration_factor")]
         return make_model_card(
             self.model,
             model_name=model_name,
@@ -472,7 +503,7 @@ class DiscoRewardTrainer(
             dataset_name=dataset_name,
             tags={*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
             metrics=metrics,
-            calibration_factor=factors[-1] if factors else None,
+            calibration_factor=self._head_fits.calibration_factor,
         )
 
 

@@ -30,8 +30,8 @@ from torch import Tensor
 from ..distributions.likelihood import log_likelihood
 from ..distributions.ratings import SpreadTable, has_spread
 from ..distributions.reward_distribution import Family, RewardDistribution
-from ..models.heads import DiscoHead
 from ..models.likelihood_head import LikelihoodHead, to_responses, width_penalty
+from ..models.reward_head import RewardHead
 from ..models.scale_head import bounded_exp
 from .predictions import Predictions, numbered
 
@@ -68,7 +68,7 @@ class ScaleFit:
     gain: float
     standard_error: float
 
-    def log_scale_of(self, head: DiscoHead, predictions: Predictions) -> Tensor:
+    def log_scale_of(self, head: RewardHead, predictions: Predictions) -> Tensor:
         """log(σ / unit) of both sides `(P, 2)` of pairs that it was not fitted to."""
         states = predictions.scale_states.double() - head.scale.mean_hidden.detach().cpu().double()
         return torch.zeros(states.shape[:2]).double() if self.weight is None else states @ self.weight
@@ -83,7 +83,7 @@ class Evidence:
     [`~disco_trl.models.likelihood_head.LikelihoodHead`]. Each has a prior worth about one judgement.
 
     Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
+        head ([`~disco_trl.models.reward_head.RewardHead`]):
             Head that made the predictions.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.
@@ -93,7 +93,7 @@ class Evidence:
             Unit of each feature.
     """
 
-    def __init__(self, head: DiscoHead, family: Family, predictions: Predictions, unit: Tensor):
+    def __init__(self, head: RewardHead, family: Family, predictions: Predictions, unit: Tensor):
         self.features = (predictions.scale_states.double() - head.scale.mean_hidden.detach().cpu().double()) / unit
         self.location = predictions.location.double()
         self.shape = family.shape_from_raw(predictions.raw_shape.double()) if family.shape_names else None
@@ -192,13 +192,13 @@ class Evidence:
         return torch.cat([self.answers, torch.stack([self.rated_answers, alone], dim=1)])
 
     def settle(
-        self, head: DiscoHead, weight: Tensor, factor: float, scale_level: float, location_error: float
+        self, head: RewardHead, weight: Tensor, factor: float, scale_level: float, location_error: float
     ) -> None:
         """
         Fit what a head's likelihood learns beside the rewards to all that was said, in place, given everything else.
 
         Args:
-            head ([`~disco_trl.models.heads.DiscoHead`]):
+            head ([`~disco_trl.models.reward_head.RewardHead`]):
                 Head whose [`~disco_trl.models.likelihood_head.LikelihoodHead`] is changed. One without it is left as
                 it is.
             weight (`torch.DoubleTensor` of shape `(H,)`):
@@ -271,12 +271,12 @@ class Evidence:
         return self.judgements.weight.double() * log_probs
 
 
-def fit_scale(head: DiscoHead, family: Family, predictions: Predictions) -> ScaleFit:
+def fit_scale(head: RewardHead, family: Family, predictions: Predictions) -> ScaleFit:
     """
     Fit the weight of a head's scale to predictions, and judge it by cross-fitting.
 
     Args:
-        head ([`~disco_trl.models.heads.DiscoHead`]):
+        head ([`~disco_trl.models.reward_head.RewardHead`]):
             Head that made the predictions. It is not changed.
         family ([`~disco_trl.distributions.families.Family`]):
             Family of its rewards.

@@ -8,6 +8,7 @@ are set aside before training (`disco_trl.data.calibration_set`), and predicted 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..data.calibration_set import LEAST_ROWS, SHARE, split_calibration_set
-from ..data.collator import ANSWERS
+from ..data.collator import ANSWERS, BY_RATER
 from ..data.columns import ROW_COLUMN
 from ..distributions.judgements import Judgements
 from .calibration import ONE_PASS, why_no_forecasts
@@ -38,6 +39,7 @@ class UnseenPairs(Trainer):
     model: Any
     train_dataset: Any  # a `Dataset` where it is read here: of a stream, the number of passes is not known
     _unseen: Dataset | None = None
+    _unseen_memory: PredictionMemory | None = None
 
     def _set_pairs_aside(self, passes: float, seed: int) -> str | None:
         """
@@ -67,9 +69,26 @@ class UnseenPairs(Trainer):
         )
         return None
 
-    @torch.no_grad()
-    def _predict_unseen(self, memory: PredictionMemory) -> Predictions:
+    def _predict_unseen(self, attribute: str) -> Predictions:
         """Predict the pairs that were set aside, on this process, by a model that is whole."""
+        if self._unseen_memory is None:  # once a run, for all attributes
+            self._unseen_memory = self._make_memory()
+            self._remember_unseen(self._unseen_memory)
+        found = self._unseen_memory.predictions(attribute)
+        assert found is not None
+        return found
+
+    @abstractmethod
+    def _make_memory(self) -> PredictionMemory:
+        """An empty memory for predictions of this model."""
+
+    @abstractmethod
+    def _judgements_of(self, inputs: dict[str, Any]) -> dict[str, Judgements]:
+        """Take what was said, by attribute, out of a batch."""
+
+    @torch.no_grad()
+    def _remember_unseen(self, memory: PredictionMemory) -> None:
+        """Predict the pairs that were set aside, for all attributes."""
         dataset, model = self._unseen, self.model
         assert dataset is not None
         was_training = model.training
@@ -78,16 +97,10 @@ class UnseenPairs(Trainer):
         starts = range(0, len(dataset), size)
         for start in logging.tqdm(starts, desc="Predicting unseen pairs", disable=self.args.disable_tqdm):
             batch = self.data_collator([dataset[row] for row in range(start, min(start + size, len(dataset)))])
-            answers = batch.pop(ANSWERS, None)
+            answers, by_rater = (batch.pop(name, None) for name in (ANSWERS, BY_RATER))
             batch.pop(ROW_COLUMN, None)
             inputs: dict[str, Any] = dict(self._prepare_inputs(batch))
-            judgements = Judgements.of_batch(inputs)
-            margin = inputs.pop("margin", None)
-            outputs = model(**inputs, use_cache=False)
-            if judgements is None:
-                judgements = Judgements.forced_choices(len(outputs.logits) // 2, outputs.logits.device, margin)
-            memory.add_output(outputs, judgements, answers)
+            judgements = self._judgements_of(inputs)
+            inputs.pop("margin", None)
+            memory.add_output(model(**inputs, use_cache=False), judgements, answers, by_rater=by_rater)
         model.train(was_training)
-        found = memory.predictions()
-        assert found is not None
-        return found

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from forests import pairs, random_model
 from tiny_models import PAD
 from tiny_training import disco_trainer, furthest, logged, weights
@@ -34,6 +35,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "padded": {"train_sampling_strategy": "sequential", "prefix_sharing": False},
     "grouped": {"train_sampling_strategy": "group_by_length", "rows": 32},
     "layer": {"train_sampling_strategy": "sequential", "scale_layer": 2},
+    # Where thresholds start depends on all rows, of which none may be repeated then.
+    "attributes": {"train_sampling_strategy": "sequential", "rows": 16, "rated": "attributes and votes"},
+    "weighted sum": {"train_sampling_strategy": "sequential", "rows": 16, "rated": "attributes"},
 }
 EVALUATION = (
     "loss",
@@ -48,7 +52,25 @@ EVALUATION = (
 )
 
 
-def train(folder: Path, rows: Any = ROWS, scale_layer: int | None = None, **options: Any) -> Run:
+RATED = ("loss", "scale_mean", "scale_min", "scale_max")
+
+
+def with_ratings(rows: Dataset, said: str) -> Dataset:
+    """The same rows with ratings of two attributes, which depend on the answer alone, and perhaps without votes."""
+
+    def rate(row: dict[str, Any]) -> dict[str, Any]:
+        given: dict[str, Any] = {} if said.endswith("votes") else {"chosen_votes": 0, "rejected_votes": 0}
+        for side in ("chosen", "rejected"):
+            total = sum(row[f"{side}_ids"])
+            given[f"{side}_rating"] = {"tone": [1 + total % 3, 1 + total % 2], "length": [1 + total % 4, None]}
+        return given
+
+    return rows.map(rate)
+
+
+def train(
+    folder: Path, rows: Any = ROWS, scale_layer: int | None = None, rated: str | None = None, **options: Any
+) -> Run:
     import conftest
 
     tokenizer = conftest.build_tokenizer()
@@ -60,12 +82,15 @@ def train(folder: Path, rows: Any = ROWS, scale_layer: int | None = None, **opti
         model.scale_head.weight.data.zero_()
         model.set_scale_layer(scale_layer)
         model.scale_head.weight.data.copy_(weight)
+    train_dataset, eval_dataset = pairs(rows) if isinstance(rows, int) else rows, pairs(EVALUATED, seed=1)
+    if rated is not None:
+        train_dataset, eval_dataset = with_ratings(train_dataset, rated), with_ratings(eval_dataset, rated)
     trainer = disco_trainer(
         folder,
         model=model,
         processing_class=tokenizer,
-        train_dataset=pairs(rows) if isinstance(rows, int) else rows,
-        eval_dataset=pairs(EVALUATED, seed=1),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         per_device_train_batch_size=8 // processes,
         per_device_eval_batch_size=4,
         max_steps=-1,
@@ -93,7 +118,10 @@ def train(folder: Path, rows: Any = ROWS, scale_layer: int | None = None, **opti
         "is_fsdp2": getattr(trainer.accelerator, "is_fsdp2", False),
         "shares": trainer.data_collator.share_prefixes,
         "logs": logs,
-        "evaluation": {name: evaluation[f"eval_{name}"] for name in EVALUATION},
+        # Where nobody compared two answers, the accuracy means nothing, and there is no NLL.
+        "evaluation": {
+            name: evaluation[f"eval_{name}"] for name in EVALUATION if rated != "attributes" or name in RATED
+        },
         "head": [list(types) for types in {tuple(types) for types in seen}],
         "start": start,
         "end": {name: tensor.detach().clone() for name, tensor in end.items()},

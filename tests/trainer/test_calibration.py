@@ -205,8 +205,13 @@ def test_hindsight_finds_the_scale_where_answers_come_again():
     assert found[1] < found[0] - 0.1
 
 
+def overall(location, judgements):
+    """Overall rewards of a batch, and what was said about them, as a memory takes them."""
+    return {"overall": (location, None)}, {"overall": judgements}
+
+
 def test_the_memory_keeps_the_latest(tmp_path):
-    memory = PredictionMemory(rating_levels=2, strength_levels=1, keeps_hidden_states=True)
+    memory = PredictionMemory({"overall": 2}, {"overall": 1}, keeps_hidden_states=True)
     assert memory.predictions() is None
     for start in range(0, MOST_PAIRS + 1000, 100):
         numbers = torch.arange(start, start + 100).float()
@@ -214,7 +219,7 @@ def test_the_memory_keeps_the_latest(tmp_path):
         judgements = Judgements.forced_choices(100, torch.device("cpu"), margin=numbers)
         if start:  # the first batch has no ratings
             judgements = replace(judgements, rating_counts=hidden[:, :2], strength_counts=hidden[:100, :2])
-        memory.add(hidden, 2 * hidden, -hidden[:, :1], None, judgements, hidden[:, 0].long())
+        memory.add(hidden, 2 * hidden, *overall(-hidden[:, :1], judgements), hidden[:, 0].long())
         assert memory.seen == start + 100
     kept = memory.predictions()
     assert MOST_PAIRS <= len(kept) < MOST_PAIRS + 100
@@ -231,17 +236,12 @@ def test_the_memory_keeps_the_latest(tmp_path):
     assert torch.equal(kept.judgements.strength_counts[:, 0], kept.location[:, 1].neg())
 
     memory.save(tmp_path / "memory.safetensors")
-    other = PredictionMemory(rating_levels=2, strength_levels=1, keeps_hidden_states=True)
+    other = PredictionMemory({"overall": 2}, {"overall": 1}, keeps_hidden_states=True)
     other.load(tmp_path / "memory.safetensors")
     assert other.seen == memory.seen
     for one in (memory, other):
-        one.add(
-            torch.zeros(2, 3),
-            torch.zeros(2, 3),
-            torch.zeros(2, 1),
-            None,
-            Judgements.forced_choices(1, torch.device("cpu")),
-        )
+        said = Judgements.forced_choices(1, torch.device("cpu"))
+        one.add(torch.zeros(2, 3), torch.zeros(2, 3), *overall(torch.zeros(2, 1), said))
     torch.testing.assert_close(vars(other.predictions()), vars(memory.predictions()), rtol=0, atol=0)
     assert other.predictions().answers[-1].tolist() == [-1, -1]
 
@@ -251,7 +251,7 @@ def test_the_memory_keeps_forecasts_apart_from_later_passes(tmp_path):
     for number in range(4):
         state = torch.full((2, 3), float(number))
         one = Judgements.forced_choices(1, torch.device("cpu"))
-        memory.add(state, state, state[:, :1] + 1, None, one, in_advance=number < 2)
+        memory.add(state, state, *overall(state[:, :1] + 1, one), in_advance=number < 2)
     memory.save(tmp_path / "memory.safetensors")
     loaded = PredictionMemory()
     loaded.load(tmp_path / "memory.safetensors")
@@ -269,7 +269,7 @@ def test_a_memory_without_forecasts_is_saved_and_read(tmp_path):
     """As after a run that is resumed in its second pass from a checkpoint that has no predictions."""
     memory, loaded = PredictionMemory(), PredictionMemory()
     one = Judgements.forced_choices(1, torch.device("cpu"))
-    memory.add(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 1), None, one, in_advance=False)
+    memory.add(torch.ones(2, 3), torch.ones(2, 3), *overall(torch.ones(2, 1), one), in_advance=False)
     memory.save(tmp_path / "memory.safetensors")
     loaded.load(tmp_path / "memory.safetensors")
     assert len(loaded.predictions()) == 1 and loaded.forecasts() is None
@@ -374,9 +374,10 @@ def test_after_several_passes_it_is_by_pairs_that_were_set_aside(tiny_llama_dir,
     before, after = [log["eval_nll"] for log in trainer.state.log_history if "eval_nll" in log][-2:]
     assert after < before + 0.005  # as far as 400 pairs can tell
     unseen = Judgements.forced_choices(150, torch.device("cpu"))
-    forecasts = next(fit for fit in trainer._head_fits if isinstance(fit, Calibration)).forecasts
+    forecasts = next(fit for fit in trainer._head_fits.fits if isinstance(fit, Calibration)).forecasts
     assert torch.equal(forecasts.said, unseen.table)
-    kept = trainer._predict_unseen(trainer._make_memory())
+    trainer._unseen_memory = None  # what was predicted before the calibration
+    kept = trainer._predict_unseen("overall")
     torch.testing.assert_close(kept.location, forecasts.location, rtol=1e-4, atol=1e-5)
 
 

@@ -309,8 +309,8 @@ def test_a_calibrated_run_counts_the_errors_once(tmp_path, tiny_llama_dir, tiny_
     name = "calibration_factor_with_errors"
     (counted,) = (log[name] for log in logs if name in log)
     assert counted > calibrated > 0
-    assert trainer._memory.factor == counted
-    assert trainer._head_fits[-1].metrics == {name: counted}
+    assert trainer._memory.factors["overall"] == counted
+    assert trainer._head_fits.fits[-1].metrics == {name: counted}
     # What is kept has gone along with the head; its latest predictions are nearly what the head says now.
     predictions = trainer._memory.predictions()[slice(-8, None)]
     with torch.no_grad():

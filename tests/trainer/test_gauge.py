@@ -46,12 +46,12 @@ def votes(pairs: int, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"chosen_ids": ids[row, winner].tolist(), "rejected_ids": ids[row, 1 - winner].tolist()})
 
 
-def tiny_llama(seed: int = 0) -> LlamaForSequenceClassification:
+def tiny_llama(seed: int = 0, hidden_size: int = 16) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,

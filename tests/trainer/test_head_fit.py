@@ -118,7 +118,7 @@ def test_the_head_that_is_saved_is_the_one_evaluated_last(trained):
     assert trained.state.best_metric is None
     card = (trained._output_dir / "README.md").read_text()
     assert f"| eval_loss | {evaluations[1]:.4g} |" in card
-    assert f"multiplied by\n{trained._memory.factor:.3g}." in card
+    assert f"multiplied by\n{trained._memory.factors['overall']:.3g}." in card
 
 
 def test_the_posterior_knows_what_ratings_say(trained):
