@@ -77,8 +77,76 @@ class LoadingArguments:
 
 
 @dataclass(kw_only=True)
-class ScoringArguments(LoadingArguments):
-    """A reward model, and how many tokens go through it at once."""
+class ViewArguments:
+    """Which reward, of a model that knows several attributes."""
+
+    attribute: str | None = field(
+        default=None, metadata={"help": "Attribute whose reward is taken (default: the overall reward)."}
+    )
+    weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of attributes, of whose rewards the weighted sum is taken, as JSON: "
+            '\'{"helpfulness": 1, "verbosity": -0.5}\'.'
+        },
+    )
+    minimum: str | None = field(
+        default=None,
+        metadata={
+            "help": "Smallest rating that an answer should get, by attribute, as JSON: '{\"safety\": 4}'. An answer "
+            "that fails gets at most --floor."
+        },
+    )
+    min_probability: float = field(
+        default=0.5, metadata={"help": "Share of people who have to give it the minimum (default: %(default)s)."}
+    )
+    floor: float | None = field(default=None, metadata={"help": "Largest reward of an answer that fails."})
+
+    @property
+    def view_options(self) -> dict[str, Any]:
+        """Arguments of `DiscoReward` that say which reward is taken."""
+        return {
+            "attribute": self.attribute,
+            "weights": as_weights("--weights", self.weights),
+            "minimum": as_weights("--minimum", self.minimum),
+            "min_probability": self.min_probability,
+            "floor": self.floor,
+        }
+
+
+def as_weights(option: str, text: str | None) -> dict[str, float] | None:
+    """
+    Read a number for each attribute.
+
+    Args:
+        option (`str`):
+            Option of the command line, for the error.
+        text (`str`, *optional*):
+            JSON.
+
+    Returns:
+        `dict[str, float]`, *optional*: The numbers, or `None` if there is no text.
+
+    Raises:
+        `ValueError`: If it is anything else.
+    """
+    if text is None:
+        return None
+    import json
+
+    wrong = f"{option} {text!r} is not a number for each attribute, as JSON, such as " + '{"safety": 4}'
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(wrong) from error
+    if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
+        raise ValueError(wrong)
+    return found
+
+
+@dataclass(kw_only=True)
+class ScoringArguments(ViewArguments, LoadingArguments):
+    """A reward model, which of its rewards, and how many tokens go through it at once."""
 
     tokens_per_batch: int = field(
         default=8192,
@@ -98,7 +166,11 @@ class ScoringArguments(LoadingArguments):
         from ..rewards.disco_reward import DiscoReward
 
         return DiscoReward(
-            self.model_name_or_path, dtype=self.dtype, device=self.device, tokens_per_batch=self.tokens_per_batch
+            self.model_name_or_path,
+            dtype=self.dtype,
+            device=self.device,
+            tokens_per_batch=self.tokens_per_batch,
+            **self.view_options,
         )
 
 

@@ -101,6 +101,7 @@ def run(args: Arguments) -> None:
                     if name in first_row
                 },
                 tokens_per_batch=args.tokens_per_batch,
+                **args.view_options,
                 **options,
             )
             writer.write(

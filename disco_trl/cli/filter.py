@@ -51,6 +51,16 @@ class Arguments(ScoringArguments, OutputFileArguments, SplitArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.minimum is not None or self.floor is not None:
+            raise ValueError(
+                "--minimum and --floor bound what a transform makes of a reward, and the rules look at p and the "
+                "scale; leave them out"
+            )
+        if self.model_name_or_path is None and (self.attribute is not None or self.weights is not None):
+            raise ValueError(
+                "--attribute and --weights say which reward the model gives; pass --model_name_or_path, or, if "
+                "`disco-trl score` has scored the pairs, pass them there"
+            )
         if self.max_scale_quantile is None:
             return
         if self.max_scale is not None:

@@ -21,6 +21,13 @@ class Arguments(TransformArguments, OutputFileArguments, SplitArguments, Scoring
     """The arguments of `disco-trl score`."""
 
     prefix: str = field(default="", metadata={"help": "Prefix of the names of the new columns."})
+    all_attributes: bool = field(
+        default=False,
+        metadata={
+            "help": "Add the columns location_NAME and scale_NAME for each attribute that the model knows, whichever "
+            "of its rewards is taken."
+        },
+    )
     rows_per_part: int = field(
         default=256, metadata={"help": "Rows that a kill can cost, and that are held at once (default: %(default)s)."}
     )
@@ -53,7 +60,7 @@ def run(args: Arguments) -> None:
     check_output(out)
     transform = get_transform(args.transform, **args.transform_options)
     dataset = open_rows(args.dataset_name, args.dataset_config, args.dataset_split)
-    annotator = Annotator(args.load_reward(), transform, args.prefix)
+    annotator = Annotator(args.load_reward(), transform, args.prefix, args.all_attributes)
     rows, rows_before = annotate_file(dataset, out, annotator, args.rows_per_part)
     if state.is_main_process:
         print(f"{out}: {rows} rows, {rows_before} of them scored before")

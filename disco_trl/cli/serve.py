@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, field
 
 from ..serving.bearer_token import checked_token
-from .arguments import LoadingArguments, TransformArguments, at_least_one
+from .arguments import LoadingArguments, TransformArguments, ViewArguments, at_least_one
 
 
 LIMITS = (
@@ -27,7 +27,7 @@ LIMITS = (
 
 
 @dataclass(kw_only=True)
-class Arguments(TransformArguments, LoadingArguments):
+class Arguments(TransformArguments, ViewArguments, LoadingArguments):
     """The arguments of `disco-trl serve`."""
 
     host: str = field(
@@ -107,7 +107,8 @@ def run(args: Arguments) -> None:
     options = args.transform_options
     get_transform(args.transform, **options)  # before the model takes its time
     model = args.model_name_or_path
-    reward = DiscoReward(model, transform=args.transform, dtype=args.dtype, device=args.device, **options)
+    loading = {"dtype": args.dtype, "device": args.device, **args.view_options}
+    reward = DiscoReward(model, transform=args.transform, **loading, **options)
     limits = fit_open_files(Limits(**{name: getattr(args, name) for name in LIMITS}))
     app = create_app(reward, limits, token, name=model)
     # Otherwise the garbage collector walks the hundreds of thousands of objects of torch and transformers again and

@@ -3,7 +3,9 @@
 - `to="scalar"` writes the stock class with one label, the location. Any tool that loads a scalar reward model, however
   strict, loads it.
 - `to="two-logit"` writes the stock class with two labels, the location and the raw scale, for engines (vLLM, SGLang,
-  ONNX Runtime) whose clients compute the scale with [`from_two_logits`].
+  ONNX Runtime) whose clients compute the scale with [`~disco_trl.models.plain_logits.from_two_logits`].
+- `to="attributes"` writes the stock class with two labels for each attribute, of a model that knows several; clients
+  compute their joint distribution with [`~disco_trl.models.plain_logits.from_attribute_logits`].
 - `to="disco"` writes a disco checkpoint, which other tools load as a scalar reward model.
 
 An adapter is merged into its base model, in float32 and before any rounding. This also helps where the directory of an
@@ -20,9 +22,8 @@ locations have a standard deviation of 2.4 and whose log scales have one of 0.16
 and 0.05 on average and by 1.3 and 0.23 at most. Rounding it to bfloat16 changes it by 0.05 and 0.003 on average. Where
 this matters, use a QLoRA adapter with the base that it was trained on.
 
-**Two logits.** The raw scale is linear in the hidden state, up to the constant weight · mean_hidden. The heads of
-decoders have no bias that could hold it, so for every architecture it is in `config.json`, with the other constants,
-under `reward_distribution`. Without disco-trl, location and scale in the units of training are
+**Two logits.** The constants by which a scale is computed are in `config.json` under `reward_distribution`. Without
+disco-trl, location and scale in the units of training are
 
 ```python
 constants = config["reward_distribution"]
@@ -33,7 +34,13 @@ location, scale = logits[0], constants["unit_scale"] * exp(constants["max_log_sc
 Both logits read the pooled last hidden state. A scale that reads a middle layer (`scale_layer`) cannot be exported in
 this form. One that is the same for all answers can: its logit is 0 everywhere, and the formula gives the constant.
 
-A learned location error (`score.likelihood`) is not included. Probabilities from a two-logit model use σ alone, and
+**Attributes.** The logits are the location and the raw scale of each attribute in turn. `id2label` names them, and
+each entry of `constants["attributes"]` holds the name, the default weight and the formula of one. With
+`constants["correlation"]` they give the joint distribution, and so the distribution of every weighted sum. The overall
+reward of a model that was trained on overall judgements (`constants["has_rest"]`) is more than such a sum, and is not
+included; `to="scalar"` and `to="two-logit"` write it.
+
+A learned location error (`score.likelihood`) is not included. Probabilities from such a model use σ alone, and
 are overconfident by that much.
 
 The logits are needed without an activation. `problem_type` is `"regression"`, so that the pipelines of Transformers
@@ -42,9 +49,8 @@ with SGLang use `/classify`, because `/v1/classify` applies a softmax. Texts hav
 the end-of-text token. The classes and pipelines of Transformers are tested. What is said of vLLM and SGLang follows
 their documentation, and neither was run.
 
-**Verification.** The written files are loaded again in the usual way and compared with the source on sample texts, one
-by one and in a padded batch, before they get their name. In float32 arithmetic, with the weights as rounded to
-`dtype`, all outputs have to agree within [`TOLERANCE`]. What bfloat16 or float16 costs in use depends on the
+**Verification.** The written files are loaded again in the usual way and compared with the source on sample texts,
+before they get their name (see `disco_trl.models.export_proof`). What bfloat16 or float16 costs in use depends on the
 language model and not on the export: it is measured against the source in float32 and reported.
 """
 
@@ -63,57 +69,31 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.columns import OVERALL
 from ..data.files import locked, written_at_once
-from ..data.tokenization import tokenize
-from ..distributions.reward_distribution import RewardDistribution, get_family
+from ..distributions.reward_distribution import get_family
+from .export_proof import (
+    SAMPLE_TEXTS,
+    TOLERANCE,
+    Differences,
+    ProofError,
+    compare,
+    differences,
+    sample_rewards,
+    sample_sequences,
+)
 from .heads import DiscoHead
-from .inference import load_trained, run_in_batches
+from .inference import load_trained
 from .modeling import DiscoRewardModel
 from .outputs import OWN_OUTPUTS
-from .scale_head import MAX_LOG_SCALE
+from .plain_logits import ENTRY, attribute_entry, two_logit_entry
+from .reward_head import RewardHead
+from .reward_view import RewardView
+from .scale_head import ScaleHead
 
 
-TARGETS = ("scalar", "two-logit", "disco")
+TARGETS = ("scalar", "two-logit", "attributes", "disco")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The entry of config.json that holds the constants of a two-logit model.
-TWO_LOGIT_ENTRY = "reward_distribution"
-
-# Largest difference that verification accepts: of locations relative to max(1, |μ|), and of log σ. The order of
-# additions in float32 accounts for about 1e-6, and merging an adapter for about 1e-5.
-TOLERANCE = 1e-4
-
-SAMPLE_TEXTS = (
-    "Yes.",
-    "The capital of France is Paris.",
-    "I did not like the film at all, but my sister, who has seen it twice, says that it grows on you: 8/10?",
-    "def add(a, b):\n    return a + b  # works for strings, too",
-    "Ich weiß es nicht… 申し訳ありませんが、わかりません。 🙂",
-    "To learn the piano, practise a little every day. " * 6,
-)
-
-
-def from_two_logits(logits: Tensor, constants: Mapping[str, Any]) -> RewardDistribution:
-    """
-    Convert the logits of a two-logit model to reward distributions.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., 2)`):
-            Logits of the model, without an activation.
-        constants (`Mapping`):
-            Entry `reward_distribution` of its config.json.
-
-    Returns:
-        [`~disco_trl.RewardDistribution`]: Location and scale of shape `(...)`, in float32.
-    """
-    location, raw_with_offset = logits.double().unbind(-1)
-    bound = constants["max_log_scale"]
-    raw = raw_with_offset - constants["raw_scale_offset"]
-    scale = constants["unit_scale"] * torch.exp(bound * torch.tanh(raw / bound))
-    return RewardDistribution(location.float(), scale.float(), constants["reward_family"])
-
-
-class ProofError(RuntimeError):
-    """Error for written files that do not give the rewards of their source."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +115,9 @@ class ExportReport:
             Largest |Δμ| between the exported model, run in `dtype`, and the source in float32.
         log_scale_rounding (`float`, *optional*):
             Largest |Δ log σ| of the same kind. `None` for a scalar model.
-        constant_scale (`float`, *optional*):
-            The scale of all answers, in reward units, if it is the same for all. `None` for a scalar model.
+        constant_scales (`dict[str, float]`):
+            For each attribute, or `"overall"`, the scale of all answers in reward units, where it is the same for all.
+            Empty for a scalar model.
     """
 
     architecture: str
@@ -145,7 +126,7 @@ class ExportReport:
     log_scale_difference: float | None
     location_rounding: float
     log_scale_rounding: float | None
-    constant_scale: float | None
+    constant_scales: dict[str, float]
 
     def __str__(self) -> str:
         def figures(location: float, log_scale: float | None) -> str:
@@ -162,9 +143,10 @@ class ExportReport:
                 f"  run in {self.dtype}, against the source in float32: "
                 + figures(self.location_rounding, self.log_scale_rounding)
             )
-        if self.constant_scale is not None:
+        for name, scale in self.constant_scales.items():
+            of_attribute = "" if name == OVERALL else f" of {name!r}"
             lines.append(
-                f"  the scale is {self.constant_scale:.6g} for all answers, and says nothing about a single one"
+                f"  the scale{of_attribute} is {scale:.6g} for all answers, and says nothing about a single one"
             )
         return "\n".join(lines)
 
@@ -175,6 +157,8 @@ def export(
     to: str,
     dtype: str = "float32",
     overwrite: bool = False,
+    attribute: str | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> ExportReport:
     """
     Write a reward model, its tokenizer and its chat template as files that other tools load.
@@ -185,19 +169,25 @@ def export(
         output (`str` or `os.PathLike`):
             Directory to write. It appears only after verification has succeeded.
         to (`str`):
-            `"scalar"`, `"two-logit"` or `"disco"`; see the documentation of this module.
+            `"scalar"`, `"two-logit"`, `"attributes"` or `"disco"`; see the documentation of this module.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`. The head of a disco checkpoint stays in
             float32.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a model in `output`.
+        attribute (`str`, *optional*):
+            Attribute whose reward is written, of a model that knows several. By default the overall reward, and with
+            `to="disco"` all of them. With `to="attributes"` it cannot be given.
+        weights (`Mapping[str, float]`, *optional*):
+            Weights of attributes, of whose rewards the weighted sum is written, with `to="scalar"`.
 
     Returns:
         [`ExportReport`]: What was written, and how close it is to its source.
 
     Raises:
         `ValueError`: If the model cannot be exported to that form, with the reason, or if `output` is in use.
-        [`ProofError`]: If the loaded files do not give the rewards of the source. Nothing is left in `output`.
+        [`~disco_trl.models.export_proof.ProofError`]: If the loaded files do not give the rewards of the source.
+            Nothing is left in `output`.
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r} is unknown; choose one of {', '.join(map(repr, TARGETS))}")
@@ -206,37 +196,45 @@ def export(
     model, output = os.fspath(model), Path(output)
     _check_output(model, output, overwrite)
 
-    tokenizer, source = _load(model, to)
-    head = (source.get_base_model() if is_peft_model(source) else source).scale_head
-    constant = (head.fixed_scale or head.unit_scale) if to != "scalar" and head.is_constant else None
-    sequences = _samples(tokenizer, source)
-    expected = _score(source, sequences)
-    merging: _Differences = (0.0, None)
+    if to == "attributes" and not attribute is weights is None:
+        raise ValueError(f"to={to!r} writes all attributes; leave out attribute and weights, or choose another form")
+    if weights is not None and to != "scalar":
+        raise ValueError(
+            f"to={to!r}: the scale of a weighted sum of attributes is no function that a head of its own computes; "
+            "use 'scalar', or 'attributes' or 'disco' without weights, which hold all attributes"
+        )
+    tokenizer, source = _load(model, to, RewardView(attribute, weights))
+    inner = source.get_base_model() if is_peft_model(source) else source
+    scales = {name: head.scale for name, head in _heads_with_scale(inner, to).items()}
+    constants = {name: scale.level for name, scale in scales.items() if scale.is_constant}
+    sequences = sample_sequences(tokenizer, source)
+    expected = sample_rewards(source, sequences, to)
+    merging = Differences(0.0, None)
     if is_peft_model(source):
         _check_output(source.get_base_model().config._name_or_path, output, overwrite)
         source = source.merge_and_unload(safe_merge=True)
-        merging = _compare("the merged model", _score(source, sequences), expected)
+        merging = compare("the merged model", sample_rewards(source, sequences, to), expected)
     _round_weights(source, DTYPES[dtype], with_head=to != "disco")
-    rounded = _score(source, sequences)
+    rounded = sample_rewards(source, sequences, to)
     with locked(output.resolve()), written_at_once(output.resolve(), folder=True) as folder:
         _write(source, folder, to, DTYPES[dtype])
         tokenizer.save_pretrained(folder)
         del source  # its memory is needed for what comes now
         written = _reload(folder, to, DTYPES[dtype])
-        in_dtype = _score(written, sequences)
-        location_rounding, log_scale_rounding = _differences(in_dtype, expected, relative=False)
-        if not math.isfinite(location_rounding):
+        in_dtype = sample_rewards(written, sequences, to)
+        rounding = differences(in_dtype, expected, relative=False)
+        if not math.isfinite(rounding.location):
             raise ProofError(f"in {dtype} its rewards are not finite: the language model overflows; use bfloat16")
-        in_float32 = in_dtype if dtype == "float32" else _score(written.float(), sequences)
-        location_difference, log_scale_difference = _compare("the reloaded model", in_float32, rounded)
+        in_float32 = in_dtype if dtype == "float32" else sample_rewards(written.float(), sequences, to)
+        found = compare("the reloaded model", in_float32, rounded)
     return ExportReport(
         architecture=type(written).__name__,
         dtype=dtype,
-        location_difference=max(location_difference, merging[0]),
-        log_scale_difference=None if log_scale_difference is None else max(log_scale_difference, merging[1] or 0.0),
-        location_rounding=location_rounding,
-        log_scale_rounding=log_scale_rounding,
-        constant_scale=constant,
+        location_difference=max(found.location, merging.location),
+        log_scale_difference=None if found.log_scale is None else max(found.log_scale, merging.log_scale or 0.0),
+        location_rounding=rounding.location,
+        log_scale_rounding=rounding.log_scale,
+        constant_scales=constants,
     )
 
 
@@ -256,7 +254,7 @@ def _check_output(model: str, output: Path, overwrite: bool) -> None:
 # The source
 
 
-def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
+def _load(path: str, to: str, view: RewardView) -> tuple[PreTrainedTokenizerBase, Any]:
     """Load tokenizer and model, in float32 and evaluation mode. Raise a `ValueError` if it cannot be exported."""
     source = load_trained(path, dtype=torch.float32)
     inner = source.get_base_model() if is_peft_model(source) else source
@@ -273,28 +271,29 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
             "DiscoRewardModel.from_pretrained"
         )
 
-    scale = inner.scale_head
-    if to == "two-logit" and scale.fixed_scale is not None:
+    if to == "attributes" and not inner.attributes:
         raise ValueError(
-            f"{path}: its scale is fixed at {scale.fixed_scale:g} and no function of the hidden state, so a second "
-            "logit would say nothing; use --to scalar"
+            f"{path}: it knows no attributes, because nobody rated or compared any in its training data; use "
+            "--to two-logit for its overall reward"
         )
-    if to == "two-logit" and get_family(inner.config.disco["reward_family"]).shape_names:
+    # A sum of normal rewards has a scale that is the root of a quadratic form of theirs.
+    is_sum = inner.is_weighted_sum and view.attribute in (None, OVERALL) and view.weights is None
+    if is_sum and (to == "two-logit" or (to == "disco" and view.attribute == OVERALL)):
+        raise ValueError(
+            f"{path}: its overall reward is a weighted sum of attributes, whose scale no head of its own computes; "
+            f"name one of them ({', '.join(map(repr, inner.attributes))}), or use --to attributes, which holds all, "
+            "or --to scalar"
+        )
+    if view.weights is not None:
+        inner.keep_sum(view.weights)
+    elif view.attribute is not None or to in ("scalar", "two-logit"):
+        inner.keep_only(view.attribute or OVERALL)
+    for name, head in _heads_with_scale(inner, to).items():
+        _check_scale(path, head.scale, "its scale" if name == OVERALL else f"the scale of {name!r}", to)
+    if to in ("two-logit", "attributes") and get_family(inner.config.disco["reward_family"]).shape_names:
         raise ValueError(
             f"{path}: a {inner.config.disco['reward_family']!r} reward has shape parameters beside location and "
-            "scale, which two logits cannot hold; use --to scalar or --to disco"
-        )
-    if to == "two-logit" and scale.layer is not None and not scale.is_constant:
-        raise ValueError(
-            f"{path}: its scale reads the mean hidden state of layer {scale.layer} (scale_layer), and the second of "
-            "two logits reads what the first one does, the last hidden state; use --to scalar or --to disco"
-        )
-    # A scale that training has left or made constant is an honest result. One that no training has seen is none, and a
-    # file that promises a scale would mislead.
-    if to != "scalar" and scale.fixed_scale is None and scale.is_constant and not scale.rows_seen:
-        raise ValueError(
-            f"{path}: its scale is the same for all answers, because its weight is zero and no answers have trained "
-            "it; use --to scalar"
+            "scale, which the logits cannot hold; use --to scalar or --to disco"
         )
 
     tokenizer = _load_tokenizer(path, inner)
@@ -308,6 +307,37 @@ def _load(path: str, to: str) -> tuple[PreTrainedTokenizerBase, Any]:
     return tokenizer, source
 
 
+def _heads_with_scale(model: Any, to: str) -> dict[str, RewardHead]:
+    """The heads whose scale is written, by the names of their attributes."""
+    heads: dict[str, RewardHead] = model.reward_head.by_attribute()
+    if to in ("scalar", "two-logit"):
+        return {OVERALL: heads[OVERALL]} if to == "two-logit" else {}
+    if to == "attributes" or model.is_weighted_sum:
+        del heads[OVERALL]
+    return heads
+
+
+def _check_scale(path: str, scale: ScaleHead, what: str, to: str) -> None:
+    """Raise a `ValueError` if a scale cannot be written in that form."""
+    if to != "disco" and scale.fixed_scale is not None:
+        raise ValueError(
+            f"{path}: {what} is fixed at {scale.fixed_scale:g} and no function of the hidden state, so a logit for it "
+            "would say nothing; use --to scalar"
+        )
+    if to != "disco" and scale.layer is not None and not scale.is_constant:
+        raise ValueError(
+            f"{path}: {what} reads the mean hidden state of layer {scale.layer} (scale_layer), and the logit of a "
+            "scale reads what that of its location does, the last hidden state; use --to scalar or --to disco"
+        )
+    # A scale that training has left or made constant is an honest result. One that no training has seen is none, and a
+    # file that promises a scale would mislead.
+    if scale.fixed_scale is None and scale.is_constant and not scale.rows_seen:
+        raise ValueError(
+            f"{path}: {what} is the same for all answers, because its weight is zero and no answers have trained it; "
+            "use --to scalar"
+        )
+
+
 def _load_tokenizer(path: str, inner: Any) -> PreTrainedTokenizerBase:
     places = dict.fromkeys((path, inner.config._name_or_path))  # an adapter's directory may have none
     reasons = []
@@ -317,18 +347,6 @@ def _load_tokenizer(path: str, inner: Any) -> PreTrainedTokenizerBase:
         except (OSError, ValueError) as error:
             reasons.append(f"{place}: {error}")
     raise ValueError("the model has no tokenizer, without which it is of no use; save it there. " + " ".join(reasons))
-
-
-def _samples(tokenizer: PreTrainedTokenizerBase, source: Any) -> list[list[int]]:
-    """Tokenize the sample texts, the last two as a conversation if the tokenizer has a chat template."""
-    contents: list[Any] = list(SAMPLE_TEXTS)
-    if tokenizer.chat_template is not None:
-        roles = ("user", "assistant")
-        contents[-1] = [{"role": role, "content": text} for role, text in zip(roles, SAMPLE_TEXTS[-2:], strict=True)]
-    # Where a text is cut does not matter for a comparison. The 8 are for RoBERTa, which counts positions from the id
-    # of its padding token.
-    limit = getattr(source.config, "max_position_embeddings", None) or 4096
-    return [tokenize(tokenizer, content)[: max(limit - 8, 1)] for content in contents]
 
 
 # What is written
@@ -353,25 +371,20 @@ def _write(source: Any, folder: Path, to: str, dtype: torch.dtype) -> None:
         # Of the head, the location row alone. All else is in its submodules.
         row = {f"{head_prefix}weight", f"{head_prefix}bias"}
         state = {name: value for name, value in state.items() if name in row or not name.startswith(head_prefix)}
-    if to == "two-logit":
-        offset = torch.dot(head.scale.weight[0].double(), head.scale.mean_hidden.double()).item()
-        setattr(
-            config,
-            TWO_LOGIT_ENTRY,
-            {
-                "reward_family": config.disco["reward_family"],
-                "unit_scale": head.scale.unit_scale * head.scale.log_level.exp().item(),
-                "max_log_scale": MAX_LOG_SCALE,
-                "raw_scale_offset": offset,
-                "formula": "location = logits[0]; scale = unit_scale * exp(max_log_scale * "
-                "tanh((logits[1] - raw_scale_offset) / max_log_scale))",
-            },
-        )
-        config.id2label = {0: "location", 1: "raw_scale"}
-        config.label2id = {"location": 0, "raw_scale": 1}
-        state[f"{head_prefix}weight"] = torch.cat([head.weight, head.scale.weight])
+    if to in ("two-logit", "attributes"):
+        setattr(config, ENTRY, two_logit_entry(source) if to == "two-logit" else attribute_entry(source))
+        heads = _heads_with_scale(source, to)
+        labels = [
+            label if to == "two-logit" else f"{label}_{name}" for name in heads for label in ("location", "raw_scale")
+        ]
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        rows: list[Tensor] = [row for one in heads.values() for row in (one.weight, one.scale.weight)]
+        state[f"{head_prefix}weight"] = torch.cat(rows)
         if head.bias is not None:
-            state[f"{head_prefix}bias"] = torch.cat([head.bias, torch.zeros_like(head.bias)])
+            # The bias is the overall reward's alone.
+            bias = torch.zeros(len(rows), dtype=head.bias.dtype, device=head.bias.device)
+            state[f"{head_prefix}bias"] = torch.cat([head.bias, bias[1:]]) if to == "two-logit" else bias
     if to != "disco":
         _make_plain(config)
     state = {
@@ -396,9 +409,6 @@ def _make_plain(config: Any) -> None:
     config.problem_type = "regression"
 
 
-# Verification
-
-
 def _reload(folder: Path, to: str, dtype: torch.dtype) -> Any:
     if to == "disco":
         return DiscoRewardModel.from_pretrained(folder, dtype=dtype).eval()
@@ -406,48 +416,3 @@ def _reload(folder: Path, to: str, dtype: torch.dtype) -> Any:
     if faults := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
         raise ProofError(f"the stock class does not take the files as they are: {faults}")
     return model.eval()
-
-
-# Locations and log scales, of shape `(2N,)` each, of N texts that were scored alone and then in one batch
-_Scores = tuple[Tensor, Tensor | None]
-# The largest difference of locations, and of log scales where both sides have them
-_Differences = tuple[float, float | None]
-
-
-def _score(model: Any, sequences: list[list[int]]) -> _Scores:
-    places, locations, log_scales = [], [], []
-    for start, tokens_per_batch in ((0, 1), (len(sequences), sum(map(len, sequences)) * len(sequences))):
-        for indices, output in run_in_batches(model, sequences, tokens_per_batch):
-            # The order of the batches depends on whether the model shares prefixes.
-            places += [start + index for index in indices]
-            location, scale = output.logits[:, 0], getattr(output, "scale", None)
-            if output.logits.shape[-1] == 2:
-                reward = from_two_logits(output.logits, getattr(model.config, TWO_LOGIT_ENTRY))
-                location, scale = reward.location, reward.scale
-            locations.append(location.float())
-            if scale is not None:
-                log_scales.append(scale.reshape(-1).float().log())
-    order = torch.tensor(places).argsort()
-    return torch.cat(locations)[order], torch.cat(log_scales)[order] if log_scales else None
-
-
-def _differences(scores: _Scores, expected: _Scores, relative: bool = True) -> _Differences:
-    difference = (scores[0] - expected[0]).abs()
-    if relative:
-        difference /= expected[0].abs().clamp_min(1)
-    log_scale = None
-    if scores[1] is not None and expected[1] is not None:
-        log_scale = (scores[1] - expected[1]).abs().max().item()
-    return difference.max().item(), log_scale
-
-
-def _compare(what: str, scores: _Scores, expected: _Scores) -> _Differences:
-    location, log_scale = _differences(scores, expected)
-    # `not ... <=` also fails for nan.
-    for name, difference in (("locations", location), ("log scales", log_scale)):
-        if difference is not None and not difference <= TOLERANCE:
-            raise ProofError(
-                f"{what} does not give the rewards of its source: {name} differ by up to {difference:.2g}, and "
-                f"{TOLERANCE:.0e} is allowed; nothing was written"
-            )
-    return location, log_scale

@@ -21,6 +21,7 @@ from .loading import CheckpointKind, load_reward_model
 from .modeling import disco_class
 from .outputs import overall
 from .prefix_sharing import prepare
+from .reward_view import RewardsByAttribute, RewardView
 
 
 logger = logging.get_logger(__name__)
@@ -203,11 +204,57 @@ def run_in_batches(
             module.training = True
 
 
+def score_by_attribute(
+    model: Any,
+    sequences: Sequence[list[int]],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    description: str | None = None,
+) -> RewardsByAttribute:
+    """
+    Compute all rewards of token sequences: overall, and for each attribute that the model knows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`run_in_batches`].
+        sequences (`Sequence[list[int]]`):
+            As in [`run_in_batches`].
+        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+            As in [`run_in_batches`].
+        description (`str`, *optional*):
+            As in [`run_in_batches`].
+
+    Returns:
+        [`~disco_trl.models.reward_view.RewardsByAttribute`]: N rewards, in float32 on the CPU, in the order of
+        `sequences`. A model without a scale gives the logistic family with every scale at 1/√2, which is
+        Bradley–Terry.
+
+    Raises:
+        `ValueError`: As in [`run_in_batches`].
+    """
+    inner = model.get_base_model() if is_peft_model(model) else model
+    if not sequences and hasattr(model.config, "disco"):
+        return RewardsByAttribute.of_nothing(inner).to("cpu", torch.float32)
+    order: list[int] = []
+    nothing = RewardDistribution(torch.empty(0), torch.empty(0), "logistic")
+    parts = [] if sequences else [RewardsByAttribute(nothing)]
+    for indices, output in run_in_batches(model, sequences, tokens_per_batch, description):
+        if getattr(output, "scale", None) is None:
+            location = overall(output.logits)
+            scale = torch.full_like(location, 1 / math.sqrt(2))
+            rewards = RewardsByAttribute(RewardDistribution(location, scale, "logistic"))
+        else:
+            rewards = RewardsByAttribute.of_output(inner, output)
+        parts.append(rewards.to("cpu", torch.float32))
+        order += indices
+    return RewardsByAttribute.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
+
+
 def score(
     model: Any,
     sequences: Sequence[list[int]],
     tokens_per_batch: int = TOKENS_PER_BATCH,
     description: str | None = None,
+    view: RewardView | None = None,
 ) -> RewardDistribution:
     """
     Compute the rewards of token sequences.
@@ -221,27 +268,18 @@ def score(
             As in [`run_in_batches`].
         description (`str`, *optional*):
             As in [`run_in_batches`].
+        view ([`~disco_trl.models.reward_view.RewardView`], *optional*):
+            Which rewards, of a model that knows several attributes. By default the overall ones.
 
     Returns:
-        [`~disco_trl.RewardDistribution`]: Location and scale of shape `(N,)`, in float32 on the CPU, in the order of
-        `sequences`. A model without a scale gives the logistic family with every scale at 1/√2, which is
-        Bradley–Terry.
+        [`~disco_trl.RewardDistribution`]: Location and scale of shape `(N,)`, otherwise as in
+        [`score_by_attribute`].
 
     Raises:
-        `ValueError`: As in [`run_in_batches`].
+        `ValueError`: As in [`run_in_batches`] and [`~disco_trl.models.reward_view.RewardView.read`].
     """
-    inner = model.get_base_model() if is_peft_model(model) else model
-    order: list[int] = []
-    parts = [] if sequences else [RewardDistribution(torch.empty(0), torch.empty(0), "logistic")]
-    for indices, output in run_in_batches(model, sequences, tokens_per_batch, description):
-        if getattr(output, "scale", None) is None:
-            location = overall(output.logits)
-            rewards = RewardDistribution(location, torch.full_like(location, 1 / math.sqrt(2)), "logistic")
-        else:
-            rewards = inner.rewards_of(output)
-        parts.append(rewards.map(lambda tensor: tensor.float().cpu()))
-        order += indices
-    return RewardDistribution.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
+    rewards = score_by_attribute(model, sequences, tokens_per_batch, description)
+    return (view or RewardView()).read(model, rewards)
 
 
 def load_trained(path: str, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """The model card of a trained reward model: what its rewards mean, how to load it, and how good it is."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import get_config_model_id
 
 from .._version import versions_of
+from ..distributions.numerics import is_identity
 from .distributed import is_in_shards
 from .modeling import DiscoRewardModel
 from .scale_head import ScaleHead
@@ -73,6 +75,7 @@ def make_model_card(
         family=reward_model.family,
         fixed_scale=reward_model.config.disco["fixed_scale"],
         scale_layer=reward_model.scale_layer,
+        attributes=_attributes(reward_model),
         constant_scale=_constant_scale(reward_model.scale_head),
         is_adapter=is_adapter,
         metrics=metrics,
@@ -85,7 +88,33 @@ def _constant_scale(head: ScaleHead) -> float | None:
     """The learned scale that all answers have, or `None` if it varies or is fixed, or is in shards."""
     if head.fixed_scale is not None or is_in_shards(head.weight):
         return None
-    return head.unit_scale if head.is_constant else None
+    return head.level if head.is_constant else None
+
+
+def _attributes(model: DiscoRewardModel) -> dict[str, Any] | None:
+    """What the card says of the attributes, or `None` if the model knows none."""
+    heads = model.reward_head.attributes
+    if heads is None:
+        return None
+    # Learned weights may be in shards.
+    weights = dict.fromkeys(heads.names) if is_in_shards(heads.raw_weight) else model.attribute_weights
+    each = [
+        {
+            "name": " ".join(name.split()).replace("|", "\\|"),  # as a cell of a table
+            "weight": weights[name],
+            "rating_values": [f"{value:g}" for value in model.likelihoods[name].get("rating_values", ())],
+        }
+        for name in heads.names
+    ]
+    first = heads.names[0]
+    return {
+        "each": each,
+        "has_rest": not model.is_weighted_sum,
+        "correlation": None if is_identity(heads.correlation) else heads.correlation.tolist(),
+        "first": repr(first),
+        "first_in_shell": shlex.quote(first),
+        "weights": repr({name: float(f"{start:.4g}") for name, start in zip(heads.names, heads.start, strict=True)}),
+    }
 
 
 def add_evaluation(folder: Path, text: str, pictures: list[Path]) -> None:

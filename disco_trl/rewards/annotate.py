@@ -47,7 +47,8 @@ from ..data.values import BadRow, Row
 from ..distributions.families import Family
 from ..distributions.transforms import Sample, Transform
 from ..models.distributed import process_state
-from ..models.inference import check_sequences, score
+from ..models.inference import check_sequences, score_by_attribute
+from ..models.reward_view import RewardView
 
 
 def find_answers(row: Row) -> Layout:
@@ -122,6 +123,7 @@ class Rewarder(Protocol):
     family: Family
     transform: Transform
     tokens_per_batch: int
+    view: RewardView
 
     @property
     def has_location_error(self) -> bool:
@@ -139,15 +141,23 @@ class Annotator:
             What the reward is, by default that of `reward`.
         prefix (`str`, *optional*, defaults to `""`):
             Put before the names of the new columns.
+        all_attributes (`bool`, *optional*, defaults to `False`):
+            Whether to add the location and the scale for each attribute that the model knows.
 
     Raises:
-        `ValueError`: If the transform does not exist for the model's family, or needs all answers to a prompt at once.
+        `ValueError`: If the transform does not exist for the model's family, or needs all answers to a prompt at once,
+            or if the model knows no attributes and all are asked for.
     """
 
-    def __init__(self, reward: Rewarder, transform: Transform | None = None, prefix: str = ""):
+    def __init__(
+        self, reward: Rewarder, transform: Transform | None = None, prefix: str = "", all_attributes: bool = False
+    ):
         self.reward = reward
         self.transform = transform or reward.transform
         self.prefix = prefix
+        self.attributes = tuple(reward.model.attributes) if all_attributes else ()
+        if all_attributes and not self.attributes:
+            raise ValueError("all_attributes: the model knows no attributes beside its overall reward; leave it out")
         self.transform.check_family(reward.family.name)
         if self.transform.needs_groups:
             raise ValueError(
@@ -165,11 +175,21 @@ class Annotator:
                 Where the answers are.
 
         Returns:
-            `list[str]`: `location`, `scale`, `location_error` where the model has one, and `reward_TRANSFORM`. For
-            pairs each comes twice, with `_chosen` and `_rejected` after it, and `prob_chosen` is P(chosen ≻ rejected).
+            `list[str]`: `location`, `scale`, `location_error` where the model has one, `reward_TRANSFORM`, and
+            `location_NAME` and `scale_NAME` of each attribute, if they are asked for. For pairs each comes twice, with
+            `_chosen` and `_rejected` after it, and `prob_chosen` is P(chosen ≻ rejected).
+
+        Raises:
+            `ValueError`: If an attribute has a name that makes two columns of one name.
         """
         error = ["location_error"] if self.reward.has_location_error else []
         names = ["location", "scale", *error, f"reward_{self.transform.name}"]
+        names += [f"{kind}_{name}" for name in self.attributes for kind in ("location", "scale")]
+        if len({*names}) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(
+                f"two columns would be named {twice!r}, one of them after an attribute; leave out all_attributes"
+            )
         if layout.is_pair:
             names = [f"{name}_{side}" for name in names for side in TEXT_PAIR] + ["prob_chosen"]
         return [self.prefix + name for name in names]
@@ -215,7 +235,8 @@ class Annotator:
                 number, side = divmod(position, sides)
                 reason = str(refusal).removeprefix("sequence 0 ")
                 raise ValueError(f"row {first + number}, column {layout.columns[side]!r}: it {reason}") from refusal
-        distribution = score(self.reward.model, sequences, self.reward.tokens_per_batch)
+        found = score_by_attribute(self.reward.model, sequences, self.reward.tokens_per_batch)
+        distribution = self.reward.view.read(self.reward.model, found)
         bad = torch.nonzero(~(distribution.location.isfinite() & distribution.scale.isfinite())).flatten().tolist()
         if bad:
             raise FloatingPointError(
@@ -228,6 +249,8 @@ class Annotator:
             transform = dataclasses.replace(transform, seed=(transform.seed + 1_000_003 * first) % 2**63)
         error = [] if distribution.location_error is None else [distribution.location_error]
         values = [distribution.location, distribution.scale, *error, transform(distribution)]
+        for name in self.attributes:
+            values += [found.of_attribute(name).location, found.of_attribute(name).scale]
         columns = [value[side::sides] for value in values for side in range(sides)]
         if layout.is_pair:
             columns.append(distribution[0::2].prob_greater(distribution[1::2]))
@@ -242,7 +265,9 @@ class Annotator:
             "tokenizer": hashlib.blake2b(json.dumps(described, default=str).encode(), digest_size=16).hexdigest(),
             "family": self.reward.family.name,
             "transform": {"name": self.transform.name, **dataclasses.asdict(self.transform)},
+            "view": dataclasses.asdict(self.reward.view),
             "prefix": self.prefix,
+            "attributes": list(self.attributes),
         }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,16 +25,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.contents import message_problem
 from ..data.tokenization import Content, SpecialTokens, chat_template_arguments, tokenize
-from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
 from ..models.distributed import process_state
 from ..models.inference import TOKENS_PER_BATCH, check_pad_token, load_trained, run_in_batches
 from ..models.loading import check_found
 from ..models.modeling import DiscoRewardModel
-from ..models.outputs import RewardModelOutput
+from ..models.reward_view import RewardsByAttribute, RewardView
 from ..models.scale_head import MEMORY_OF_ROWS, ScaleHead
 from .annotate import Annotator, map_dataset
-from .reward_function import RewardFunction
+from .reward_function import RewardFunction, Scored
 
 
 logger = logging.getLogger(__name__)
@@ -93,6 +92,13 @@ class DiscoReward(RewardFunction):
             Maximum number of tokens in one batch, padding included.
         name (`str`, *optional*, defaults to `None`):
             Name in TRL's logs. If `None`, `disco_` followed by the name of the transform.
+        attribute (`str`, *optional*, defaults to `None`):
+            Attribute whose reward is taken, of a model that knows several. By default the overall reward.
+        weights (`Mapping[str, float]`, *optional*, defaults to `None`):
+            Weights of attributes, of whose rewards the weighted sum is taken in its place.
+        minimum, min_probability, floor:
+            Constraints on attributes, see [`~disco_trl.models.reward_view.RewardView`]: an answer that too few people
+            would rate at least the `minimum` gets at most the `floor`.
         **options:
             Options of the transform: `k`, `q`, `beta` or `seed`, and `total`.
 
@@ -122,10 +128,16 @@ class DiscoReward(RewardFunction):
         device: str | torch.device | None = None,
         tokens_per_batch: int = TOKENS_PER_BATCH,
         name: str | None = None,
+        attribute: str | None = None,
+        weights: Mapping[str, float] | None = None,
+        minimum: Mapping[str, float] | None = None,
+        min_probability: float = 0.5,
+        floor: float | None = None,
         **options: Any,
     ):
         # Options are validated before a model is loaded, which may take minutes.
         reward_transform = get_transform(transform, **options)
+        self.view = RewardView(attribute, weights, minimum, min_probability, floor)
         if isinstance(model, str | os.PathLike):
             check_found(os.fspath(model))
             if processing_class is None:
@@ -156,6 +168,7 @@ class DiscoReward(RewardFunction):
             # token of each text.
             inner.config.get_text_config().pad_token_id = _pad_token_id(processing_class)
         check_pad_token(inner, inner.config.get_text_config().pad_token_id)
+        self.view.of_nothing(inner)
 
     def tokenize(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[list[int]]:
         """Token ids of each prompt with its completion.
@@ -216,7 +229,7 @@ class DiscoReward(RewardFunction):
                 "text yourself, look at it, and take it out. No further row is named",
             )
 
-    def map(self, dataset: Any, prefix: str = "") -> Any:
+    def map(self, dataset: Any, prefix: str = "", all_attributes: bool = False) -> Any:
         """Adds columns with the rewards of its answers to a dataset.
 
         A row with one answer gets the columns `location`, `scale` and `reward_TRANSFORM`. A pair gets each of them for
@@ -229,20 +242,20 @@ class DiscoReward(RewardFunction):
                 prompt-completion, language modeling, or tokenized pairs.
             prefix (`str`, *optional*, defaults to `""`):
                 Prefix of the names of the new columns.
+            all_attributes (`bool`, *optional*, defaults to `False`):
+                Whether to add `location_NAME` and `scale_NAME` for each attribute that the model knows.
 
         Returns:
             [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with the new columns.
 
         Raises:
-            `ValueError`: If the dataset has no answers, a row is invalid, a new column exists already, or the
-            transform needs all answers to a prompt at once.
+            `ValueError`: If the dataset has no answers, a row is invalid, a new column exists already, the transform
+            needs all answers to a prompt at once, or the model knows no attributes and all are asked for.
         """
-        return map_dataset(dataset, Annotator(self, prefix=prefix))
+        return map_dataset(dataset, Annotator(self, prefix=prefix, all_attributes=all_attributes))
 
-    def _rewards_and_traits(
-        self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
-    ) -> tuple[RewardDistribution, Tensor]:
-        """Distributions of shape `(B,)` and `ScaleHead.traits` of shape `(B, 3)`."""
+    def _score(self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]) -> Scored:
+        """Rewards of `B` answers, with `ScaleHead.traits` of shape `(B, 3)`."""
         sequences = self.tokenize(prompts, completions, **columns)
         order: list[int] = []
         parts = []
@@ -251,17 +264,15 @@ class DiscoReward(RewardFunction):
         head, knows_training_rows = self._scale_head, self._knows_training_rows()
         for indices, output in run_in_batches(self.model, sequences, self.tokens_per_batch):
             order += indices
-            parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
+            parts.append(RewardsByAttribute.of_output(self._inner, output).to("cpu", torch.float32))
             if knows_training_rows:
                 traits[indices] = head.traits(output.scale_state, output.logits, output.scale).cpu()
         if not parts:
             # An empty batch has the same tensors as that of every other process, which `gather` relies on.
-            nothing = torch.empty(0, self._inner.reward_head.in_features, device=self._inner.reward_head.weight.device)
-            head_output = self._inner.reward_head(nothing, True, nothing)
-            output = RewardModelOutput.from_head(head_output, nothing, nothing)
-            parts.append(self._inner.rewards_of(output).map(lambda tensor: tensor.float().cpu()))
+            parts.append(RewardsByAttribute.of_nothing(self._inner).to("cpu", torch.float32))
         # `run_in_batches` sorts the rows by length; here they return to the order of the arguments.
-        rewards = RewardDistribution.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
+        found = RewardsByAttribute.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
+        rewards = self.view.read(self._inner, found)
         bad = torch.nonzero(~(rewards.location.isfinite() & rewards.scale.isfinite())).flatten().tolist()
         if bad:
             worst = rewards[bad[0]]
@@ -270,7 +281,8 @@ class DiscoReward(RewardFunction):
                 "rows), and TRL would take nan for no reward at all; load the reward model in bfloat16 or float32 "
                 "instead of float16"
             )
-        return rewards, traits
+        locations = {name: of_attribute.location for name, of_attribute in found.of_attributes().items()}
+        return Scored(rewards, traits, locations)
 
     def _report_shift(self, traits: Tensor) -> dict[str, Tensor]:
         if not self._knows_training_rows():
@@ -297,7 +309,7 @@ class DiscoReward(RewardFunction):
     @property
     def has_location_error(self) -> bool:
         """Whether the rewards have a `location_error`, the epistemic uncertainty of the location."""
-        return self._inner.has_location_error
+        return self.view.of_nothing(self._inner).location_error is not None
 
     @property
     def _inner(self) -> DiscoRewardModel:

@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather
@@ -28,6 +28,28 @@ from ..models.distributed import process_state
 logger = logging.getLogger(__name__)
 
 
+class Scored(NamedTuple):
+    """What a reward function has found out about B answers, on the CPU.
+
+    Attributes:
+        rewards ([`RewardDistribution`]):
+            Their rewards, of shape `(B,)`.
+        traits (`torch.Tensor` of shape `(B, ...)`):
+            What is compared with the training data.
+        locations (`dict[str, torch.Tensor]`):
+            Their locations, of shape `(B,)`, for each attribute that the model knows.
+    """
+
+    rewards: RewardDistribution
+    traits: Tensor
+    locations: dict[str, Tensor]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Scored:
+        """Applies a function to each tensor."""
+        locations = {name: function(location) for name, location in self.locations.items()}
+        return Scored(self.rewards.map(function), function(self.traits), locations)
+
+
 class RewardFunction(ABC):
     """TRL reward function with a distribution behind it: `reward(prompts, completions, **columns) -> list[float]`.
 
@@ -41,6 +63,8 @@ class RewardFunction(ABC):
     - `location/mean` and `scale/mean`: the mean location and the mean scale, in units of the reward.
     - `within_noise`: the share of pairs of siblings (answers to the same prompt) whose locations differ by less than
       the scale of their difference. A person could easily rank such a pair the other way round.
+    - `location/mean/NAME`: the mean location for each attribute that the model knows, whichever reward is taken.
+    - `below_minimum`: the share of answers that fail the `minimum`, if there is one.
 
     Metric names are prefixed with the name of the reward function. Location and scale are added to the table of
     completions through `log_extra`.
@@ -86,7 +110,7 @@ class RewardFunction(ABC):
             `ValueError`: If prompts and completions do not match. The message contains the row.
             `FloatingPointError`: If a reward is not finite. The message contains the row.
         """
-        return self._rewards_and_traits(prompts, completions, columns)[0]
+        return self._score(prompts, completions, columns).rewards
 
     def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any) -> list[float]:
         """Transformed rewards of this process's rows. TRL's trainers call this method.
@@ -108,26 +132,25 @@ class RewardFunction(ABC):
             `ValueError` or `FloatingPointError`: As in [`~RewardFunction.distribution`].
         """
         columns = _with_template_arguments_of_trainer(columns, len(prompts))
-        own, own_traits = self._rewards_and_traits(prompts, completions, columns)
+        scored = self._score(prompts, completions, columns)
+        own = scored.rewards
         state = process_state()
         counts = gather(torch.tensor([len(own)], device=state.device)).tolist()
         keys = torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long)
-        rewards = own.map(lambda rows: _gather_rows(rows, counts))
+        everywhere = scored.map(lambda rows: _gather_rows(rows, counts))
         group = torch.unique(_gather_rows(keys, counts), return_inverse=True)[1]
-        self._report(rewards, _gather_rows(own_traits, counts), group, **columns)
+        self._report(everywhere, group, **columns)
         if columns.get("log_extra") is not None:
             columns["log_extra"](f"{self.__name__}/location", own.location.tolist())
             columns["log_extra"](f"{self.__name__}/scale", own.scale.tolist())
         # Every process transforms the rows of all processes and keeps its own. Groups and draws of `"sample"` then do
         # not depend on how the rows are distributed.
         first = sum(counts[: state.process_index])
-        return self.transform(rewards, group)[first : first + len(own)].tolist()
+        return self.transform(everywhere.rewards, group)[first : first + len(own)].tolist()
 
     @abstractmethod
-    def _rewards_and_traits(
-        self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
-    ) -> tuple[RewardDistribution, Tensor]:
-        """Distributions of shape `(B,)` and, for `_report_shift`, traits of shape `(B, ...)`, both on the CPU."""
+    def _score(self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]) -> Scored:
+        """Rewards of `B` answers and, for `_report_shift`, their traits."""
 
     def _report_shift(self, traits: Tensor) -> dict[str, Tensor]:
         """Metrics that compare the batch of all processes with the training data, where the model has statistics of
@@ -135,12 +158,16 @@ class RewardFunction(ABC):
         """
         return {}
 
-    def _report(self, rewards: RewardDistribution, traits: Tensor, group: Tensor, **columns: Any) -> None:
+    def _report(self, scored: Scored, group: Tensor, **columns: Any) -> None:
         """Logs metrics of the batch of all processes, and warns about it."""
+        rewards = scored.rewards
         if len(rewards) == 0:
             return  # The means of nothing would be logged as NaN.
         members = group_members(group)
         metrics = {"location/mean": rewards.location.mean(), "scale/mean": rewards.scale.mean()}
+        metrics |= {f"location/mean/{name}": location.mean() for name, location in scored.locations.items()}
+        if rewards.cap is not None:
+            metrics["below_minimum"] = rewards.cap.isfinite().float().mean()
         within_noise = [self._within_noise(rewards[rows]) for rows in members if len(rows) > 1]
         if within_noise:
             metrics["within_noise"] = torch.cat(within_noise).float().mean()
@@ -150,7 +177,7 @@ class RewardFunction(ABC):
                 "some prompts have one answer only in this batch, which has no siblings to win against: its win rate "
                 "is set to 0.5. Raise num_generations, or use another transform",
             )
-        metrics |= self._report_shift(traits)
+        metrics |= self._report_shift(scored.traits)
         if columns.get("log_metric") is not None:
             for name, value in metrics.items():
                 columns["log_metric"](f"{self.__name__}/{name}", value.item())

@@ -1,11 +1,11 @@
 """HTTP server for a reward model: the application behind `disco-trl serve`.
 
-What flows: a body that [`Gate`] has let in → a request that `reading` has validated → token ids and groups → location
-and scale, computed by the [`~disco_trl.serving.batching.Batcher`] → rewards → the answer as JSON. The event loop only
-passes these on: bodies are read and tokenized in one thread, the model runs in a second, and answers are computed in a
-third, so that the server talks to other clients meanwhile. Each thread takes one request at a time, which limits the
-memory that requests need. Nothing is truncated. A client that disconnects gives up its place in the queue. A reward
-that is not finite is an error.
+What flows: a body that [`Gate`] has let in → a request that `reading` has validated → token ids and groups → all
+rewards of the model, computed by the [`~disco_trl.serving.batching.Batcher`] → those that the request asks for,
+transformed → the answer as JSON. The event loop only passes these on: bodies are read and tokenized in one thread, the
+model runs in a second, and answers are computed in a third, so that the server talks to other clients meanwhile. Each
+thread takes one request at a time, which limits the memory that requests need. Nothing is truncated. A client that
+disconnects gives up its place in the queue. A reward that is not finite is an error.
 
     disco-trl serve my-reward-model --port 8000
     curl localhost:8000/score -H 'Content-Type: application/json' -d '{"items": ["An answer.", "Another."]}'
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import math
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from .._version import __version__
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import Transform, get_transform
 from ..models.inference import TOKENS_PER_BATCH, most_positions
+from ..models.reward_view import RewardsByAttribute, RewardView
 from ..rewards.disco_reward import DiscoReward
 from ..rewards.reward_function import prompt_key
 from .batching import Batcher, QueueFullError, TooLargeError
@@ -53,6 +56,7 @@ try:
         ScoreRequest,
         ScoreResponse,
     )
+    from .views import attribute_results, requested_view
 except ImportError as error:
     raise ImportError(f"disco-trl serve needs {error.name}: pip install 'disco-trl[serve]'") from error
 
@@ -72,6 +76,8 @@ class Question:
             Token ids of its `N` contents.
         transform ([`~disco_trl.distributions.transforms.Transform`]):
             Transform of the rewards.
+        view ([`~disco_trl.models.reward_view.RewardView`]):
+            Which of the model's rewards.
         group (`torch.Tensor` of shape `(N,)`, *optional*):
             Number of the prompt that each content answers, if the transform compares the answers to one prompt.
         pairs (`list[list[int]]`):
@@ -81,6 +87,7 @@ class Question:
     name: str
     sequences: list[list[int]]
     transform: Transform
+    view: RewardView
     group: torch.Tensor | None
     pairs: list[list[int]] = field(default_factory=list)
 
@@ -103,7 +110,9 @@ class Scorer:
         # A text longer than the model's positions would fail in the model, at the cost of a batch.
         bounds = filter(None, (limits.max_tokens, most_positions(reward.model)))
         self.max_tokens = min(bounds, default=TOKENS_PER_BATCH)
-        self.batcher = Batcher(reward.model, limits.max_queue, limits.max_batch_tokens, metrics.observe_batch)
+        sizes = limits.max_queue, limits.max_batch_tokens
+        self.batcher = Batcher(reward.model, *sizes, metrics.observe_batch)
+        self._nothing = RewardsByAttribute.of_nothing(reward.model)
         metrics.queue.set_function(lambda: self.batcher.waiting_tokens)
         self._encode_rendered = RenderedTexts(reward.processing_class)
         # One thread each: tokenizers are not documented as thread-safe, and a body that has become Python objects, or
@@ -126,7 +135,7 @@ class Scorer:
         self,
         request: Request,
         read: Callable[[str, bytes], Question],
-        write: Callable[[Question, RewardDistribution], ScoreResponse | RewardResponse],
+        write: Callable[[Question, RewardsByAttribute], ScoreResponse | RewardResponse],
     ) -> Response:
         """Answers a request.
 
@@ -136,7 +145,7 @@ class Scorer:
             read (`Callable`):
                 Function that maps content type and body to the question.
             write (`Callable`):
-                Function that maps the question and the rewards of shape `(N,)` to the answer.
+                Function that maps the question and all rewards of its `N` contents to the answer.
 
         Returns:
             `fastapi.Response`: The answer as JSON.
@@ -152,7 +161,7 @@ class Scorer:
         content = await loop.run_in_executor(self._writing, _written, write, question, rewards)
         return Response(content, media_type="application/json")
 
-    async def _score(self, question: Question) -> RewardDistribution:
+    async def _score(self, question: Question) -> RewardsByAttribute:
         try:
             return await self.batcher.score(question.sequences)
         except QueueFullError as error:
@@ -168,9 +177,10 @@ class Scorer:
         """Reads a request of `/score`. Arguments and errors are those of [`~Scorer.answer`]."""
         request = read_request(ScoreRequest, content_type, body, self.limits)
         transform = self.transform(request)
+        view = requested_view(request, self.reward.view, self.reward.model, self._nothing)
         group = self._group("items", transform, [_group_key(item) for item in request.items], len(request.pairs))
         sequences = self._tokenize("items", request.items, self.encode_item)
-        return Question("items", sequences, transform, group, request.pairs)
+        return Question("items", sequences, transform, view, group, request.pairs)
 
     def read_rendered(self, content_type: str, body: bytes) -> Question:
         """Reads a request of `/get_reward`. Arguments and errors are those of [`~Scorer.answer`]."""
@@ -179,7 +189,7 @@ class Scorer:
         keys = [None if prompt is None else prompt_key(prompt) for prompt in prompts]
         group = self._group("query", self.reward.transform, keys)
         sequences = self._tokenize("query", request.query, self._encode_rendered, prompts)
-        return Question("query", sequences, self.reward.transform, group)
+        return Question("query", sequences, self.reward.transform, self.reward.view, group)
 
     # All of a request is tokenized before any of it is queued, so that an invalid text costs no time of the model.
     def _tokenize(
@@ -290,29 +300,38 @@ class Scorer:
 
     # The methods below run in the writing thread.
 
-    def write_score(self, question: Question, found: RewardDistribution) -> ScoreResponse:
+    def write_score(self, question: Question, everything: RewardsByAttribute) -> ScoreResponse:
         """Makes the answer of `/score`. Arguments and errors are those of [`~Scorer.answer`]."""
-        rewards = self._rewards(question, found)
+        found = question.view.read(self.reward.model, everything)
+        rewards = self._rewards(question, found, everything)
         first, second = torch.tensor(question.pairs, dtype=torch.long).reshape(-1, 2).T
         fields = ("location", "scale", "shape", "location_error")
         columns = {name: getattr(found, name).tolist() for name in fields if getattr(found, name) is not None}
-        rows = zip(*columns.values(), rewards, strict=True)
+        columns["reward"] = rewards
+        if found.cap is not None:
+            columns["cap"] = [cap if math.isfinite(cap) else None for cap in found.cap.tolist()]
+        if everything.joint is not None:
+            columns["attributes"] = attribute_results(everything)
         return ScoreResponse(
             family=found.family,
             transform=question.transform.name,
-            results=[Result(**dict(zip([*columns, "reward"], row, strict=True))) for row in rows],
+            results=[Result(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)],
             prob_greater=found.prob_greater_within(first, second).tolist(),
         )
 
-    def write_rendered(self, question: Question, found: RewardDistribution) -> RewardResponse:
+    def write_rendered(self, question: Question, everything: RewardsByAttribute) -> RewardResponse:
         """Makes the answer of `/get_reward`. Arguments and errors are those of [`~Scorer.answer`]."""
-        rewards = self._rewards(question, found)
+        found = question.view.read(self.reward.model, everything)
+        rewards = self._rewards(question, found, everything)
         logs = {"location": found.location.tolist(), "scale": found.scale.tolist()}
+        logs |= {f"location_{name}": one.location.tolist() for name, one in everything.of_attributes().items()}
         return RewardResponse(rewards=rewards, scores=rewards, extra_logs=logs)
 
-    def _rewards(self, question: Question, found: RewardDistribution) -> list[float]:
+    def _rewards(self, question: Question, found: RewardDistribution, everything: RewardsByAttribute) -> list[float]:
         name, transform = question.name, question.transform
-        _check_finite(name, torch.stack([found.location, found.scale]), "is not finite; load it in float32", 500)
+        shown = [found, *everything.of_attributes().values()]
+        numbers = [number for rewards in shown for number in (rewards.location, rewards.scale)]
+        _check_finite(name, torch.stack(numbers), "is not finite; load it in float32", 500)
         try:
             rewards = transform(found, question.group)
         except ValueError as error:
@@ -323,9 +342,9 @@ class Scorer:
 
 
 def _written(
-    write: Callable[[Question, RewardDistribution], ScoreResponse | RewardResponse],
+    write: Callable[[Question, RewardsByAttribute], ScoreResponse | RewardResponse],
     question: Question,
-    rewards: RewardDistribution,
+    rewards: RewardsByAttribute,
 ) -> bytes:
     return write(question, rewards).model_dump_json().encode()
 
@@ -355,6 +374,14 @@ def _group_key(item: str | list[Message] | Answer) -> Any:
     if not isinstance(item, Answer) or (item.group is None and item.prompt is None):
         return None
     return item.group if item.group is not None else prompt_key(_plain(item.prompt))  # type: ignore[arg-type]
+
+
+def _described(model: Any) -> dict[str, dict[str, Any]]:
+    """Each attribute of the model: its weight in the overall reward, and the values that people rate it with."""
+    return {
+        name: {"weight": weight, "rating_values": model.likelihoods[name].get("rating_values")}
+        for name, weight in model.attribute_weights.items()
+    }
 
 
 def _body_of(schema: type[BaseModel]) -> dict[str, Any]:
@@ -425,6 +452,8 @@ def create_app(reward: DiscoReward, limits: Limits, token: str | None = None, na
             "model": name,
             "family": reward.family.name,
             "transform": reward.transform.name,
+            "attributes": _described(reward.model),
+            "view": dataclasses.asdict(reward.view),
             "max_texts_per_request": limits.max_texts_per_request,
             "max_body_bytes": limits.max_body_bytes,
             "max_tokens": scorer.max_tokens,

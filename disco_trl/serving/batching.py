@@ -3,6 +3,9 @@
 A single thread runs the model. Whenever it is idle it takes the texts that have arrived in the meantime, in order of
 arrival, up to a budget of tokens. The batch size therefore follows the load, and no request waits for a batch to fill
 up.
+
+A batch is scored for all attributes that the model knows. Which reward a request asks for does not matter here, so
+requests that ask for different ones share batches.
 """
 
 import asyncio
@@ -14,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..distributions.reward_distribution import RewardDistribution
-from ..models.inference import TOKENS_PER_BATCH, score
+from ..models.inference import TOKENS_PER_BATCH, score_by_attribute
+from ..models.reward_view import RewardsByAttribute
 
 
 logger = logging.getLogger(__name__)
@@ -43,9 +46,9 @@ class _Job:
     """The texts of one request on their way through the model."""
 
     sequences: list[list[int]]
-    answer: asyncio.Future[RewardDistribution]
+    answer: asyncio.Future[RewardsByAttribute]
     taken: int = 0  # number of sequences, from the front, that have left the queue
-    scored: list[RewardDistribution] = field(default_factory=list)  # rewards of finished sequences, part by part
+    scored: list[RewardsByAttribute] = field(default_factory=list)  # rewards of finished sequences, part by part
 
     def tokens_waiting(self) -> int:
         return sum(map(len, self.sequences[self.taken :]))
@@ -60,7 +63,7 @@ class Batcher:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Model as accepted by [`disco_trl.models.inference.score`].
+            Model as accepted by [`disco_trl.models.inference.score_by_attribute`].
         max_queue_tokens (`int`):
             Maximum number of tokens that wait for the model.
         max_batch_tokens (`int`, *optional*, defaults to `TOKENS_PER_BATCH`):
@@ -108,7 +111,7 @@ class Batcher:
         """Whether the model's thread is running."""
         return self._thread.is_alive()
 
-    async def score(self, sequences: list[list[int]]) -> RewardDistribution:
+    async def score(self, sequences: list[list[int]]) -> RewardsByAttribute:
         """Scores token sequences. If the call is cancelled, those of its sequences that are still queued are removed.
 
         Args:
@@ -116,7 +119,7 @@ class Batcher:
                 `N >= 1` sequences of token ids.
 
         Returns:
-            [`RewardDistribution`]: Rewards of shape `(N,)`, in the order of `sequences`.
+            [`~disco_trl.models.reward_view.RewardsByAttribute`]: All `N` rewards, in the order of `sequences`.
 
         Raises:
             `QueueFullError`: If the queue has no room at the moment.
@@ -185,7 +188,7 @@ class Batcher:
         tokens = sum(map(len, sequences))
         start = time.perf_counter()
         try:
-            rewards = score(self.model, sequences, self.max_batch_tokens)
+            rewards = score_by_attribute(self.model, sequences, self.max_batch_tokens)
         except Exception as error:
             if len(parts) > 1:
                 # Score each request alone, so that one request's error, or its size, does not fail the others.
@@ -206,9 +209,9 @@ class Batcher:
             job.scored.append(rewards[first : first + len(part)])
             first += len(part)
             if sum(map(len, job.scored)) == len(job.sequences):
-                self._deliver(job, RewardDistribution.cat(job.scored))
+                self._deliver(job, RewardsByAttribute.cat(job.scored))
 
-    def _deliver(self, job: _Job, result: RewardDistribution | Exception) -> None:
+    def _deliver(self, job: _Job, result: RewardsByAttribute | Exception) -> None:
         def settle() -> None:
             if job.answer.done():  # The caller has cancelled it.
                 return

@@ -8,7 +8,8 @@ one prompt may be spread over requests and processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -16,12 +17,12 @@ import requests
 import torch
 from requests.adapters import HTTPAdapter, Retry
 from requests.auth import AuthBase
-from torch import Tensor
 
+from ..data.columns import OVERALL
 from ..data.tokenization import Content
 from ..distributions.reward_distribution import RewardDistribution
 from ..distributions.transforms import get_transform
-from ..rewards.reward_function import RewardFunction
+from ..rewards.reward_function import RewardFunction, Scored
 from .bearer_token import checked_token
 
 
@@ -95,7 +96,7 @@ class ScoreClient:
         """Requests `/health`.
 
         Returns:
-            `dict`: Model name, family, default transform and limits of the server.
+            `dict`: Model name, family, attributes, default transform and view, and limits of the server.
 
         Raises:
             `ServerError`: If the server cannot be reached or refuses the request.
@@ -173,12 +174,15 @@ class RemoteReward(RewardFunction):
             Number of seconds to wait for each answer.
         name (`str`, *optional*, defaults to `None`):
             Name in TRL's logs, see [`~disco_trl.rewards.reward_function.RewardFunction`].
+        attribute, weights, minimum, min_probability, floor (*optional*, defaults to `None`):
+            Which reward is taken, of a model that knows several attributes, see [`DiscoReward`]. What is not given is
+            as the server was started with; an empty `minimum` drops the server's.
         **options:
             Options of the transform, see [`DiscoReward`].
 
     Raises:
         `ValueError`: If the transform or an option is unknown, out of its domain, or undefined for the family of the
-        server's model.
+        server's model, or if the model does not know an attribute.
         `ServerError`: If the server cannot be reached or refuses a request, on creation or when called.
 
     Example:
@@ -199,6 +203,11 @@ class RemoteReward(RewardFunction):
         token: str | None = None,
         timeout: float = 180.0,
         name: str | None = None,
+        attribute: str | None = None,
+        weights: Mapping[str, float] | None = None,
+        minimum: Mapping[str, float] | None = None,
+        min_probability: float | None = None,
+        floor: float | None = None,
         **options: Any,
     ):
         # Options are validated before the server is contacted.
@@ -206,23 +215,43 @@ class RemoteReward(RewardFunction):
         self.client = ScoreClient(url, token, timeout)
         self.server = self.client.health()
         super().__init__(self.server["family"], reward_transform, name)
+        asked = {
+            "attribute": attribute,
+            "weights": weights,
+            "minimum": minimum,
+            "min_probability": min_probability,
+            "floor": floor,
+        }
+        self.view = {field: value for field, value in asked.items() if value is not None}
+        known = [OVERALL, *self.server["attributes"]]
+        for unknown in {*(weights or ()), *(minimum or ()), attribute or OVERALL} - {*known}:
+            raise ValueError(
+                f"the model of {self.client.url} does not know the attribute {unknown!r}; it knows "
+                f"{', '.join(map(repr, known))}"
+            )
 
-    def _rewards_and_traits(
-        self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]
-    ) -> tuple[RewardDistribution, Tensor]:
+    def _score(self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]) -> Scored:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; they go together row by row")
-        found: dict[str, list[Any]] = {name: [] for name in ("location", "scale", "shape", "location_error")}
+        results: list[dict[str, Any]] = []
         for items in self._requests(prompts, completions, columns):
-            for result in self.client.score(items=items, transform="mean")["results"]:
-                for name, values in found.items():
-                    values.append(result.get(name))
-        location, scale = (torch.tensor(found.pop(name)) for name in ("location", "scale"))
+            results += self.client.score(items=items, transform="mean", **self.view)["results"]
+        location, scale = (torch.tensor([result[name] for result in results]) for name in ("location", "scale"))
         # A family without shape parameters and a model without a location error leave these fields null.
-        known = {name: torch.tensor(values) for name, values in found.items() if values and None not in values}
+        known = {
+            name: torch.tensor([result[name] for result in results])
+            for name in ("shape", "location_error")
+            if results and results[0][name] is not None
+        }
+        if self.view.get("minimum", self.server["view"]["minimum"]):
+            known["cap"] = torch.tensor([math.inf if result["cap"] is None else result["cap"] for result in results])
         rewards = RewardDistribution(location, scale, self.family.name, **known)
+        locations = {
+            name: torch.tensor([result["attributes"][name]["location"] for result in results])
+            for name in self.server["attributes"]
+        }
         # The traits of the training rows are in the server's checkpoint: nothing to compare with here.
-        return rewards, torch.empty(len(rewards), 0)
+        return Scored(rewards, torch.empty(len(rewards), 0), locations)
 
     def _requests(
         self, prompts: Sequence[Content], completions: Sequence[Content], columns: dict[str, Any]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
+from ..models.settings import MOST_ATTRIBUTES
 from .middleware import Limits
 from .schemas import RefusalError, field_name
 
@@ -68,6 +69,11 @@ def _check_lengths(values: dict[str, Any], limits: Limits) -> None:
         value = values.get(name)
         if isinstance(value, list) and len(value) > limit:
             raise RefusalError(413, f"{len(value)} {what}, and {limit} are the most in one request", name)
+    for name in ("weights", "minimum"):
+        value = values.get(name)
+        if isinstance(value, dict) and len(value) > MOST_ATTRIBUTES:
+            reason = f"{len(value)} attributes, and {MOST_ATTRIBUTES} are the most that a model knows"
+            raise RefusalError(413, reason, name)
 
 
 def _invalid(error: ValidationError) -> RefusalError:

@@ -176,6 +176,9 @@ Item = Annotated[
 ]
 
 
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class ScoreRequest(_Strict):
     """Body of `POST /score`."""
 
@@ -195,6 +198,21 @@ class ScoreRequest(_Strict):
     total: bool | None = Field(
         None, description="Whether the scale includes the epistemic uncertainty of the location."
     )
+    attribute: str | None = Field(
+        None,
+        description="Attribute whose reward is taken, or 'overall'. By default the one that the server was started "
+        "with.",
+    )
+    weights: dict[str, _Finite] | None = Field(
+        None, description="Weights of attributes, of whose rewards the weighted sum is taken in its place."
+    )
+    minimum: dict[str, _Finite] | None = Field(
+        None, description="Smallest rating that an item should get, by attribute. An item that fails gets the floor."
+    )
+    min_probability: float | None = Field(
+        None, gt=0, lt=1, description="Share of people who have to give an item the minimum."
+    )
+    floor: _Finite | None = Field(None, description="Largest reward of an item that fails the minimum.")
 
     @field_validator("pairs")
     @classmethod
@@ -213,16 +231,34 @@ class ScoreRequest(_Strict):
         """
         return self.model_dump(include={"k", "q", "beta", "seed", "total"}, exclude_none=True)
 
+    def view_changes(self) -> dict[str, Any]:
+        """What the request says of which reward is taken.
 
-class Result(BaseModel):
-    """Reward of one item."""
+        Returns:
+            `dict[str, Any]`: Arguments of [`~disco_trl.models.reward_view.RewardView`], without those that are absent.
+        """
+        names = {"attribute", "weights", "minimum", "min_probability", "floor"}
+        return self.model_dump(include=names, exclude_none=True)
+
+
+class AttributeResult(BaseModel):
+    """Distribution of a reward of one item: the one that is asked for, or that for an attribute."""
 
     location: float
     scale: float
-    reward: float = Field(description="Transformed reward.")
     shape: list[float] | None = Field(None, description="Shape parameters of the family, if it has any.")
     location_error: float | None = Field(
         None, description="Epistemic uncertainty of the location (a standard deviation), if the model has one."
+    )
+
+
+class Result(AttributeResult):
+    """Reward of one item."""
+
+    reward: float = Field(description="Transformed reward.")
+    cap: float | None = Field(None, description="Largest reward of an item that fails the minimum: the floor.")
+    attributes: dict[str, AttributeResult] | None = Field(
+        None, description="Its reward for each attribute, if the model knows any."
     )
 
 

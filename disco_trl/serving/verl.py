@@ -35,6 +35,11 @@ def compute_score(
     k: float | None = None,
     q: float | None = None,
     beta: float | None = None,
+    attribute: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    minimum: Mapping[str, float] | None = None,
+    min_probability: float | None = None,
+    floor: float | None = None,
     **unused: Any,
 ) -> dict[str, float]:
     """Scores one answer.
@@ -59,12 +64,15 @@ def compute_score(
             not supported, because verl sends the answers to one prompt separately.
         k, q, beta (`float`, *optional*, defaults to `None`):
             Options of the transform.
+        attribute, weights, minimum, min_probability, floor (*optional*, defaults to `None`):
+            Which reward is taken, of a model that knows several attributes, see [`~disco_trl.DiscoReward`]. If `None`,
+            as the server was started with.
         **unused:
             Further arguments that verl passes to every reward function. They vary between its releases.
 
     Returns:
         `dict[str, float]`: `score`, the transformed reward, which verl uses, and `location` and `scale`, which it
-        logs.
+        logs, with `location_NAME` for each attribute that the model knows.
 
     Raises:
         `ValueError`: If the prompt or the URL is missing.
@@ -84,13 +92,18 @@ def compute_score(
         # Parquet returns a list as an array, and fills up each message with the keys of the others, set to None.
         prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
         completion = [{"role": "assistant", "content": solution_str}]
-    options = {"transform": transform, "k": k, "q": q, "beta": beta}
+    options: dict[str, Any] = {"transform": transform, "k": k, "q": q, "beta": beta, "attribute": attribute}
+    options |= {"min_probability": min_probability, "floor": floor}
+    # From the command line of verl they are no dicts.
+    options |= {name: dict(given) for name, given in (("weights", weights), ("minimum", minimum)) if given is not None}
     answer = _client(url, token or os.environ.get("DISCO_TRL_TOKEN"), timeout).score(
         items=[{"prompt": prompt, "completion": completion}],
         **{name: value for name, value in options.items() if value is not None},
     )
     [result] = answer["results"]
-    return {"score": result["reward"], "location": result["location"], "scale": result["scale"]}
+    found = {"score": result["reward"], "location": result["location"], "scale": result["scale"]}
+    attributes = (result["attributes"] or {}).items()
+    return found | {f"location_{name}": of_attribute["location"] for name, of_attribute in attributes}
 
 
 async def compute_score_async(

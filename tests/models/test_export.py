@@ -23,8 +23,10 @@ from disco_trl import DiscoRewardModel
 from disco_trl.cli.main import main
 from disco_trl.data.tokenization import tokenize
 from disco_trl.models import export as export_module
-from disco_trl.models.export import ProofError, export, from_two_logits
+from disco_trl.models.export import export
+from disco_trl.models.export_proof import ProofError
 from disco_trl.models.inference import run_in_batches, score
+from disco_trl.models.plain_logits import from_two_logits
 
 
 # What heads differ in: a bias, a block around them, pooling by the first token, by the last, or as an average.
@@ -331,7 +333,7 @@ def test_a_scale_of_a_middle_layer(architecture, with_layer, tmp_path):
     export(source, tmp_path / "scalar", to="scalar")
     torch.testing.assert_close(logits(tmp_path / "scalar")[:, 0], reward.location, rtol=1e-6, atol=1e-6)
     report = export(source, tmp_path / "disco", to="disco")
-    assert report.constant_scale is None
+    assert not report.constant_scales
     torch.testing.assert_close(expected(tmp_path / "disco").scale, reward.scale, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match=r"its scale reads the mean hidden state of layer 1 .*--to disco"):
         export(source, tmp_path / "two", to="two-logit")
@@ -352,7 +354,7 @@ def test_a_scale_that_training_has_left_constant(has_layer, with_layer, sources,
     assert reward.scale.tolist() == pytest.approx([unit] * len(TEXTS))
     for to in ("disco", "two-logit"):
         report = export(source, tmp_path / to, to=to)
-        assert report.constant_scale == pytest.approx(unit)
+        assert report.constant_scales == {"overall": pytest.approx(unit)}
         assert "the scale is 1.12838 for all answers" in str(report)
     torch.testing.assert_close(expected(tmp_path / "disco").scale, reward.scale, rtol=1e-6, atol=0)
     assert DiscoRewardModel.from_pretrained(tmp_path / "disco").scale_layer == (1 if has_layer else None)
@@ -397,7 +399,7 @@ def test_the_padding_token_comes_from_the_tokenizer(sources, tmp_path):
         ("disco", {"fixed_scale": 0.5}, "two-logit", r"its scale is fixed at 0\.5.*use --to scalar"),
         ("scalar", {}, "two-logit", r"its scale is fixed at 0\.7.*use --to scalar"),
         ("base", {}, "scalar", r"language model without a reward head"),
-        ("disco", {}, "onnx", r"to='onnx' is unknown; choose one of 'scalar', 'two-logit', 'disco'"),
+        ("disco", {}, "onnx", r"to='onnx' is unknown; choose one of 'scalar', 'two-logit', 'attributes', 'disco'"),
     ],
 )
 def test_what_cannot_be_exported(kind, settings, to, message, sources, tmp_path):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from attribute_models import know_attributes
 from huggingface_hub import ModelCard, ModelCardData
 
 import disco_trl
@@ -97,6 +98,53 @@ def test_the_card_of_a_model_says_what_its_scale_is(tiny_llama_dir):
     assert "the hidden states after layer 1, averaged" in card()
     model = DiscoRewardModel.from_pretrained(tiny_llama_dir, fixed_scale=0.25)
     assert "| Scale σ | fixed at 0.25 |" in card()
+
+
+def card_of(model) -> str:
+    of_model = {"model_name": None, "hub_model_id": "org/tiny", "dataset_name": None, "tags": set(), "metrics": {}}
+    return make_model_card(model, **of_model).text
+
+
+def test_attributes(tiny_llama_dir):
+    model = know_attributes(DiscoRewardModel.from_pretrained(tiny_llama_dir), has_rest=True)
+    text = card_of(model)
+    # -0.25 · exp(0.3) = -0.33746 and exp(-0.2) = 0.81873
+    assert "| length | -0.3375 | 1, 2, 3, 4, 5 |\n| tone | 0.8187 | 1, 2, 3 |\n\n" in text
+    assert "The overall reward is the weighted sum of the attributes and a rest" in text
+    assert (
+        "| | length | tone |\n| --- | --- | --- |\n| length | 1.00 | 0.50 |\n| tone | 0.50 | 1.00 |\n\n## Use" in text
+    )
+    assert "DiscoReward(path, attribute='length')" in text
+    assert "DiscoReward(path, weights={'length': -0.25, 'tone': 1.0})" in text
+    assert "disco-trl export org/tiny plain-model --to scalar --attribute length" in text
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        ast.parse(block)
+    assert "{{" not in text and "{%" not in text and "\n\n\n" not in text
+
+    model = know_attributes(DiscoRewardModel.from_pretrained(tiny_llama_dir), has_rest=False)
+    with torch.no_grad():
+        model.reward_head.attributes.correlation.copy_(torch.eye(2))
+    model.config.disco["attributes"]["likelihoods"][1] = {}
+    text = card_of(model)
+    assert "| tone | 1 | comparisons only |" in text
+    assert "The overall reward is the weighted sum of the attributes. Nobody judged the answers overall" in text
+    assert "are taken for uncorrelated" in text and "| | length | tone |" not in text
+
+
+def test_names_that_a_table_or_a_shell_would_read(tiny_llama_dir):
+    model = know_attributes(DiscoRewardModel.from_pretrained(tiny_llama_dir), has_rest=True)
+    model.reward_head.attributes.names = ("it's a | b", "tone")
+    model.config.disco["attributes"]["names"] = ["it's a | b", "tone"]
+    text = card_of(model)
+    assert r"| it's a \| b | -0.3375 |" in text
+    assert """--attribute 'it'"'"'s a | b'""" in text
+    assert """attribute="it's a | b")""" in text
+
+
+def test_a_card_without_attributes_says_nothing_of_them(tiny_llama_dir):
+    assert render_card(attributes=None) == render_card()
+    text = card_of(DiscoRewardModel.from_pretrained(tiny_llama_dir))
+    assert "ttribute" not in text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
