@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 
 from disco_trl.data.files import written_at_once
 from disco_trl.data.tokenization import tokenize
-from disco_trl.evaluation import compare
+from disco_trl.evaluation import verdicts
 from disco_trl.evaluation.compare import Result, Variant
 from disco_trl.evaluation.held_out import HeldOut
 from disco_trl.evaluation.metrics import spearman
@@ -313,12 +313,12 @@ def table(study: Study, args: argparse.Namespace) -> str:
 def cell(results: list[Result], group: str, name: str) -> str:
     """A figure as the mean over seeds and its range, or `–` if the runs do not have it."""
     values = [result.figures.get(group, {}).get(name, {}).get("value") for result in results]
-    return compare.mean_and_range([value for value in values if value is not None and not np.isnan(value)], "{:.3f}")
+    return verdicts.mean_and_range([value for value in values if value is not None and not np.isnan(value)], "{:.3f}")
 
 
 def difference(ours: list[Result], theirs: list[Result], data: HeldOut, name: str) -> str:
     """A paired difference and, for the negative log-likelihood, whether it may be more than [`MOST_WORSE`]."""
-    verdict = compare.paired(ours, theirs, data, name)
+    verdict = verdicts.paired(ours, theirs, data, name)
     return f"{verdict}" + (f", may exceed +{MOST_WORSE}" if name == "nll" and verdict.high > MOST_WORSE else "")
 
 

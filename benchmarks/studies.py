@@ -33,7 +33,7 @@ from scipy import stats
 
 from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.distributions.transforms import get_transform
-from disco_trl.evaluation import compare
+from disco_trl.evaluation import verdicts
 from disco_trl.evaluation.compare import Result
 from disco_trl.evaluation.held_out import HeldOut
 from disco_trl.evaluation.routing import area_under_routing, doubts, judge_of_people, routing_curve, routing_figures
@@ -163,7 +163,7 @@ def study(name: str, args: argparse.Namespace) -> str:
             cells = [_cell(results[variant], figure) for figure in FIGURES]
             is_reference = variant == BRADLEY_TERRY
             cells.append(
-                "" if is_reference else str(compare.paired(results[variant], results[BRADLEY_TERRY], data, "nll"))
+                "" if is_reference else str(verdicts.paired(results[variant], results[BRADLEY_TERRY], data, "nll"))
             )
             lines.append(f"| {level} | {TITLES[variant]} | " + " | ".join(cells) + " |")
     style = "o" if any(isinstance(level, str) for level in worlds) else "o-"

@@ -85,17 +85,10 @@ def run(args: Arguments) -> None:
     """Do the runs that are missing, and compare."""
     from transformers import AutoTokenizer
 
-    from ..evaluation.compare import (
-        Variant,
-        as_table,
-        compare,
-        find_settings,
-        parse_settings,
-        run_all,
-        verdict_table,
-    )
+    from ..evaluation.compare import Variant, find_settings, parse_settings, run_all
     from ..evaluation.compare_run import Run, read_data
-    from ..evaluation.controls import check_labels
+    from ..evaluation.controls import check_judged, check_labels
+    from ..evaluation.verdicts import as_table, attribute_tables, compare, compare_attributes, verdict_table
     from ..models.loading import check_found
 
     output = Path(args.output_dir)
@@ -135,6 +128,7 @@ def run(args: Arguments) -> None:
     )
     for _, _, run in runs[: len(variants)]:
         check_labels(train, run.labels)
+        check_judged(train, run.base)
     if args.search:
         runs = find_settings(runs, args.search)
     results, failures = run_all(runs)
@@ -142,10 +136,15 @@ def run(args: Arguments) -> None:
         print(f"{name} failed:\n{words}\n", file=sys.stderr)
     if not results:
         raise ValueError("no run succeeded; the folders in --output_dir hold their logs")
-    verdicts = compare(results, held_out)
-    tables = as_table(results) + (f"\n\n{verdict_table(verdicts)}" if verdicts else "")
+    verdicts, of_attributes = compare(results, held_out), compare_attributes(results, held_out)
+    parts = [as_table(results), *([verdict_table(verdicts)] if verdicts else []), *attribute_tables(results)]
+    parts += [verdict_table(in_attribute, heading) for heading, in_attribute in of_attributes.items()]
+    remarks = dict.fromkeys(
+        f"{result.variant.name}: {remark}" for result in results for remark in result.figures["remarks"]
+    )
+    tables = "\n\n".join([*parts, *remarks])
     (output / "table.md").write_text(f"{tables}\n", encoding="utf-8")
-    report = _report(args, runs, results, failures, verdicts, held_out)
+    report = _report(args, runs, results, failures, verdicts, of_attributes, held_out)
     print(f"\n{tables}\n\n{report}")
 
 
@@ -155,12 +154,13 @@ def _report(
     results: list[Result],
     failures: dict[str, str],
     verdicts: dict[str, dict[str, Verdict]],
+    of_attributes: dict[str, dict[str, dict[str, Verdict]]],
     held_out: HeldOut,
 ) -> Path:
-    from ..evaluation.compare import mean_and_range, mean_over_seeds
     from ..evaluation.controls import CONTROLS
     from ..evaluation.evaluate import versions
     from ..evaluation.report import Model, write_report
+    from ..evaluation.verdicts import mean_and_range, mean_over_seeds
 
     by_variant: dict[str, list[Result]] = {}
     for result in results:
@@ -194,5 +194,14 @@ def _report(
     ranges = {"brackets": "the range over seeds"} if len(args.seeds) > 1 else {}
     rewards = by_variant[order[0]][0].rewards
     return write_report(
-        Path(args.output_dir), title, models, rewards, held_out, verdicts, setup, examples=args.examples, **ranges
+        Path(args.output_dir),
+        title,
+        models,
+        rewards,
+        held_out,
+        verdicts,
+        setup,
+        examples=args.examples,
+        attribute_verdicts=of_attributes,
+        **ranges,
     )

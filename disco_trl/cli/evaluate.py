@@ -53,38 +53,43 @@ class Arguments(ReportArguments, DataArguments, ScoringArguments):
         at_least_one(self, "draws")
         if self.card and self.output_dir is None:
             raise ValueError("--card needs the pictures of the report; give --output_dir")
+        if self.plain and (self.attribute or self.weights or self.minimum):
+            raise ValueError(
+                "--plain is the logit of the checkpoint, which is the overall reward; leave out --attribute, "
+                "--weights and --minimum, or evaluate the plain model that `disco-trl export` writes of another reward"
+            )
 
 
 def run(args: Arguments) -> None:
     """Evaluate a model."""
     from ..data.files import open_rows
-    from ..distributions.likelihood import Responses
     from ..evaluation.evaluate import (
+        about_attribute,
         as_json,
         as_markdown,
         as_text,
         evaluate,
-        plain_view,
-        responses_of,
         save_scores,
         versions,
     )
     from ..evaluation.held_out import HeldOut
     from ..evaluation.report import Model, write_report
-    from ..models.inference import score
+    from ..evaluation.scored import score_held_out
     from ..models.model_card import add_evaluation
 
     model, data = args.model_name_or_path, args.dataset_name
     rows = open_rows(data, args.dataset_config, args.dataset_test_split, split_argument="--dataset_test_split")
     reward = args.load_reward()
     held_out = HeldOut.read(rows, reward.processing_class, args.kind, args.max_length)
+    if args.attribute is not None:
+        held_out = held_out.about(args.attribute)
     start = time.perf_counter()
-    rewards = score(reward.model, held_out.sequences, args.tokens_per_batch, description="Scoring")
+    scored = score_held_out(reward.model, held_out.sequences, args.tokens_per_batch, reward.view)
     seconds = time.perf_counter() - start
-    responses = responses_of(reward.model)
     if args.plain:
-        rewards, responses = plain_view(rewards), Responses()
-    found = evaluate(rewards, held_out, args.draws, args.seed, responses)
+        scored = scored.plain()
+    rewards = scored.rewards
+    found = evaluate(scored, held_out, args.draws, args.seed)
     text = as_text(found, f"{model} on {data}")
     if args.output_dir is None:
         print(text)
@@ -97,6 +102,7 @@ def run(args: Arguments) -> None:
         "model": model,
         "data": data,
         "split": args.dataset_test_split,
+        "weights": args.view_options["weights"],
         "family": rewards.family,
         "seconds": seconds,
         "versions": versions(),
@@ -109,7 +115,7 @@ def run(args: Arguments) -> None:
     setup |= {"Versions": ", ".join(f"{name} {number}" for name, number in versions().items())}
     report = write_report(
         output,
-        f"{Path(model).name} on {Path(data).name}",
+        f"{Path(model).name} on {Path(data).name}{about_attribute(found.attribute)}",
         [Model(Path(model).name, figures)],
         rewards,
         held_out,
@@ -117,6 +123,6 @@ def run(args: Arguments) -> None:
         examples=args.examples,
     )
     if args.card:
-        pictures = [output / f"{name}.png" for name in ("reliability", "risk-coverage")]
+        pictures = [output / f"{name}.png" for name in ("reliability", "risk-coverage") if found.metrics]
         add_evaluation(Path(model), as_markdown(found, data), pictures)
     print(f"{text}\n\n{report}")

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..data.columns import Layout, find_layout
-from ..data.curation.formats import FORMATS, first_of
+from ..data.curation.cells import first_of
+from ..data.curation.formats import FORMATS
 from ..data.curation.transcripts import prompt_messages
 from ..data.records import Comparison, Record, read_record
 from ..data.values import BadRow, Row, as_number, is_missing, shown

@@ -5,8 +5,8 @@ Each run, a variant with a seed, is a process of its own (`disco_trl.evaluation.
 exhausts the memory does not take the others with it, and its peak memory is measured separately. Each run leaves a
 folder, and a comparison that is started again continues with the missing runs.
 
-What flows: variants and seeds → a folder for each → the figures of each → means over seeds, and paired differences
-from Bradley–Terry over comparisons and seeds → table, verdicts and report.
+What flows: variants and seeds → a folder for each → the figures of each, of which `disco_trl.evaluation.verdicts`
+makes tables.
 """
 
 from __future__ import annotations
@@ -19,28 +19,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 from trl import RewardConfig
 
 from ..distributions.reward_distribution import FAMILIES, RewardDistribution
 from ..trainer.reward_config import DiscoRewardConfig
 from .child import run_child
-from .clusters import paired_difference
-from .compare_run import FIGURES_FILE, UNTIL_INPUT_ENDS, Run, load_rewards, read_figures
+from .compare_run import FIGURES_FILE, UNTIL_INPUT_ENDS, Run, load_attributes, load_rewards, read_figures, read_run
 from .controls import BRADLEY_TERRY, CONTROLS, GRADES, SIGN
-from .held_out import HeldOut
-from .metrics import METRICS
-from .report import EXPLAINED, Verdict, note_on_seeds
+from .scored import Scored
 
 
-OF_EACH = {"nll": "nll", "accuracy": "right", "brier": "squared_error"}
-"""Figures that are means over comparisons and can therefore be compared pair by pair, and the attribute of
-[`~disco_trl.evaluation.forecasts.Forecasts`] that each is the mean of."""
-COMPARED = tuple(OF_EACH)
-LOWER_IS_BETTER = {"nll": True, "brier": True, "accuracy": False}
 DEFINE_FAMILY = ("reward_family",)
-DEFINE_BRADLEY_TERRY = (*DEFINE_FAMILY, "fixed_scale", "location_error")
+DEFINE_BRADLEY_TERRY = (*DEFINE_FAMILY, "fixed_scale", "location_error", "attributes")
 OF_CONTROL = ("labels", "members")
 OF_BATCHES = ("weigh_by", "prefix_sharing", "max_tokens_per_batch")
 """Fields of [`DiscoRewardConfig`] that apply to Bradley–Terry in our trainer as well: they say what weighs how much,
@@ -196,17 +187,25 @@ class Result:
             Content of the run's `metrics.json`.
         rewards ([`RewardDistribution`]):
             Rewards of the held-out answers, of shape `(N,)`.
+        attributes (`dict[str, Scored]`, *optional*, defaults to `{}`):
+            What the model says about each attribute that it knows.
     """
 
     variant: Variant
     seed: int
     figures: dict[str, Any]
     rewards: RewardDistribution
+    attributes: dict[str, Scored] = field(default_factory=dict)
 
     @property
     def tie_width(self) -> float | None:
         """Half-width of the band in which two rewards count as a tie, if the model knows it."""
-        return self.figures.get("tie_width")
+        return self.figures["tie_width"]
+
+    def about(self, attribute: str) -> Result:
+        """The run of a model that has the rewards for an attribute alone."""
+        scored = self.attributes[attribute]
+        return replace(self, rewards=scored.rewards, figures=self.figures | {"tie_width": scored.tie_width})
 
     @classmethod
     def load(cls, variant: Variant, seed: int, folder: Path) -> Result:
@@ -222,9 +221,13 @@ class Result:
 
         Returns:
             [`Result`]: The run.
+
+        Raises:
+            `ValueError`: As [`~disco_trl.evaluation.compare_run.read_run`].
         """
-        figures = read_figures(folder)
-        return cls(variant, seed, figures, load_rewards(folder, figures["family"]))
+        figures = read_run(folder)
+        rewards = load_rewards(folder, figures["family"])
+        return cls(variant, seed, figures, rewards, load_attributes(folder, figures))
 
 
 class SearchError(RuntimeError):
@@ -327,6 +330,8 @@ def _check_same(run: Run) -> None:
     file = Path(run.output) / RUN_FILE
     if not (file.parent / FIGURES_FILE).exists():
         return  # An unfinished run is simply repeated.
+    if not run.search:
+        read_run(file.parent)
     before = asdict(Run(**json.loads(file.read_text(encoding="utf-8"))))
     changed = [name for name, value in asdict(run).items() if value != before[name]]
     if changed:
@@ -334,140 +339,3 @@ def _check_same(run: Run) -> None:
             f"{file.parent} holds a run with another {' and '.join(changed)}; remove it, or choose another "
             "--output_dir"
         )
-
-
-# Verdicts and tables
-
-
-def paired(ours: list[Result], theirs: list[Result], held_out: HeldOut, name: str) -> Verdict:
-    """Whether a figure of one model is better or worse than that of another. It is undecided if the interval of the
-    [`~disco_trl.evaluation.clusters.paired_difference`] contains 0.
-
-    Args:
-        ours (`list[Result]`):
-            Runs of the first model.
-        theirs (`list[Result]`):
-            Runs of the second model with the same seeds, in the same order.
-        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
-            Data of the runs.
-        name (`str`):
-            One of [`COMPARED`].
-
-    Returns:
-        [`~disco_trl.evaluation.report.Verdict`]: The verdict.
-    """
-    forecasts = [[held_out.forecasts(run.rewards, run.tie_width) for run in runs] for runs in (ours, theirs)]
-    # The weights, which are the same for all runs, are those of the metric of this name.
-    weight = forecasts[0][0].decided if name == "accuracy" else forecasts[0][0].weight
-    first, second = (np.stack([getattr(of_run, OF_EACH[name]) for of_run in runs]) for runs in forecasts)
-    mean, low, high = paired_difference(first, second, weight, held_out.groups)
-    word = "undecided"
-    if low > 0 or high < 0:
-        word = "better" if (mean < 0) == LOWER_IS_BETTER[name] else "worse"
-    return Verdict(word, mean, low, high, len(ours))
-
-
-def compare(results: list[Result], held_out: HeldOut) -> dict[str, dict[str, Verdict]]:
-    """Compares each variant with Bradley–Terry over the seeds that both have.
-
-    Args:
-        results (`list[Result]`):
-            Finished runs.
-        held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
-            Data of the runs.
-
-    Returns:
-        `dict[str, dict[str, Verdict]]`: Verdicts by variant and figure.
-    """
-    # Paired by seed: the same seed draws the same order of the data, which is part of what both have in common.
-    reference = {result.seed: result for result in results if result.variant.base == BRADLEY_TERRY}
-    found = {}
-    for variant in dict.fromkeys(result.variant.name for result in results if result.variant.base != BRADLEY_TERRY):
-        ours = [result for result in results if result.variant.name == variant and result.seed in reference]
-        if ours:
-            theirs = [reference[result.seed] for result in ours]
-            found[variant] = {name: paired(ours, theirs, held_out, name) for name in COMPARED}
-    return found
-
-
-def mean_over_seeds(results: list[Result]) -> dict[str, Any]:
-    """Merges the runs of a variant into one set of figures.
-
-    If there are several runs, each figure is their mean, and the range over seeds takes the place of the interval.
-    Curves and subsets are those of the first seed.
-
-    Args:
-        results (`list[Result]`):
-            Runs of one variant.
-
-    Returns:
-        `dict`: Figures in the form of `metrics.json`.
-    """
-    merged = json.loads(json.dumps(results[0].figures))  # a deep copy
-    if len(results) == 1:
-        return merged
-    for group in ("metrics", "benchmark", "agreement"):
-        for name in merged[group]:
-            values = _values(results, group, name)
-            if values:
-                merged[group][name] = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
-    return merged
-
-
-def _values(results: list[Result], group: str, name: str) -> list[float]:
-    """Values of a figure in the runs that have it."""
-    found = [result.figures[group].get(name, {}).get("value") for result in results]
-    return [value for value in found if value is not None]
-
-
-def verdict_table(verdicts: dict[str, dict[str, Verdict]]) -> str:
-    """Markdown table of verdicts: one row for each variant.
-
-    Args:
-        verdicts (`dict[str, dict[str, Verdict]]`):
-            Verdicts by variant and figure, as returned by [`compare`].
-
-    Returns:
-        `str`: The table.
-    """
-    lines = ["| less Bradley–Terry | seeds | " + " | ".join(EXPLAINED[name][0] for name in COMPARED) + " |"]
-    lines.append("| --- |" + " ---: |" * (1 + len(COMPARED)))
-    for name, figures in verdicts.items():
-        seeds = next(iter(figures.values())).seeds
-        lines.append(f"| {name} | {seeds} | " + " | ".join(map(str, figures.values())) + " |")
-    if note := note_on_seeds(verdicts):
-        lines += ["", note]
-    return "\n".join(lines)
-
-
-def as_table(results: list[Result]) -> str:
-    """Markdown table of figures: one row for each variant, with the mean and the range over seeds.
-
-    Args:
-        results (`list[Result]`):
-            Finished runs.
-
-    Returns:
-        `str`: The table.
-    """
-    names = [("metrics", name) for name in METRICS]
-    agreements = dict.fromkeys(name for result in results for name in result.figures["agreement"])
-    names += [("agreement", name) for name in agreements]
-    heads = [EXPLAINED[name][0] if name in EXPLAINED else name for _, name in names]
-    lines = ["| | seeds | " + " | ".join(heads) + " | minutes | peak GiB |"]
-    lines.append("| --- |" + " ---: |" * (len(names) + 3))
-    for variant in dict.fromkeys(result.variant.name for result in results):
-        runs = [result for result in results if result.variant.name == variant]
-        cells = [mean_and_range(_values(runs, group, name), "{:.3f}") for group, name in names]
-        for name in ("minutes", "peak_gib"):
-            cells.append(mean_and_range([run.figures[name] for run in runs], "{:.1f}"))
-        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def mean_and_range(values: list[float], form: str) -> str:
-    """The mean of a figure over seeds, with its range where there are several."""
-    if not values:
-        return "–"
-    spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-    return form.format(np.mean(values)) + spread

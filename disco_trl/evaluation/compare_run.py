@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ from ..data.judgements import has_judgements
 from ..data.tokenization import tokenize_answers
 from ..distributions.likelihood import Responses
 from ..distributions.reward_distribution import RewardDistribution
-from ..models.inference import score
 from ..trainer.reward_config import DiscoRewardConfig
 from ..trainer.reward_trainer import DiscoRewardTrainer
 from .child import end_with_parent, peak_bytes
 from .controls import BRADLEY_TERRY, CONTROLS, SIGN, ensemble, with_soft_labels
-from .evaluate import as_json, evaluate, responses_of, tie_width_of
+from .evaluate import as_json, evaluate
 from .held_out import HeldOut
+from .scored import Scored, score_held_out
 
 
 FIGURES_FILE = "metrics.json"
@@ -198,7 +199,10 @@ def make_trainer(
         return DiscoRewardTrainer(run.model, DiscoRewardConfig(reward_family=run.base, **settings), **common)
     by_ours = run.base != BRADLEY_TERRY or run.bradley_terry == "disco"
     if by_ours or run.search or has_judgements(train.column_names):
-        config = DiscoRewardConfig(reward_family="logistic", fixed_scale=2**-0.5, location_error=False, **settings)
+        # Bradley–Terry knows one reward. What is said about attributes it does not read.
+        config = DiscoRewardConfig(
+            reward_family="logistic", fixed_scale=2**-0.5, location_error=False, attributes=[], **settings
+        )
         return DiscoRewardTrainer(run.model, config, **common)
     settings = {name: settings[name] for name in RewardConfig.__dataclass_fields__ if name in settings}
     return RewardTrainer(run.model, RewardConfig(**settings), **common)
@@ -265,23 +269,23 @@ def train_and_evaluate(
     # accelerate wraps the forward of the model in mixed precision. The model is measured as it will be loaded, without
     # that wrapper and in its own dtype.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    rewards = score(model, held_out.sequences, description="Scoring")
+    scored = score_held_out(model, held_out.sequences)
     output = Path(run.output)
     if run.keep_model:
         trainer.save_model(str(output / "model"))
-    save_rewards(rewards, output)
+    save_rewards(scored.rewards, output)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    responses = responses_of(model)
     return {
-        "tie_width": tie_width_of(responses),
+        "tie_width": scored.tie_width,
+        "known": save_attributes(scored.attributes, output),
         "trainer": f"{type(trainer).__module__.partition('.')[0]}.{type(trainer).__name__}",
-        "family": rewards.family,
+        "family": scored.rewards.family,
         "pairs": len(train),
         "minutes": minutes,
         "peak_gib": peak_bytes() / 2**30,
         "history": [[entry["epoch"], float(entry.get("nll", entry["loss"]))] for entry in logs],
         # A member is evaluated as a part of its ensemble only.
-        **(as_json(evaluate(rewards, held_out, DRAWS, responses=responses)) if run.member is None else {}),
+        **(as_json(evaluate(scored, held_out, DRAWS)) if run.member is None else {}),
     }
 
 
@@ -299,7 +303,7 @@ def evaluate_ensemble(run: Run, held_out: HeldOut) -> dict[str, Any]:
         is their mean, the peak of the memory is that of the largest, and the history is that of the first.
     """
     folders = [Path(member.output) for member in run.of_members]
-    figures = [read_figures(folder) for folder in folders]
+    figures = [read_run(folder) for folder in folders]
     rewards = ensemble([load_rewards(folder, of["family"]) for folder, of in zip(folders, figures, strict=True)])
     save_rewards(rewards, Path(run.output))
     widths = [of_member["tie_width"] for of_member in figures]
@@ -310,24 +314,94 @@ def evaluate_ensemble(run: Run, held_out: HeldOut) -> dict[str, Any]:
         "minutes": sum(of_member["minutes"] for of_member in figures),
         "peak_gib": max(of_member["peak_gib"] for of_member in figures),
     }
-    return {**figures[0], **together, **as_json(evaluate(rewards, held_out, DRAWS, responses=responses))}
+    return {**figures[0], **together, **as_json(evaluate(Scored(rewards, responses), held_out, DRAWS))}
 
 
-def save_rewards(rewards: RewardDistribution, folder: Path) -> None:
+def save_rewards(rewards: RewardDistribution, folder: Path, file: str = REWARDS_FILE) -> None:
     """Writes the rewards of the held-out answers to the folder of a run."""
     names = ("location", "scale", "shape", "location_error", "error_factor")
     tensors = {name: tensor for name in names if (tensor := getattr(rewards, name)) is not None}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / REWARDS_FILE)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
 
 
-def load_rewards(folder: Path, family: str) -> RewardDistribution:
+def load_rewards(folder: Path, family: str, file: str = REWARDS_FILE) -> RewardDistribution:
     """Loads the rewards of the held-out answers, of shape `(N,)`, from the folder of a finished run."""
-    return RewardDistribution(family=family, **load_file(folder / REWARDS_FILE))
+    return RewardDistribution(family=family, **load_file(folder / file))
+
+
+def save_attributes(attributes: Mapping[str, Scored], folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes the rewards of the held-out answers for each attribute to the folder of a run.
+
+    Args:
+        attributes (`Mapping[str, Scored]`):
+            What the model says about each attribute.
+        folder (`Path`):
+            Folder of the run.
+
+    Returns:
+        `dict[str, dict]`: The rest of what the model says, for `metrics.json`, by attribute: the name of the `file`,
+        `tie_width`, `thresholds` and `rating_values`.
+    """
+    known = {}
+    for number, (name, scored) in enumerate(attributes.items()):
+        # The name of an attribute may be none for a file.
+        file = f"rewards-{number}.safetensors"
+        save_rewards(scored.rewards, folder, file)
+        thresholds = scored.responses.thresholds
+        known[name] = {
+            "file": file,
+            "tie_width": scored.tie_width,
+            "thresholds": None if thresholds is None else thresholds.tolist(),
+            "rating_values": [*scored.rating_values],
+        }
+    return known
+
+
+def load_attributes(folder: Path, figures: dict[str, Any]) -> dict[str, Scored]:
+    """Loads what the model of a finished run says about each attribute, as far as [`save_attributes`] keeps it.
+
+    Args:
+        folder (`Path`):
+            Folder of the run.
+        figures (`dict`):
+            Content of its `metrics.json`.
+
+    Returns:
+        `dict[str, Scored]`: By attribute.
+    """
+    return {
+        name: Scored(
+            load_rewards(folder, figures["family"], known["file"]),
+            Responses(
+                **{
+                    field: None if known[field] is None else torch.tensor(known[field])
+                    for field in ("tie_width", "thresholds")
+                }
+            ),
+            known["rating_values"],
+        )
+        for name, known in figures["known"].items()
+    }
 
 
 def read_figures(folder: Path) -> dict[str, Any]:
-    """Content of the `metrics.json` of a finished run."""
+    """Content of the `metrics.json` of a finished run or search."""
     return json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Content of the `metrics.json` of a finished run, which is checked.
+
+    Raises:
+        `ValueError`: If an earlier version wrote it, which did not keep what a comparison needs.
+    """
+    figures = read_figures(folder)
+    if missing := [name for name in ("tie_width", "known") if name not in figures]:
+        raise ValueError(
+            f"{folder / FIGURES_FILE} has no {missing[0]!r}, as an earlier version of disco-trl wrote it; remove the "
+            "folder, and start the command again to repeat the run"
+        )
+    return figures
 
 
 def main(path: str) -> None:

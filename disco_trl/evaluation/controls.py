@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Value
 
-from ..data.columns import STRENGTH, VOTES
+from ..data.columns import OVERALL, STRENGTH, VOTES
 from ..data.judgements import survey
 from ..data.records import read_feedback
 from ..data.values import BadRow, Row
@@ -78,6 +78,27 @@ def check_labels(train: Dataset, labels: str | Sequence[float]) -> None:
         )
 
 
+def check_judged(train: Dataset, base: str) -> None:
+    """
+    Checks that there is something for a variant to learn from.
+
+    Args:
+        train ([`~datasets.Dataset`]):
+            Preference dataset.
+        base (`str`):
+            One of [`CONTROLS`], which read overall judgements only, or the name of a family.
+
+    Raises:
+        `ValueError`: If all judgements are about attributes, which Bradley–Terry and its controls do not read.
+    """
+    found = survey(train) if base in CONTROLS else None
+    if found is not None and found.attributes and not (found.has_comparisons or found.ratings):
+        raise ValueError(
+            f"{base} learns from overall judgements, and all of the training data are about "
+            f"{', '.join(map(repr, found.attributes))}; leave it out of --variants"
+        )
+
+
 def with_soft_labels(train: Dataset, labels: str | Sequence[float] = SIGN, by_vote: bool = False) -> Dataset:
     """
     Expresses ties and strengths of preference as soft labels, P(chosen ≻ rejected).
@@ -124,7 +145,7 @@ def with_soft_labels(train: Dataset, labels: str | Sequence[float] = SIGN, by_vo
             raise ValueError(f"train dataset, row {index}, {error}") from error
         said, graded = feedback.comparisons[0], STRENGTH in feedback.said
         weight = {"weight": said.weight} if by_vote else {}
-        if feedback.is_ranking or not (graded or said.ties):
+        if feedback.is_ranking or said.attribute != OVERALL or not (graded or said.ties):
             return {"preference_probability": row.get("preference_probability"), **weight}
         # A strength k stands for P(chosen ≻ rejected), and −k for P(rejected ≻ chosen).
         won = sum(table[k - 1] if k > 0 else 1 - table[-k - 1] for k in said.strengths)

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from .._version import versions_of
-from ..distributions.likelihood import Responses
+from ..data.columns import OVERALL
 from ..distributions.reward_distribution import RewardDistribution
 from .agreement import spread_by_scale, with_grades, with_raters, with_shares
+from .attributes import of_attributes, of_correlations, remarks_on
 from .bootstrap import resamples
 from .calibration import reliability_curve
 from .figures import Figure, figure_of
 from .held_out import HeldOut
 from .metrics import METRICS, risk_coverage_curve
-from .report import EXPLAINED
+from .ratings import with_ratings
+from .report import EXPLAINED, as_cell
+from .scored import Scored
 
 
 DRAWS = 1000
@@ -38,6 +39,8 @@ class Evaluation:
     """Results of an evaluation.
 
     Attributes:
+        attribute (`str`):
+            What the judgements are about, `"overall"` or an attribute. All fields but the last three are about it.
         counts (`dict[str, float]`):
             Numbers of items, answers, comparisons and ties.
         metrics (`dict[str, Figure]`):
@@ -58,8 +61,17 @@ class Evaluation:
         spread_by_scale (`dict[str, list[float]]`):
             Spread of people's ratings in groups of answers, see
             [`~disco_trl.evaluation.agreement.spread_by_scale`].
+        attributes (`dict[str, dict[str, Figure]]`):
+            Figures of each attribute that both the model and the data know, see
+            [`~disco_trl.evaluation.attributes.of_attributes`].
+        correlations (`dict[str, Figure]`):
+            How people's opinions of two attributes go together, see
+            [`~disco_trl.evaluation.attributes.of_correlations`].
+        remarks (`list[str]`):
+            What could not be evaluated, in words.
     """
 
+    attribute: str
     counts: dict[str, float]
     metrics: dict[str, Figure]
     subsets: dict[str, dict[str, Figure]]
@@ -69,30 +81,27 @@ class Evaluation:
     reliability: dict[str, list[float]]
     risk_coverage: dict[str, list[float]]
     spread_by_scale: dict[str, list[float]]
+    attributes: dict[str, dict[str, Figure]]
+    correlations: dict[str, Figure]
+    remarks: list[str]
 
 
-def evaluate(
-    rewards: RewardDistribution,
-    held_out: HeldOut,
-    draws: int = DRAWS,
-    seed: int = 0,
-    responses: Responses | None = None,
-) -> Evaluation:
-    """Evaluates the rewards of a model on held-out data.
+def evaluate(scored: Scored, held_out: HeldOut, draws: int = DRAWS, seed: int = 0) -> Evaluation:
+    """Evaluates what a model says about held-out data.
+
+    Strengths of preference and ties need what the model knows of how people answer. If it knows nothing, strengths are
+    votes for either answer, or ties, and P(first ≻ second) is what is expected of them.
 
     Args:
-        rewards ([`RewardDistribution`]):
-            Rewards of `held_out.sequences`, of shape `(N,)`.
+        scored ([`~disco_trl.evaluation.scored.Scored`]):
+            What the model says about `held_out.sequences`.
         held_out ([`~disco_trl.evaluation.held_out.HeldOut`]):
-            The data.
+            The data. If they are about one attribute ([`~disco_trl.evaluation.held_out.HeldOut.about`]), so are the
+            results; otherwise these contain the figures of each attribute beside the overall ones.
         draws (`int`, *optional*, defaults to `1000`):
             Number of bootstrap resamples over `held_out.groups`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap.
-        responses ([`~disco_trl.distributions.likelihood.Responses`], *optional*, defaults to `None`):
-            How people answer, according to the model
-            ([`~disco_trl.models.heads.DiscoHead.responses`]): needed for strengths of preference and ties. If `None`,
-            strengths are votes for either answer, or ties, and P(first ≻ second) is what is expected of them.
 
     Returns:
         [`Evaluation`]: The results.
@@ -100,8 +109,8 @@ def evaluate(
     Raises:
         `ValueError`: If a strength of preference is beyond those that the model knows.
     """
-    responses = responses or Responses()
-    forecasts = held_out.forecasts(rewards, tie_width_of(responses))
+    rewards = scored.rewards
+    forecasts = held_out.forecasts(rewards, scored.tie_width)
     # All metrics see the same resamples, so that their intervals describe one and the same bootstrap.
     counts = resamples(forecasts.groups, draws, seed)
     subset_of = np.array([item.subset for item in held_out.items])[held_out.item]
@@ -109,29 +118,38 @@ def evaluate(
     curve = reliability_curve(forecasts)
     coverage, risk = risk_coverage_curve(forecasts)
     # A curve of tens of thousands of points makes the report slow to open, and 200 look the same.
-    thin = np.unique(np.linspace(0, len(coverage) - 1, CURVE_POINTS).astype(int))
+    thin = np.unique(np.linspace(0, len(coverage) - 1, CURVE_POINTS).astype(int))[: len(coverage)]
+    is_compared = bool(held_out.weight.any())
+    is_whole = held_out.attribute == OVERALL
+    where = "overall" if is_whole else f"in {held_out.attribute!r}"
+    remarks = [] if is_compared else [f"Nobody compared two answers {where}."]
     return Evaluation(
+        attribute=held_out.attribute,
         counts={
             "items": len(held_out.items),
             "answers": len(held_out.sequences),
             "comparisons": int((forecasts.weight > 0).sum()),
             "ties": int(((forecasts.target == 0.5) & (forecasts.weight > 0)).sum()),
         },
-        metrics={name: figure_of(name, forecasts, counts) for name in METRICS},
+        metrics={name: figure_of(name, forecasts, counts) for name in METRICS if is_compared},
         subsets={
             str(subset): {name: figure_of(name, forecasts[of], counts[:, of]) for name in BY_SUBSET}
             for subset in subsets
-            if len(subsets) > 1
+            if len(subsets) > 1 and is_compared
             for of in [np.flatnonzero(subset_of == subset)]
         },
         benchmark=_benchmark(rewards, held_out, draws, seed),
         agreement=with_shares(forecasts, counts, draws, seed)
-        | with_grades(rewards, held_out, responses, counts)
+        | with_grades(rewards, held_out, scored.responses, counts)
+        | with_ratings(scored, held_out, draws, seed)
         | with_raters(rewards, held_out, draws, seed),
         scale=_summary(rewards),
         reliability={name: values.tolist() for name, values in vars(curve).items()},
         risk_coverage={"coverage": coverage[thin].tolist(), "risk": risk[thin].tolist()},
         spread_by_scale=spread_by_scale(rewards, held_out),
+        attributes=of_attributes(scored, held_out, draws, seed) if is_whole else {},
+        correlations=of_correlations(scored, held_out, draws, seed) if is_whole else {},
+        remarks=remarks + (remarks_on(scored.attributes, held_out) if is_whole else []),
     )
 
 
@@ -155,38 +173,6 @@ def _summary(rewards: RewardDistribution) -> dict[str, float]:
         errors = rewards.location_error.double().numpy()
         figures |= {f"location error, {name}": np.quantile(errors, at) for name, at in levels.items()}
     return {name: float(value) for name, value in figures.items()}
-
-
-def responses_of(model: Any) -> Responses:
-    """How people answer, according to a model.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            A disco model, or any sequence classifier with one label.
-
-    Returns:
-        [`~disco_trl.distributions.likelihood.Responses`]: Without any entry for a classifier, which does not say.
-    """
-    inner = model.get_base_model() if is_peft_model(model) else model
-    return inner.reward_head.responses() if hasattr(inner.config, "disco") else Responses()
-
-
-def tie_width_of(responses: Responses) -> float | None:
-    """Half-width of the band in which two rewards count as a tie, or `None` if the model does not say."""
-    return None if responses.tie_width is None else responses.tie_width.item()
-
-
-def plain_view(rewards: RewardDistribution) -> RewardDistribution:
-    """The model as a tool sees it that knows only scalar rewards: Bradley–Terry with the same locations.
-
-    Args:
-        rewards ([`RewardDistribution`]):
-            Rewards of shape `(N,)`.
-
-    Returns:
-        [`RewardDistribution`]: Rewards of the logistic family with every scale at 1/√2.
-    """
-    return RewardDistribution(rewards.location, torch.full_like(rewards.location, 2**-0.5), "logistic")
 
 
 # Files
@@ -219,6 +205,11 @@ def save_scores(path: Path, rewards: RewardDistribution, held_out: HeldOut) -> N
     Dataset.from_dict(columns).to_parquet(str(path))
 
 
+def about_attribute(attribute: str) -> str:
+    """What judgements are about, in brackets behind a heading; nothing if it is the overall judgement."""
+    return "" if attribute == OVERALL else f" (attribute {attribute})"
+
+
 def as_text(found: Evaluation, title: str) -> str:
     """Formats the results for the terminal.
 
@@ -235,15 +226,23 @@ def as_text(found: Evaluation, title: str) -> str:
     lines = [
         title,
         f"  {counts['comparisons']:,} comparisons of {counts['answers']:,} answers in {counts['items']:,} items"
-        + (f", {counts['ties']:,} of them ties" if counts["ties"] else ""),
+        + (f", {counts['ties']:,} of them ties" if counts["ties"] else "")
+        + about_attribute(found.attribute),
     ]
-    width = max(map(len, [*found.metrics, *found.agreement, *found.benchmark, *found.scale, *found.subsets]))
-    for block in (found.metrics, found.benchmark, found.agreement):
-        lines += ["", *(f"  {name:{width}}  {figure}" for name, figure in block.items())] if block else []
+    of_attributes = [(f"attribute {name}", figures) for name, figures in found.attributes.items()]
+    blocks = [("", found.metrics), ("", found.benchmark), ("", found.agreement), *of_attributes]
+    blocks.append(("correlation of attributes", found.correlations))
+    names = {name for _, block in blocks for name in block}
+    width = max(map(len, [*names, *found.scale, *found.subsets]))
+    for heading, block in blocks:
+        if block:
+            lines += ["", *([f"  {heading}"] if heading else [])]
+            lines += [f"  {name:{width}}  {figure}" for name, figure in block.items()]
     if found.subsets:
         lines += ["", f"  {'subset':{width}}  accuracy"]
         lines += [f"  {name or '(none)':{width}}  {figures['accuracy']}" for name, figures in found.subsets.items()]
     lines += ["", *(f"  {name:{width}}  {value:.4f}" for name, value in found.scale.items())]
+    lines += ["", *(f"  {remark}" for remark in found.remarks)] if found.remarks else []
     return "\n".join(lines)
 
 
@@ -260,16 +259,20 @@ def as_markdown(found: Evaluation, data: str) -> str:
         `str`: A Markdown table.
     """
     lines = [
-        f"{found.counts['comparisons']:,} comparisons of `{Path(data).name}`; 95 % intervals.",
+        f"{found.counts['comparisons']:,} comparisons of `{Path(data).name}`"
+        f"{about_attribute(as_cell(found.attribute))}; 95 % intervals.",
         "",
     ]
     lines += ["| Metric | Value | Interval |", "| --- | ---: | ---: |"]
-    for name, figure in (found.metrics | found.benchmark | found.agreement).items():
-        title = EXPLAINED[name][0] if name in EXPLAINED else name.capitalize()
-        value = figure.note if np.isnan(figure.value) and figure.note else f"{figure.value:.4f}"
-        ends = "–" if np.isnan(figure.low) else f"{figure.low:.4f} to {figure.high:.4f}"
-        lines.append(f"| {title} | {value} | {ends} |")
-    return "\n".join(lines)
+    groups = {"": found.metrics | found.benchmark | found.agreement} | found.attributes
+    groups["Correlation"] = found.correlations
+    for group, figures in groups.items():
+        for name, figure in figures.items():
+            title = EXPLAINED[name][0] if name in EXPLAINED else name.capitalize() if not group else name
+            value = figure.note if np.isnan(figure.value) and figure.note else f"{figure.value:.4f}"
+            ends = "–" if np.isnan(figure.low) else f"{figure.low:.4f} to {figure.high:.4f}"
+            lines.append(f"| {as_cell(f'{group}: {title}' if group else title)} | {value} | {ends} |")
+    return "\n".join([*lines, *(f"\n{as_cell(remark)}" for remark in found.remarks)])
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:

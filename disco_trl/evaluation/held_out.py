@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.columns import PAIRS, RANKING
+from ..data.columns import OVERALL, PAIRS, RANKING
 from ..data.curation.convert import Converter, Report, detect_format, why_unsigned
 from ..data.curation.formats import FORMATS
 from ..data.records import Comparison, Record
@@ -90,7 +90,10 @@ def item_reader(kind: str) -> Callable[[Row, int], list[Item]]:
 @dataclass
 class HeldOut:
     """
-    Items, and the token sequences and comparisons in them.
+    Items, the token sequences and comparisons in them, and what people said about one attribute.
+
+    That is the overall judgement at first, and [`HeldOut.about`] gives the same data with what was said about another
+    attribute.
 
     The N comparisons of all items come with the attributes `first` and `second`, of shape `(N,)`, which are the
     positions of their answers among the sequences; `target`, `weight` and `minority`, of shape `(N,)`, as in
@@ -108,19 +111,23 @@ class HeldOut:
             Token ids of every different answer, S in all.
         answers (`list[np.ndarray]`):
             For each item, the positions of its answers among the sequences, of shape `(K,)`.
+        attribute (`str`, *optional*, defaults to `"overall"`):
+            What the judgements are about. A comparison about another attribute has the weight 0.
     """
 
     items: list[Item] = field(default_factory=list)
     benchmark: Benchmark | None = None
     sequences: list[list[int]] = field(default_factory=list)
     answers: list[np.ndarray] = field(default_factory=list)
+    attribute: str = OVERALL
 
     def __post_init__(self) -> None:
         of_comparisons: list[Any] = []
         grades: list[Any] = []
         for number, (item, of_item) in enumerate(zip(self.items, self.answers, strict=True)):
             is_soft = "preference_probability" in item.said
-            for said in item.comparisons:
+            for comparison in item.comparisons:
+                said = comparison.about(self.attribute)
                 # In the order of the answers, not of their ranks. The comparisons of an item weigh as much as one.
                 ahead = said.first < said.second
                 first, second = of_item[[said.first, said.second] if ahead else [said.second, said.first]]
@@ -192,6 +199,33 @@ class HeldOut:
             raise ValueError("there is nothing to evaluate: no rows, or none short enough")
         return cls(items, BENCHMARKS.get(kind), [list(ids) for ids in number_of], answers)
 
+    @property
+    def attributes(self) -> list[str]:
+        """The attributes that something was said about beside the overall judgement, in alphabetical order."""
+        return sorted(set().union(*(item.attributes for item in self.items)) - {OVERALL})
+
+    def about(self, attribute: str) -> HeldOut:
+        """
+        The same sequences and comparisons, with what people said about one attribute.
+
+        Args:
+            attribute (`str`):
+                The attribute, or `"overall"`.
+
+        Returns:
+            [`HeldOut`]: The data.
+
+        Raises:
+            `ValueError`: If nothing was said about it.
+        """
+        if attribute != OVERALL and attribute not in self.attributes:
+            there = ", ".join(map(repr, self.attributes)) or "no attribute"
+            raise ValueError(
+                f"the data say nothing about {attribute!r}, but about {there}; correct the name, or rate or compare "
+                "answers in it (chosen_rating as a dict, or a column 'attribute')"
+            )
+        return replace(self, attribute=attribute)
+
     def forecasts(self, rewards: RewardDistribution, tie_width: float | None = None) -> Forecasts:
         """
         What a model says about the comparisons.
@@ -222,11 +256,16 @@ class HeldOut:
         Returns:
             `np.ndarray` of shape `(N, 2)`: A number for each side.
         """
+        return self.groups_of_sequences[np.stack([self.first, self.second], axis=1)]
+
+    @property
+    def groups_of_sequences(self) -> np.ndarray:
+        """The same for each sequence, of shape `(S,)`."""
         group = np.full(len(self.sequences), -1)
         for number, of_item in enumerate(self.answers):
             is_elsewhere = ~np.isin(group[of_item], (-1, number))
             group[of_item] = np.where(is_elsewhere, len(self.items) + of_item, number)
-        return group[np.stack([self.first, self.second], axis=1)]
+        return group
 
     def rewards_of_items(self, location: np.ndarray) -> list[np.ndarray]:
         """The locations, of shape `(S,)`, item by item."""
@@ -236,15 +275,41 @@ class HeldOut:
         """People's ratings of the sequences that have any, by position."""
         found: dict[int, list[float]] = {}
         for item, of_item in zip(self.items, self.answers, strict=True):
-            for position, ratings in zip(of_item, item.ratings, strict=False):
+            for position, ratings in zip(of_item, item.ratings(self.attribute), strict=False):
                 if ratings and position not in found:
                     found[int(position)] = ratings
         return {position: np.asarray(ratings, dtype=float) for position, ratings in found.items()}
 
+    def ratings_by_rater(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """
+        People's ratings of several attributes, person by person.
+
+        Args:
+            names (`Sequence[str]`):
+                A attributes.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: The positions of the N sequences that two people or more rated, of shape
+            `(N,)`, and the ratings of up to R people, of shape `(N, R, A)`; `nan` where there is none.
+        """
+        found: dict[int, list[list[float]]] = {}
+        for item, of_item in zip(self.items, self.answers, strict=True):
+            for answer, position in enumerate(of_item.tolist()):
+                given = [item.rated[name][answer] if name in item.rated else [] for name in names]
+                people = max(map(len, given), default=0)
+                if people > 1 and position not in found:
+                    # An attribute that nobody rated has no list.
+                    found[position] = [ratings or [None] * people for ratings in given]  # type: ignore[misc]
+        ratings = np.full((len(found), max((len(of[0]) for of in found.values()), default=0), len(names)), np.nan)
+        for number, of_answer in enumerate(found.values()):
+            ratings[number, : len(of_answer[0])] = np.array(of_answer, dtype=float).T
+        return np.fromiter(found, dtype=int), ratings
+
 
 def _minority(said: Comparison, is_soft: bool) -> float:
     """The share of people who preferred the less popular answer; `nan` if it is one person's judgement."""
-    return min(said.wins, said.losses) / said.people if said.people > 1 or is_soft else math.nan
+    is_known = said.people > 1 or (is_soft and said.people > 0)
+    return min(said.wins, said.losses) / said.people if is_known else math.nan
 
 
 def _tokens(record: Record, processing_class: Any, number: int) -> list[tuple[int, ...]]:

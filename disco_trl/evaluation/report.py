@@ -7,6 +7,7 @@ of the held-out data → tables and charts → `report.html` of this package, fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ EXPLAINED = {
     ),
     "divided_by_scale_matched": ("AUROC at equal distance, by scale", "the same, by the scale of the difference"),
     "grade_nll": ("NLL of strengths", "−log probability of how much better a person found an answer"),
+    "rating_nll": ("NLL of ratings", "−log probability of a person’s rating, in nats; lower is better"),
     "sign_nll": ("NLL of their signs", "the same of better, equal or worse, with the model’s own ties"),
     "scale, with people's standard deviation": ("Scale", "with the standard deviation of people’s ratings"),
     "scale, with people's standard deviation, corrected": (
@@ -87,6 +89,7 @@ SECTIONS = {
         "divided_by_scale_matched",
     ),
     "How much better": ("grade_nll", "sign_nll"),
+    "People’s ratings (likelihood)": ("rating_nll",),
     "People’s ratings (rank correlation)": (
         "location, with people's mean rating",
         "scale, with people's standard deviation",
@@ -189,6 +192,7 @@ def write_report(
     setup: dict[str, str] | None = None,
     brackets: str = "95 % intervals",
     examples: int = EXAMPLES,
+    attribute_verdicts: dict[str, dict[str, dict[str, Verdict]]] | None = None,
 ) -> Path:
     """Writes `report.html` and its charts.
 
@@ -211,20 +215,23 @@ def write_report(
             What the numbers in brackets mean.
         examples (`int`, *optional*, defaults to `2`):
             Number of examples of each kind, see [`pick_examples`].
+        attribute_verdicts (`dict[str, dict[str, dict[str, Verdict]]]`, *optional*, defaults to `None`):
+            Differences in each attribute, by model and figure. By attribute, with the name of the reference model,
+            such as `"tone, less normal"`.
 
     Returns:
         `Path`: Path of the page.
     """
-    drawings = {
-        "reliability": (
+    drawings: dict[str, tuple[Callable[..., None], str]] = {}
+    if models[0].found["metrics"]:
+        drawings["reliability"] = (
             partial(charts.reliability, curves={model.name: model.found["reliability"] for model in models}),
             "Predicted probability against the share of people, in fifteen bins",
-        ),
-        "risk-coverage": (
+        )
+        drawings["risk-coverage"] = (
             partial(charts.risk_coverage, curves={model.name: model.found["risk_coverage"] for model in models}),
             "Error rate against the share of comparisons kept",
-        ),
-    }
+        )
     if any(model.history for model in models):
         drawings["learning"] = (
             partial(charts.learning, histories={model.name: model.history for model in models}),
@@ -245,10 +252,12 @@ def write_report(
         models=models,
         explained=EXPLAINED,
         sections=_sections(models),
+        attributes=_attributes(models),
         about_scales=[words for model in models if (words := about_scale(model))],
         pictures={name: Markup(charts.as_svg(draw, text)) for name, (draw, text) in drawings.items()},
         examples=pick_examples(rewards, held_out, examples),
         verdicts=verdicts or {},
+        attribute_verdicts=attribute_verdicts or {},
         note=note_on_seeds(verdicts or {}),
         setup=setup or {},
         brackets=brackets,
@@ -263,6 +272,15 @@ def _sections(models: list[Model]) -> dict[str, list[str]]:
     present = {name for model in models for name in model.found["agreement"]}
     named = {heading: [name for name in names if name in present] for heading, names in SECTIONS.items()}
     return {heading: names for heading, names in named.items() if names}
+
+
+def _attributes(models: list[Model]) -> dict[str, list[dict[str, Any]]]:
+    """For each attribute that some model was evaluated in, and their correlations, the figures of each model."""
+    names = dict.fromkeys(name for model in models for name in model.found["attributes"])
+    tables = {f"Attribute: {name}": [model.found["attributes"].get(name, {}) for model in models] for name in names}
+    if any(model.found["correlations"] for model in models):
+        tables["How opinions of attributes go together (correlation)"] = [m.found["correlations"] for m in models]
+    return tables
 
 
 def about_scale(model: Model) -> str:
@@ -294,6 +312,11 @@ def about_scale(model: Model) -> str:
 def _number(figure: dict[str, Any]) -> str:
     ends = "" if figure["low"] is None else f" ({figure['low']:.2f} to {figure['high']:.2f})"
     return f"{figure['value']:.2f}{ends}".replace("-", "−")
+
+
+def as_cell(text: str) -> str:
+    """Text of the user, such as the name of an attribute, in Markdown, where it is no end of a cell or of a line."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def note_on_seeds(verdicts: dict[str, dict[str, Verdict]]) -> str:

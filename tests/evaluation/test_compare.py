@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from test_evaluate import read_pairs, rewards_of
 
 from disco_trl.cli.main import main
-from disco_trl.evaluation.compare import Result, Variant, compare, mean_over_seeds, verdict_table
+from disco_trl.evaluation.compare import Result, Variant
+from disco_trl.evaluation.verdicts import compare, mean_over_seeds, verdict_table
 
 
 def write_data(folder: Path, graded: bool = False) -> Path:
@@ -196,7 +197,8 @@ def test_settings_are_of_the_type_that_they_look_like():
 
 
 def result(name: str, seed: int, held_out, location: np.ndarray, scale: float) -> Result:
-    figures = {"metrics": {"nll": {"value": scale, "low": 0, "high": 1}}, "benchmark": {}, "agreement": {}}
+    figures = {"metrics": {"nll": {"value": scale, "low": 0, "high": 1}}, "tie_width": None}
+    figures |= {group: {} for group in ("benchmark", "agreement", "attributes", "correlations")}
     return Result(Variant.parse(name), seed, figures, rewards_of(held_out, location, scale))
 
 

@@ -24,6 +24,7 @@ from disco_trl.evaluation.forecasts import Forecasts
 from disco_trl.evaluation.held_out import HeldOut
 from disco_trl.evaluation.metrics import METRICS, pair_metrics
 from disco_trl.evaluation.report import EXPLAINED, SECTIONS
+from disco_trl.evaluation.scored import Scored
 from disco_trl.models.inference import load_trained, score
 
 
@@ -154,7 +155,7 @@ def test_bootstrap_draws_items(tiny_tokenizer):
         held_out = HeldOut.read(rows, tiny_tokenizer)
         location = torch.from_numpy(np.random.default_rng(1).normal(size=len(held_out.sequences)))
         rewards = RewardDistribution(location, torch.ones(len(location)), "normal")
-        found = evaluate(rewards, held_out, draws=300).metrics["accuracy"]
+        found = evaluate(Scored(rewards), held_out, draws=300).metrics["accuracy"]
         return found.high - found.low
 
     assert width(4) == pytest.approx(width(1), rel=0.01)
@@ -251,7 +252,7 @@ def graded(count: int, seed: int = 0) -> tuple[HeldOut, RewardDistribution]:
 def test_strengths_have_the_probabilities_of_their_intervals():
     held_out, rewards = graded(30)
     responses = Responses(tie_width=torch.tensor(0.3), strength_boundaries=torch.tensor([1.1]))
-    found = evaluate(rewards, held_out, 20, responses=responses).agreement
+    found = evaluate(Scored(rewards, responses), held_out, 20).agreement
     location, scale = rewards.location.numpy(), rewards.scale.numpy()
     losses, losses_of_signs = [], []
     for item, (first, second) in zip(held_out.items, zip(held_out.first, held_out.second, strict=True), strict=True):
@@ -276,14 +277,14 @@ def test_the_votes_of_a_pair_do_not_share_an_error_in_the_likelihood_of_one():
     )
     wider = RewardDistribution(rewards.location, (rewards.scale**2 + 0.7**2).sqrt(), "normal")
     responses = Responses(tie_width=torch.tensor(0.3), strength_boundaries=torch.tensor([1.1]))
-    found, expected = (evaluate(given, held_out, 2, responses=responses).agreement for given in (unsure, wider))
+    found, expected = (evaluate(Scored(given, responses), held_out, 2).agreement for given in (unsure, wider))
     for name in ("grade_nll", "sign_nll"):
         assert found[name].value == pytest.approx(expected[name].value, abs=1e-8)
 
 
 def test_strengths_that_a_model_does_not_know_are_votes():
     held_out, rewards = graded(12)
-    found = evaluate(rewards, held_out, 2)
+    found = evaluate(Scored(rewards), held_out, 2)
     assert found.agreement["grade_nll"].note == "none: the model knows no strengths of preference"
     assert found.agreement["sign_nll"].note == "none: the model knows no ties"
     said = [
@@ -294,7 +295,7 @@ def test_strengths_that_a_model_does_not_know_are_votes():
     assert found.metrics["nll"].value == pytest.approx(expected)
     known = Responses(tie_width=torch.tensor(0.3), strength_boundaries=torch.zeros(0))
     with pytest.raises(ValueError, match=r"item 0, column 'preference_strength': a strength of -?2 is beyond the 1"):
-        evaluate(rewards, held_out, 2, responses=known)
+        evaluate(Scored(rewards, known), held_out, 2)
 
 
 def rated(scale: np.ndarray, ratings: int) -> tuple[HeldOut, RewardDistribution]:
@@ -313,7 +314,7 @@ def rated(scale: np.ndarray, ratings: int) -> tuple[HeldOut, RewardDistribution]
 
 def test_scales_that_are_known_exactly_correlate_by_one_if_all_people_were_asked():
     held_out, rewards = rated(np.exp(np.random.default_rng(1).normal(scale=0.5, size=400)), 8)
-    found = evaluate(rewards, held_out, 60)
+    found = evaluate(Scored(rewards), held_out, 60)
     raw, corrected = (found.agreement[f"scale, with people's standard deviation{end}"] for end in ("", ", corrected"))
     assert raw.high < 0.95 < corrected.high and corrected.value == pytest.approx(1, abs=0.07)
     assert corrected.low < corrected.value < corrected.high
@@ -324,7 +325,7 @@ def test_scales_that_are_known_exactly_correlate_by_one_if_all_people_were_asked
 
 def test_a_constant_scale_is_said_to_be_one():
     held_out, rewards = rated(np.ones(60), 6)
-    found = evaluate(rewards, held_out, 20)
+    found = evaluate(Scored(rewards), held_out, 20)
     for end in ("", ", corrected"):
         assert str(found.agreement[f"scale, with people's standard deviation{end}"]) == "none: the scale is constant"
     assert found.spread_by_scale == {} and "none: the scale is constant" in as_text(found, "")
@@ -338,7 +339,7 @@ def test_divided_pairs_of_a_constant_scale():
     """Doubt is nothing but the distance then, so that it has an AUROC of ½ among pairs of equal distance."""
     held_out, rewards = graded(60)
     constant = RewardDistribution(rewards.location, torch.ones(120).double(), "normal")
-    found = evaluate(constant, held_out, 2).agreement
+    found = evaluate(Scored(constant), held_out, 2).agreement
     assert found["divided"].value == pytest.approx(found["divided_by_distance"].value)
     assert found["divided_matched"].value == pytest.approx(0.5, abs=1e-12)
     assert found["divided_by_scale"].note == found["divided_by_scale_matched"].note == "none: the scale is constant"

@@ -220,4 +220,4 @@ def test_a_prompt_that_the_conversation_repeats():
 def test_ratings_tools_and_subsets_are_kept():
     row = {"chosen": "b", "rejected": "c", "chosen_rating": [1, 2], "rejected_rating": 3, "tools": "[]", "subset": "x"}
     item = read_preference(row)
-    assert item.ratings == [[1, 2], [3]] and item.subset == "x" and item.template == {"tools": "[]"}
+    assert item.ratings() == [[1, 2], [3]] and item.subset == "x" and item.template == {"tools": "[]"}

@@ -14,6 +14,7 @@ from disco_trl.distributions.reward_distribution import RewardDistribution
 from disco_trl.evaluation.evaluate import as_json, evaluate
 from disco_trl.evaluation.held_out import HeldOut
 from disco_trl.evaluation.report import TEMPLATE, Model, Verdict, pick_examples, write_report
+from disco_trl.evaluation.scored import Scored
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -47,7 +48,7 @@ MARGINS = np.r_[2.5, -1.9, 0.01, np.linspace(0.2, 1.5, 19), -0.3, 2.9]
 def page(held_out, tmp_path) -> str:
     models = []
     for name, margins in (("ours", MARGINS), ("theirs <b>", MARGINS / 2)):
-        figures = as_json(evaluate(rewards_of(held_out, margins), held_out, draws=20))
+        figures = as_json(evaluate(Scored(rewards_of(held_out, margins)), held_out, draws=20))
         models.append(Model(name, figures, [(0.0, 0.7), (1.0, 0.5)], {"minutes": "3"}))
     rewards = rewards_of(held_out, MARGINS)
     verdicts = {
@@ -58,7 +59,7 @@ def page(held_out, tmp_path) -> str:
 
 
 def test_says_what_was_found(page, tmp_path, held_out):
-    figures = evaluate(rewards_of(held_out, MARGINS), held_out, draws=20)
+    figures = evaluate(Scored(rewards_of(held_out, MARGINS)), held_out, draws=20)
     assert str(round(figures.metrics["nll"].value, 4)) in page
     assert (
         "<title>Title &amp; more</title>" in page
@@ -86,7 +87,7 @@ def test_scales_beside_raters(informs, tiny_tokenizer, tmp_path):
     held_out = HeldOut.read(rows, tiny_tokenizer)
     scale = torch.from_numpy(spread if informs else np.ones(60))
     rewards = RewardDistribution(torch.from_numpy(generator.normal(size=60)), scale, "normal")
-    found = as_json(evaluate(rewards, held_out, draws=20))
+    found = as_json(evaluate(Scored(rewards), held_out, draws=20))
     page = write_report(tmp_path, "Ratings", [Model("ours", found)], rewards, held_out).read_text()
     assert (tmp_path / "spread.png").exists() == informs == ("in ten groups of answers" in page)
     words = "ours: the rank correlation of the scale with the spread of people’s ratings is 0."
@@ -97,7 +98,7 @@ def test_scales_beside_raters(informs, tiny_tokenizer, tmp_path):
 
 def test_names_are_no_mathematics(held_out, tmp_path):
     rewards = rewards_of(held_out, MARGINS)
-    figures = as_json(evaluate(rewards, held_out, draws=20))
+    figures = as_json(evaluate(Scored(rewards), held_out, draws=20))
     name = r"cost $\frac$ {1} %s"
     page = write_report(tmp_path, name, [Model(name, figures, [(0.0, 0.7)])], rewards, held_out).read_text()
     assert page.count(name) > 5 and f">{name}</text>" in page
