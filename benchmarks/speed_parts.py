@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, extract_prompt
 
 from disco_trl import DiscoReward, DiscoRewardConfig, get_family
+from disco_trl.data.columns import OVERALL
 from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.forest import grow_forest
 from disco_trl.data.tokenization import tokenize
@@ -314,8 +315,8 @@ def run_head(args: argparse.Namespace) -> dict[str, Any]:
         memory = PredictionMemory(keeps_hidden_states=True)
         for _ in range(steps):
             states = hidden.detach() + torch.randn(hidden.shape, generator=noise).to(hidden)
-            memory.add(states, states, states[:, :1], None, said)
-        predictions = memory.predictions()
+            memory.add(states, states, {OVERALL: (states[:, :1], None)}, {OVERALL: said})
+        predictions = memory.predictions(OVERALL)
         assert predictions is not None
         fit_posterior(head, family, predictions.in_hindsight(), pairs=args.pairs)
 

@@ -41,6 +41,28 @@ def test_grpo(reward_dirs, tiny_llama_dir, tmp_path):
     assert (tmp_path / "out" / "grpo.png").stat().st_size > 10_000
 
 
+def test_attributes(tiny_llama_dir, tmp_path):
+    rows = [
+        {
+            **{"chosen": f"a good day {row}{'!' * (row % 4)}", "rejected": f"a BAD day {row}"},
+            **{
+                "chosen_votes": 0,
+                "rejected_votes": 0,
+                "chosen_rating": [2, 3, 1],
+                "rejected_rating": [-2, -1, row % 3],
+            },
+        }
+        for row in range(40)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = run("attributes.py", str(tmp_path), tiny_llama_dir, "--steps", "2", "--output", "out", cwd=tmp_path)
+    assert "After 2 steps on sum of both:" in shown
+    found = json.loads((tmp_path / "out" / "found.json").read_text())
+    assert found.keys() == {"sum of both", "positive, calm 4 or more"}
+    assert all(len(values) == 64 for of_policy in found.values() for values in of_policy.values())
+    assert (tmp_path / "out" / "attributes.png").stat().st_size > 5_000
+
+
 def test_rloo(reward_dirs, tiny_llama_dir, tmp_path):
     lines = run("rloo.py", reward_dirs["adapter"], tiny_llama_dir, cwd=tmp_path).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step ")] == [str(step) for step in range(5, 41, 5)]
