@@ -55,7 +55,7 @@ def world(pairs: int, seed: int, overall: bool) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def train(folder, tokenizer, overall: bool, **options):
+def train(folder, tokenizer, overall: bool, pairs: int = 3000, **options):
     settings = {
         "per_device_train_batch_size": 16,
         "max_steps": -1,
@@ -70,7 +70,7 @@ def train(folder, tokenizer, overall: bool, **options):
         folder,
         model=tiny_llama(hidden_size=64),
         processing_class=tokenizer,
-        train_dataset=world(3000, 0, overall),
+        train_dataset=world(pairs, 0, overall),
         **settings | options,
     )
     trainer.train()
@@ -118,6 +118,6 @@ def test_the_weights_that_people_use_are_recovered(trained):
 
 
 def test_several_passes_leave_the_correlation_what_it_is(tmp_path, _session_tokenizer):
-    trainer = train(tmp_path, _session_tokenizer, False, num_train_epochs=3)
+    trainer = train(tmp_path, _session_tokenizer, False, pairs=1000, num_train_epochs=3)
     joint, _, _ = held_out(trainer)
     np.testing.assert_allclose(joint.correlation.numpy(), CORRELATION, atol=0.1)
