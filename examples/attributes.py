@@ -10,8 +10,16 @@ the second attribute: three raters are simulated, who mind exclamation marks, ca
 A positive remark is easily an excited one. The first run trains the policy on the sum of both attributes, the second
 on how positive it is, with the constraint that at least half of the people would rate it 4 or higher for calm. The
 script prints completions of held-out openings, counts what the simulated raters mind, and writes `attributes.png`.
+With `--steps 30`:
 
-A step takes 6 to 9 s on 2 cores without an accelerator.
+    policy                        positive   calm  calm enough  !, capitals, emoji
+    sum of both                       1.67   1.82         100%                0.09
+    positive, calm 4 or more          1.92   1.33          98%                0.27
+
+The sum pays for calm beyond what was asked for, and the constraint does not: its remarks are more positive, and about
+as calm as they have to be. A sum with a smaller weight of calm would pay for breaking it.
+
+A step takes 7 to 9 s on 2 cores without an accelerator, and the reward model 12 minutes on one.
 """
 
 import argparse
