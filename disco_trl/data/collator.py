@@ -15,6 +15,8 @@ from .records import Comparison, Record, key_of, read_answers, read_feedback
 
 ANSWERS = "answers"
 """In a batch: an integer from 0 for each sequence, equal for equal ones, of shape `(2 * P,)`."""
+_OfRow = list[tuple[Comparison, float]]
+"""The comparisons of a row that stand in the batch, with the weight of each."""
 OF_ATTRIBUTES = "judgements_of_attributes"
 """In a batch: what was said about each attribute but the overall judgement, by its name."""
 BY_RATER = "ratings_by_rater"
@@ -77,22 +79,26 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
         batch[ANSWERS] = torch.tensor([key_of(sequence) for sequence in sequences])
         numbers = [int(example[ROW_COLUMN]) for example in examples] if ROW_COLUMN in examples[0] else None
         if has_judgements(examples[0]):
-            batch |= self._judgements(records, OVERALL, numbers)
+            batch |= self._judgements(records, comparisons, OVERALL, numbers)
             if others := [name for name in self.likelihoods if name != OVERALL]:
-                batch[OF_ATTRIBUTES] = {name: self._judgements(records, name, numbers) for name in others}
+                batch[OF_ATTRIBUTES] = {
+                    name: self._judgements(records, self._comparisons(records, name), name, numbers) for name in others
+                }
                 scales = {name: self.likelihoods[name].get("rating_values", ()) for name in others}
                 batch[BY_RATER] = ratings_by_rater(records, comparisons, scales)
         if numbers is not None:
             batch[ROW_COLUMN] = torch.tensor(numbers)
         return batch
 
-    def _comparisons(self, records: Sequence[Record], attribute: str) -> list[list[tuple[Comparison, float]]]:
+    def _comparisons(self, records: Sequence[Record], attribute: str) -> list[_OfRow]:
         """What stands in the batch of each record, with what was said about an attribute."""
         are_rated = "rating_values" in self.likelihoods[attribute]
         return [in_turn(record, self.weigh_by, are_rated, self.pairs_per_row, attribute) for record in records]
 
-    def _judgements(self, records: Sequence[Record], attribute: str, numbers: list[int] | None) -> dict[str, Any]:
+    def _judgements(
+        self, records: Sequence[Record], comparisons: list[_OfRow], attribute: str, numbers: list[int] | None
+    ) -> dict[str, Any]:
         """Tensors of what was said about an attribute."""
         known = self.likelihoods[attribute]
         scales = known.get("rating_values"), known.get("strength_levels")
-        return to_tensors(records, self._comparisons(records, attribute), *scales, numbers, attribute)
+        return to_tensors(records, comparisons, *scales, numbers, attribute)

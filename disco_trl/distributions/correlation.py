@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,91 +49,121 @@ _GRID = torch.linspace(-4, 4, 65, dtype=torch.float64)
 _MOST_AT_ONCE = 2048
 
 
-def estimate_correlation(
-    location: Tensor,
-    scale: Tensor,
-    location_error: Tensor,
-    counts: Sequence[Tensor],
-    products: Tensor,
-    freedom: Tensor,
-    thresholds: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class RatedAnswers:
     """
-    Estimates the correlation matrix of people's rewards for A attributes.
+    Ratings of N answers in A attributes, and what a model says about the answers.
 
     Args:
-        location (`torch.Tensor` of shape `(N, A)`):
-            Locations that a model predicts for N answers, in reward units.
-        scale (`torch.Tensor` of shape `(N, A)`):
+        location (`torch.DoubleTensor` of shape `(N, A)`):
+            Locations that the model predicts, in reward units.
+        scale (`torch.DoubleTensor` of shape `(N, A)`):
             Scales, in reward units. The rewards are normal.
         location_error (`torch.Tensor` of shape `(A,)`):
             Standard deviation ≥ 0 of the model's error in each attribute, in reward units.
         counts (`Sequence[torch.Tensor]`):
             How many people gave each of the L_a ratings to an answer, `(N, L_a)` for each attribute.
-        products, freedom (`torch.Tensor` of shape `(N, A, A)`):
+        products, freedom (`torch.DoubleTensor` of shape `(N, A, A)`):
             What [`products_of_ratings`] makes of the ratings, numbered from 0.
         thresholds (`Sequence[torch.Tensor]`):
             Thresholds of each attribute, `(L_a − 1,)`, ascending, in reward units.
+    """
+
+    location: Tensor
+    scale: Tensor
+    location_error: Tensor
+    counts: Sequence[Tensor]
+    products: Tensor
+    freedom: Tensor
+    thresholds: Sequence[Tensor]
+
+    @classmethod
+    def of_attributes(
+        cls,
+        rewards: Sequence[RewardDistribution],
+        counts: Sequence[Tensor],
+        thresholds: Sequence[Tensor | None],
+        products: Tensor,
+        freedom: Tensor,
+    ) -> RatedAnswers:
+        """
+        Puts attributes together, with the error of a model's locations at which the ratings of each are most likely.
+
+        Args:
+            rewards (`Sequence[RewardDistribution]`):
+                Normal rewards of shape `(N,)` for each of A attributes, at least one.
+            counts, products, freedom:
+                As in [`RatedAnswers`].
+            thresholds (`Sequence[torch.Tensor]`):
+                As in [`RatedAnswers`]; `None` for an attribute that nobody has rated.
+
+        Returns:
+            [`RatedAnswers`]: All of them, in float64.
+        """
+        given = [torch.zeros(0) if of_one is None else of_one for of_one in thresholds]
+        columns = zip(rewards, counts, given, strict=True)
+        return cls(
+            torch.stack([to_float64(of_one.location) for of_one in rewards], dim=1),
+            torch.stack([to_float64(of_one.scale) for of_one in rewards], dim=1),
+            torch.tensor([_fit_error(*column) if len(column[2]) else 0.0 for column in columns]),
+            counts,
+            to_float64(products),
+            to_float64(freedom),
+            given,
+        )
+
+    def levels(self, a: int) -> Tensor:
+        """Draws `(D, N)` of the levels of the answers in an attribute, see [`_draw_levels`]."""
+        error, counts = self.location_error[a].item(), to_float64(self.counts[a])
+        return _draw_levels(self.location[:, a], self.scale[:, a], error, counts, to_float64(self.thresholds[a]))
+
+
+def estimate_correlation(rated: RatedAnswers) -> tuple[Tensor, Tensor]:
+    """
+    Estimates the correlation matrix of people's rewards for A attributes.
+
+    Args:
+        rated ([`RatedAnswers`]):
+            Ratings, and what a model says about the answers.
 
     Returns:
         `tuple` of `torch.DoubleTensor` of shape `(A, A)` and `torch.LongTensor` of shape `(A, A)`: The correlation
             matrix, which is positive definite, and how many deviations each entry was estimated from (for n raters of
             an answer n − 1). Where that is 0, the correlation is 0.
     """
-    one = torch.ones(1, len(location), dtype=torch.float64)
-    scale = match_scales(location, scale, location_error, counts, products, freedom, thresholds)
-    found = correlations(location, scale, location_error, counts, products, freedom, thresholds, one)
-    return _positive_definite(found[0]), freedom.sum(dim=0).round().long().fill_diagonal_(0)
+    one = torch.ones(1, len(rated.location), dtype=torch.float64)
+    found = correlations(match_scales(rated), one)
+    return _positive_definite(found[0]), rated.freedom.sum(dim=0).round().long().fill_diagonal_(0)
 
 
-def match_scales(
-    location: Tensor,
-    scale: Tensor,
-    location_error: Tensor,
-    counts: Sequence[Tensor],
-    products: Tensor,
-    freedom: Tensor,
-    thresholds: Sequence[Tensor],
-) -> Tensor:
+def match_scales(rated: RatedAnswers) -> RatedAnswers:
     """
     Multiplies the scales of each attribute by the factor at which the ratings of an answer vary as much as observed.
 
     Args:
-        location, scale, location_error, counts, products, freedom, thresholds:
+        rated ([`RatedAnswers`]):
             As in [`estimate_correlation`].
 
     Returns:
-        `torch.DoubleTensor` of shape `(N, A)`: The scales.
+        [`RatedAnswers`]: The same with other scales.
     """
-    location, scale, products, freedom = map(to_float64, (location, scale, products, freedom))
-    scale = scale.clone()
-    for a, (error, of_a) in enumerate(zip(location_error.tolist(), map(to_float64, thresholds), strict=True)):
+    rated = replace(rated, scale=rated.scale.clone())
+    for a, thresholds in enumerate(rated.thresholds):
+        said = rated.products[:, a, a], rated.freedom[:, a, a]
         # The levels depend on the scales, and these on the levels.
         for _ in range(_ROUNDS):
-            levels = _draw_levels(location[:, a], scale[:, a], error, to_float64(counts[a]), of_a)
-            scale[:, a] *= _match_variance(products[:, a, a], of_a, levels, scale[:, a], freedom[:, a, a])
-    return scale
+            rated.scale[:, a] *= _match_variance(*said, to_float64(thresholds), rated.levels(a), rated.scale[:, a])
+    return rated
 
 
-def correlations(
-    location: Tensor,
-    scale: Tensor,
-    location_error: Tensor,
-    counts: Sequence[Tensor],
-    products: Tensor,
-    freedom: Tensor,
-    thresholds: Sequence[Tensor],
-    weights: Tensor,
-) -> Tensor:
+def correlations(rated: RatedAnswers, weights: Tensor) -> Tensor:
     """
     Estimates the correlation of each two attributes, for several weightings of the answers, such as the resamples of
     a bootstrap.
 
     Args:
-        location, location_error, counts, products, freedom, thresholds:
-            As in [`estimate_correlation`].
-        scale (`torch.Tensor` of shape `(N, A)`):
-            Scales, as [`match_scales`] returns them.
+        rated ([`RatedAnswers`]):
+            Ratings, with scales as [`match_scales`] returns them.
         weights (`torch.Tensor` of shape `(W, N)`):
             Weights ≥ 0 of the answers.
 
@@ -140,52 +171,30 @@ def correlations(
         `torch.DoubleTensor` of shape `(W, A, A)`: The correlations, 0 where there is nothing to estimate them from.
             Each is estimated for itself, so that together they need not be a correlation matrix.
     """
-    location, scale, products, freedom = map(to_float64, (location, scale, products, freedom))
-    count = location.shape[1]
+    count = rated.location.shape[1]
     found = torch.eye(count, dtype=torch.float64).repeat(len(weights), 1, 1)
-    thresholds, errors = [to_float64(of_attribute) for of_attribute in thresholds], location_error.tolist()
-    levels = [
-        _draw_levels(location[:, a], scale[:, a], errors[a], to_float64(counts[a]), thresholds[a])
-        for a in range(count)
-    ]
+    distances = [to_float64(rated.thresholds[a])[:, None] - rated.levels(a)[:, None] for a in range(count)]
     for a in range(count):
         for b in range(a):
-            used = freedom[:, a, b] > 0
+            used = rated.freedom[:, a, b] > 0
             if not used.any():
                 continue
-            z = [(thresholds[k][:, None] - levels[k][:, None, used]) / scale[used, k] for k in (a, b)]
-            said = products[used, a, b], freedom[used, a, b]
+            z = [distances[k][..., used] / rated.scale[used, k] for k in (a, b)]
+            said = rated.products[used, a, b], rated.freedom[used, a, b]
             found[:, a, b] = found[:, b, a] = _match(*said, z[0], z[1], to_float64(weights[:, used]))
     return found
 
 
-def fit_location_error(
-    location: Tensor, scale: Tensor, counts: Tensor, thresholds: Tensor, unit_scale: float
-) -> float:
-    """
-    Finds the error of a model's locations at which the ratings of answers are most likely.
-
-    Args:
-        location, scale (`torch.Tensor` of shape `(N,)`):
-            Locations and scales of normal rewards, in reward units.
-        counts (`torch.Tensor` of shape `(N, L)`):
-            How many people gave each of L ratings to an answer.
-        thresholds (`torch.Tensor` of shape `(L − 1,)`):
-            Thresholds, ascending, in reward units.
-        unit_scale (`float`):
-            Unit of the family, in reward units.
-
-    Returns:
-        `float`: One of [`ERRORS`], in reward units.
-    """
-    location, scale, counts, thresholds = map(to_float64, (location, scale, counts, thresholds))
+def _fit_error(rewards: RewardDistribution, counts: Tensor, thresholds: Tensor) -> float:
+    """The one of [`ERRORS`], in reward units, at which the ratings are most likely."""
+    location, scale, counts, thresholds = map(to_float64, (rewards.location, rewards.scale, counts, thresholds))
 
     def log_likelihood(error: float) -> float:
-        errors = torch.full_like(location, error * unit_scale) if error else None
+        errors = torch.full_like(location, error) if error else None
         rewards = RewardDistribution(location, scale, "normal", location_error=errors)
         return rating_log_likelihood(rewards, counts, thresholds).sum().item()
 
-    return max(ERRORS, key=log_likelihood) * unit_scale
+    return max((error * rewards.kind.unit_scale for error in ERRORS), key=log_likelihood)
 
 
 def products_of_ratings(ratings: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +239,7 @@ def _draw_levels(location: Tensor, scale: Tensor, error: float, counts: Tensor, 
     return at.gather(0, places)
 
 
-def _match_variance(products: Tensor, thresholds: Tensor, levels: Tensor, scale: Tensor, freedom: Tensor) -> float:
+def _match_variance(products: Tensor, freedom: Tensor, thresholds: Tensor, levels: Tensor, scale: Tensor) -> float:
     """The factor on the scales at which the expected sum of squares of the ratings is the observed one."""
     used = freedom > 0
     if not used.any():

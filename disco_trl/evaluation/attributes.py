@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributions.correlation import correlations, fit_location_error, match_scales, products_of_ratings
+from ..distributions.correlation import RatedAnswers, correlations, match_scales, products_of_ratings
 from ..distributions.families import Normal
 from ..distributions.numerics import is_identity
 from .agreement import FEWEST, with_raters
@@ -166,23 +166,20 @@ def _of_rewards(
 ) -> Tensor:
     """The correlations `(draws + 1, A, A)` of rewards at which such ratings `(N, R, A)` are expected: on the data, and
     on each resample `(draws, N)`."""
-    levels, rewards, tables, errors, thresholds = np.full(ratings.shape, np.nan), [], [], [], []
-    for place, name in enumerate(names):
-        of_name = scored.attributes[name]
+    if not names:
+        return torch.zeros(len(counts) + 1, 0, 0)
+    levels, tables = np.full(ratings.shape, np.nan), []
+    known = [scored.attributes[name] for name in names]
+    for place, of_name in enumerate(known):
         for level, value in enumerate(of_name.rating_values):
             levels[..., place][ratings[..., place] == value] = level
         of_each_level = [(levels[..., place] == level).sum(axis=1) for level in range(len(of_name.rating_values))]
-        assert of_name.responses.thresholds is not None
         tables.append(torch.from_numpy(np.stack(of_each_level, axis=1)))
-        thresholds.append(of_name.responses.thresholds)
-        rewards.append(of_name.rewards[torch.from_numpy(positions)])
-        given = rewards[-1].location, rewards[-1].scale, tables[-1], thresholds[-1]
-        errors.append(fit_location_error(*given, rewards[-1].kind.unit_scale))
-    if not names:
-        return torch.zeros(len(counts) + 1, 0, 0)
-    location, scale = (
-        torch.stack([getattr(of_name, part) for of_name in rewards], dim=1) for part in ("location", "scale")
+    rated = RatedAnswers.of_attributes(
+        [of_name.rewards[torch.from_numpy(positions)] for of_name in known],
+        tables,
+        [of_name.responses.thresholds for of_name in known],
+        *products_of_ratings(torch.from_numpy(levels)),
     )
-    said = torch.tensor(errors), tables, *products_of_ratings(torch.from_numpy(levels)), thresholds
     weights = torch.from_numpy(np.vstack([np.ones(len(positions), dtype=counts.dtype), counts]))
-    return correlations(location, match_scales(location, scale, *said), *said, weights)
+    return correlations(match_scales(rated), weights)

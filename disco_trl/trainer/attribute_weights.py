@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy.optimize import lsq_linear
 
+from ..data.columns import OVERALL
 from .head_fit import HeadFit, NothingToFit
 from .predictions import Predictions, last_of_each
 
@@ -42,14 +43,12 @@ class AttributeWeights(HeadFit):
     def fit(self, predictions: Predictions, args: Any, state: Any) -> dict[str, float]:
         attributes, memory = self.whole_head.attributes, self.memory
         assert attributes is not None and memory is not None
-        overall = memory.predictions()
-        of_names = [memory.predictions(name) for name in attributes.names]
-        assert overall is not None
-        places = last_of_each(overall.answers.flatten(), torch.ones(overall.answers.numel(), dtype=torch.bool))
+        kept = [found for name in (OVERALL, *attributes.names) if (found := memory.predictions(name)) is not None]
+        answers = kept[0].answers.flatten()
+        places = last_of_each(answers, torch.ones_like(answers, dtype=torch.bool))
         if len(places) < LEAST_ANSWERS:
             raise NothingToFit(f"{len(places)} different answers are too few, and {LEAST_ANSWERS} are needed")
-        locations = [overall, *(found for found in of_names if found is not None)]
-        columns = torch.stack([found.location.flatten()[places].double() for found in locations], dim=1).numpy()
+        columns = torch.stack([found.location.flatten()[places].double() for found in kept], dim=1).numpy()
         # Where a reward is 0 is arbitrary, in each attribute.
         columns -= columns.mean(axis=0)
         start = np.array(attributes.start)

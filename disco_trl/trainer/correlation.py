@@ -9,13 +9,14 @@ they are then.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..distributions.correlation import estimate_correlation, fit_location_error
+from ..distributions.correlation import RatedAnswers, estimate_correlation
 from ..distributions.families import Normal
+from ..distributions.reward_distribution import RewardDistribution
 from ..models.reward_head import RewardHead
 from .head_fit import HeadFit, NothingToFit
 from .predictions import Predictions, last_of_each
@@ -25,16 +26,6 @@ LEAST_FREEDOM = 100
 """Smallest number of deviations that a correlation is estimated from. Its standard error is then a tenth or more."""
 MOST_ANSWERS = 4096
 """Number of latest answers that the correlation is estimated from."""
-
-
-class _Rated(NamedTuple):
-    """What is known of an attribute of N rated answers."""
-
-    location: Tensor
-    scale: Tensor
-    error: float
-    counts: Tensor
-    thresholds: Tensor
 
 
 class Correlation(HeadFit):
@@ -65,15 +56,10 @@ class Correlation(HeadFit):
                 "the same order for each attribute"
             )
         columns = [self._rated(heads[name], found, rated) for name, found in zip(names, kept, strict=True)]
-        correlation, _ = estimate_correlation(
-            torch.stack([column.location for column in columns], dim=1),
-            torch.stack([column.scale for column in columns], dim=1),
-            torch.tensor([column.error for column in columns]),
-            [column.counts for column in columns],
-            products[rated],
-            freedom[rated] * (support >= LEAST_FREEDOM).fill_diagonal_(True),
-            [column.thresholds for column in columns],
-        )
+        enough = (support >= LEAST_FREEDOM).fill_diagonal_(True)
+        rewards, counts, thresholds = zip(*columns, strict=True)
+        said = RatedAnswers.of_attributes(rewards, counts, thresholds, products[rated], freedom[rated] * enough)
+        correlation, _ = estimate_correlation(said)
         with torch.no_grad():
             attributes.correlation.copy_(correlation)
         return {
@@ -84,13 +70,11 @@ class Correlation(HeadFit):
         }
 
     @torch.no_grad()
-    def _rated(self, head: RewardHead, predictions: Predictions, places: Tensor) -> _Rated:
-        location = predictions.location.flatten()[places].double()
+    def _rated(
+        self, head: RewardHead, predictions: Predictions, places: Tensor
+    ) -> tuple[RewardDistribution, Tensor, Tensor | None]:
+        """Rewards of answers for an attribute, how many people gave each rating, and the thresholds if anybody did."""
         states = predictions.scale_states.flatten(0, 1)[places]
-        scale = head.scale(states.to(head.weight.device))[..., 0].cpu().double()
-        counts = predictions.rating_counts.flatten(0, 1)[places].double()
-        thresholds = head.responses().thresholds
-        if thresholds is None:  # nobody has rated it
-            return _Rated(location, scale, 0.0, counts, location.new_zeros(0))
-        error = fit_location_error(location, scale, counts, thresholds, self.family.unit_scale)
-        return _Rated(location, scale, error, counts, thresholds)
+        scale = head.scale(states.to(head.weight.device))[..., 0].cpu()
+        rewards = RewardDistribution(predictions.location.flatten()[places], scale, self.family)
+        return rewards, predictions.rating_counts.flatten(0, 1)[places], head.responses().thresholds

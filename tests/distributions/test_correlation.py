@@ -7,6 +7,7 @@ from scipy.stats import multivariate_normal
 
 from disco_trl.distributions.correlation import (
     LARGEST,
+    RatedAnswers,
     _slope,
     correlations,
     estimate_correlation,
@@ -45,7 +46,7 @@ def estimate(location, scale, error, ratings, thresholds):
         for a, of_a in enumerate(thresholds)
     ]
     sums = products_of_ratings(ratings.double().where(ratings >= 0, torch.nan))
-    return estimate_correlation(location, scale, error, counts, *sums, thresholds)
+    return estimate_correlation(RatedAnswers(location, scale, error, counts, *sums, thresholds))
 
 
 def off_diagonal(matrix: torch.Tensor) -> np.ndarray:
@@ -148,11 +149,13 @@ def test_a_weight_counts_an_answer_as_often():
     times = torch.randint(0, 3, (150,), generator=torch.Generator().manual_seed(1))
     counts = [torch.nn.functional.one_hot(ratings[..., a], 5).sum(dim=1) for a in range(3)]
     sums = products_of_ratings(ratings.double())
-    found = correlations(location, scale, error, counts, *sums, thresholds, torch.stack([times, torch.ones(150)]))
-    again = torch.arange(150).repeat_interleave(times)
-    for place, rows in enumerate((again, torch.arange(150))):
+    found = correlations(
+        RatedAnswers(location, scale, error, counts, *sums, thresholds), torch.stack([times, torch.ones(150)])
+    )
+    for place, rows in enumerate((torch.arange(150).repeat_interleave(times), torch.arange(150))):
         sums = products_of_ratings(ratings[rows].double())
         of_rows = [count[rows] for count in counts]
         one = torch.ones(1, len(rows))
-        (expected,) = correlations(location[rows], scale[rows], error, of_rows, *sums, thresholds, one)
+        again = RatedAnswers(location[rows], scale[rows], error, of_rows, *sums, thresholds)
+        (expected,) = correlations(again, one)
         np.testing.assert_allclose(off_diagonal(found[place]), off_diagonal(expected), atol=1e-12)

@@ -3,7 +3,7 @@ picture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,9 @@ def _judgement_lines(found: dict[str, Any]) -> list[str]:
             "(0.4 to 0.6)"
         )
     if ratings := found.get("ratings"):
-        values = list(ratings["values"])
-        shown = ", ".join(values) if len(values) <= 12 else f"{values[0]} to {values[-1]}"
         lines.append(
             f"ratings: {ratings['answers']:,} rated answers, {ratings['of_an_answer']['50 %']:g} ratings each "
-            f"(median); {len(values)} different: {shown}"
+            f"(median); {len(ratings['values'])} different: {_shown(ratings['values'])}"
         )
         if "share_of_variance_between_answers" in ratings:
             deviations = ratings["standard_deviation_of_an_answer"]
@@ -123,16 +121,20 @@ def _judgement_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _shown(values: Iterable[str]) -> str:
+    """The ratings that were given, or the first and the last of many."""
+    first, *rest = values
+    return ", ".join([first, *rest]) if len(rest) < 12 else f"{first} to {rest[-1]}"
+
+
 def _attribute_line(name: str, found: dict[str, Any]) -> str:
     said = []
     if found["compared_pairs"]:
         said.append(f"{found['compared_pairs']:,} pairs compared")
     if ratings := found.get("ratings"):
-        values = list(ratings["values"])
-        shown = ", ".join(values) if len(values) <= 12 else f"{values[0]} to {values[-1]}"
         said.append(
             f"{ratings['answers']:,} answers rated, {ratings['answers_with_several']:,} of them by several people, "
-            f"with {shown}"
+            f"with {_shown(ratings['values'])}"
         )
         if ratings["why_not_read"]:
             said.append(f"not read ({ratings['why_not_read']})")
