@@ -14,7 +14,6 @@ what each of its people said.
 """
 
 import argparse
-import gzip
 import json
 import sys
 from collections import defaultdict
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from disco_trl.data.columns import STRENGTH
+
+from .downloads import read_gzipped
 
 
 STRENGTHS = {"a": 1, "b": -1, "tie": 0}
@@ -51,11 +52,7 @@ def read_votes(folder: Path, split: str) -> list[dict[str, Any]]:
     """
 
     def lines(name: str) -> list[dict[str, Any]]:
-        path = folder / f"{name}.jsonl.gz"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; pass the folder that holds UKPConvArg1 as JSON lines")
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return read_gzipped(folder / f"{name}.jsonl.gz", "UKPConvArg1")
 
     texts = {row["id"]: row["text"] for row in lines(f"{split}_texts")}
     return [

@@ -9,8 +9,6 @@ ratings for each attribute, in the same order of people.
 This module has no command line; `benchmarks.attributes` uses it.
 """
 
-import gzip
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+
+from .downloads import read_gzipped
 
 
 READERS = ("valence", "arousal", "dominance")
@@ -68,20 +68,16 @@ def read_texts(folder: Path, split: str) -> list[Rated]:
     Raises:
         `FileNotFoundError`: If the file is missing.
     """
-    path = folder / f"{split}.jsonl.gz"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; pass the folder that holds EmoBank as JSON lines")
     found: dict[str, Rated] = {}
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            readers = len(row["ratings"][READERS[0]])
-            writers = len(row["writer_view"][READERS[0]])
-            ratings = {name: row["ratings"][name] + [None] * writers for name in READERS}
-            ratings |= {
-                of_writer: [None] * readers + row["writer_view"][name]
-                for name, of_writer in zip(READERS, WRITERS, strict=True)
-            }
-            found.setdefault(row["text"], Rated(row["text"], ratings))
+    for row in read_gzipped(folder / f"{split}.jsonl.gz", "EmoBank"):
+        readers = len(row["ratings"][READERS[0]])
+        writers = len(row["writer_view"][READERS[0]])
+        ratings = {name: row["ratings"][name] + [None] * writers for name in READERS}
+        ratings |= {
+            of_writer: [None] * readers + row["writer_view"][name]
+            for name, of_writer in zip(READERS, WRITERS, strict=True)
+        }
+        found.setdefault(row["text"], Rated(row["text"], ratings))
     return list(found.values())
 
 

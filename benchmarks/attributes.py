@@ -36,6 +36,7 @@ from disco_trl.data.files import written_at_once
 from disco_trl.data.tokenization import tokenize
 from disco_trl.distributions.correlation import products_of_ratings
 from disco_trl.distributions.ratings import rating_log_likelihood
+from disco_trl.evaluation.agreement import is_constant
 from disco_trl.evaluation.bootstrap import interval, resamples
 from disco_trl.evaluation.compare import parse_settings
 from disco_trl.evaluation.disagreement import rater_correlations, spreads_of_halves
@@ -240,7 +241,8 @@ def _of_attributes(runs: Mapping[str, list[Trained]], held_out: Sequence[Rated])
         lines.append(f"| {name} | frequencies of the ratings | {constant:.4f} | | | | |")
         for title, models, place in ((name, runs[name], OVERALL), (JOINT, runs[JOINT], name), (SIX, runs[SIX], name)):
             found = np.stack([_log_likelihood(run.rewards(place), run.tensors, place, counts) for run in models])
-            difference = "" if title == name else _difference(found, own, counts.sum(dim=1).numpy())
+            people = counts.sum(dim=1).numpy()
+            difference = "" if title == name else _difference(found, own, people, np.arange(len(people)))
             means = (found.sum(axis=1) / counts.sum().item()).tolist()
             shown = [
                 _range(of_seeds) for of_seeds in _rank_correlations([run.rewards(place) for run in models], ratings)
@@ -307,12 +309,12 @@ def _log_likelihood(
     return rating_log_likelihood(rewards, counts, tensors[f"{place}/thresholds"]).numpy()
 
 
-def _difference(ours: np.ndarray, theirs: np.ndarray, ratings: np.ndarray) -> str:
-    """Difference of log-likelihoods `(S, N)` per rating, with an interval over texts, as a mean over seeds."""
+def _difference(ours: np.ndarray, theirs: np.ndarray, weight: np.ndarray, groups: np.ndarray) -> str:
+    """Difference of sums `(S, N)` per weight `(N,)`, as a mean over seeds, with an interval over the groups."""
     difference = (ours - theirs).mean(axis=0)
-    counts = resamples(np.arange(len(ratings)), DRAWS)
-    low, high = interval((counts @ difference) / (counts @ ratings))
-    return f"{difference.sum() / ratings.sum():+.4f} ({low:+.4f}, {high:+.4f})"
+    counts = resamples(groups, DRAWS)
+    low, high = interval((counts @ difference) / (counts @ weight))
+    return f"{difference.sum() / weight.sum():+.4f} ({low:+.4f}, {high:+.4f})"
 
 
 def _rank_correlations(models: Sequence[RewardDistribution], ratings: Sequence[np.ndarray]) -> list[list[float]]:
@@ -323,9 +325,8 @@ def _rank_correlations(models: Sequence[RewardDistribution], ratings: Sequence[n
     for rewards in models:
         of_means.append(spearman(rewards.location.numpy(), means))
         scale = rewards.scale.numpy()
-        is_constant = scale.std() <= 1e-6 * scale.mean()
-        of_deviations.append(np.nan if is_constant else spearman(scale, deviations))
-        corrected.append(np.nan if is_constant else float(rater_correlations(scale[None], halves)[0][0]))
+        of_deviations.append(np.nan if is_constant(scale) else spearman(scale, deviations))
+        corrected.append(np.nan if is_constant(scale) else float(rater_correlations(scale[None], halves)[0][0]))
     return [of_means, of_deviations, corrected]
 
 
@@ -376,17 +377,17 @@ def added_table(args: argparse.Namespace) -> str:
             losses[kind].append(-rewards[first].log_prob_greater(rewards[second]).double().numpy())
             if attributes:
                 weights.append(run.figures["weights"])
-    counts = resamples(np.stack([first, second], axis=1), DRAWS)
     lines = ["| trained on | accuracy | NLL |", "| --- | ---: | ---: |"]
     for kind in kinds:
         cells = [_range([of.mean() for of in figures[kind]], 4) for figures in (right, losses)]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    cells = []
-    for figures in (right, losses):
-        with_ratings, without = figures["comparisons and ratings"], figures["comparisons"]
-        difference = np.mean(with_ratings, axis=0) - np.mean(without, axis=0)
-        low, high = interval((counts @ difference) / counts.sum(axis=1))
-        cells.append(f"{difference.mean():+.4f} ({low:+.4f}, {high:+.4f})")
+    groups = np.stack([first, second], axis=1)
+    cells = [
+        _difference(
+            np.stack(figures["comparisons and ratings"]), np.stack(figures["comparisons"]), np.ones(len(first)), groups
+        )
+        for figures in (right, losses)
+    ]
     lines.append(f"| difference (95 %) | {' | '.join(cells)} |")
     learned = ", ".join(f"{name} {_range([of_seed[name] for of_seed in weights])}" for name in READERS)
     said = ", ".join(f"{name} {weight:g}" for name, weight in CHOICE_WEIGHTS.items())

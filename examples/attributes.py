@@ -7,10 +7,10 @@ The first argument holds pairs of tweets with ten people's ratings of each, the 
 the reward model and the policy start from. People have rated how positive a tweet is. How calm it is, from 1 to 5, is
 the second attribute: three raters are simulated, who mind exclamation marks, capitals and emoji.
 
-A positive remark is easily an excited one. The first run trains the policy on the sum of both attributes, the second
-on how positive it is, with the constraint that at least half of the people would rate it 4 or higher for calm. The
-script prints completions of held-out openings, counts what the simulated raters mind, and writes `attributes.png`.
-With `--steps 30`:
+A positive remark is easily an excited one. The policies are trained as in `grpo.py`: the first on the sum of both
+attributes, the second on how positive a remark is, with the constraint that at least half of the people would rate it
+4 or higher for calm. The script prints completions of held-out openings, counts what the simulated raters mind, and
+writes `attributes.png`. With `--steps 30`:
 
     policy                        positive   calm  calm enough  !, capitals, emoji
     sum of both                       1.67   1.82         100%                0.09
@@ -32,10 +32,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import Dataset
-from openings import HELD_OUT_OPENINGS, OPENINGS
+from grpo import remarks, train
+from openings import HELD_OUT_OPENINGS
 from peft import LoraConfig
-from transformers import set_seed
-from trl import GRPOConfig, GRPOTrainer
 
 from disco_trl import DiscoReward, DiscoRewardConfig, DiscoRewardTrainer
 
@@ -49,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path, help="Folder of the rated tweets.")
-    parser.add_argument("model", help="Path of the language model.")
+    parser.add_argument("policy", help="Path of the language model.")
     parser.add_argument(
         "--steps", type=int, default=50, help="Number of optimizer steps of each policy (default: %(default)s)."
     )
@@ -85,7 +84,7 @@ def train_reward_model(args: argparse.Namespace) -> str:
     if path.exists():
         return str(path)
     trainer = DiscoRewardTrainer(
-        model=args.model,
+        model=args.policy,
         args=DiscoRewardConfig(
             output_dir=str(path),
             learning_rate=4e-4,
@@ -105,45 +104,6 @@ def train_reward_model(args: argparse.Namespace) -> str:
     trainer.train()
     trainer.save_model()
     return str(path)
-
-
-def train_policy(reward: DiscoReward, args: argparse.Namespace) -> GRPOTrainer:
-    """One GRPO run with 4 openings × 8 completions a step."""
-    trainer = GRPOTrainer(
-        model=args.model,
-        reward_funcs=reward,
-        args=GRPOConfig(
-            output_dir=str(args.output / reward.__name__),
-            max_steps=args.steps,
-            per_device_train_batch_size=32,
-            num_generations=8,
-            max_completion_length=16,
-            learning_rate=2e-4,
-            lr_scheduler_type="constant",
-            beta=0.01,  # A small KL penalty keeps the policy's language intact.
-            logging_steps=1,
-            use_cpu=ON_CPU,
-            bf16=True,
-            model_init_kwargs={"dtype": "bfloat16"},
-            report_to="none",
-            save_strategy="no",
-            seed=0,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": OPENINGS}),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    trainer.train()
-    return trainer
-
-
-def remarks(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """A completion of each prompt, always with the same seed."""
-    set_seed(0)
-    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    generated = model.generate(
-        **inputs, max_new_tokens=16, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id
-    )
-    return tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def plot(found: dict[str, dict[str, list[Any]]], path: Path) -> None:
@@ -176,7 +136,7 @@ def main() -> None:
     prompts = HELD_OUT_OPENINGS * 16
     found = {}
     for title, reward in rewards.items():
-        trainer = train_policy(reward, args)
+        trainer = train(reward, args)
         answers = remarks(trainer.model.eval(), trainer.processing_class, prompts)
         cap = constraint.distribution(prompts, answers).cap  # infinite where the constraint holds
         assert cap is not None

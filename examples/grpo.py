@@ -82,10 +82,10 @@ def train(reward: DiscoReward, args: argparse.Namespace) -> GRPOTrainer:
     return trainer
 
 
-def remarks(model: Any, tokenizer: Any) -> list[str]:
-    """Completions of the held-out openings, one sample each, always with the same seed."""
+def remarks(model: Any, tokenizer: Any, openings: list[str]) -> list[str]:
+    """A completion of each opening, always with the same seed."""
     set_seed(0)
-    inputs = tokenizer(HELD_OUT_OPENINGS, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    inputs = tokenizer(openings, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     generated = model.generate(
         **inputs, max_new_tokens=16, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id
     )
@@ -126,7 +126,7 @@ def main() -> None:
         reward = DiscoReward(reward_model, reward_tokenizer, transform, **options)
         trainer = train(reward, args)
         logs[reward.__name__] = [log for log in trainer.state.log_history if "reward" in log]
-        answers = remarks(trainer.model.eval(), trainer.processing_class)
+        answers = remarks(trainer.model.eval(), trainer.processing_class, HELD_OUT_OPENINGS)
         worth = reward.distribution(HELD_OUT_OPENINGS, answers)
         print(f"\nAfter {args.steps} steps on {transform} {options or ''}:")
         for opening, answer, location, scale in zip(
