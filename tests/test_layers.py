@@ -72,6 +72,13 @@ def test_a_circle_would_be_seen():
     }
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """The folders of tests are no packages, so that pytest imports each file by its name alone."""
+    folder = PACKAGE.parent / "tests"
+    names = [path.stem for path in folder.rglob("*.py") if "hostile" not in path.parts]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 DOCUMENTS = [
     path
     for root in (PACKAGE.parent / "README.md", *(PACKAGE.parent / name for name in ("docs", "examples", "benchmarks")))
