@@ -424,9 +424,11 @@ class DiscoRewardTrainer(
                 metrics |= summarize_all(gathered, [*judgements])
             else:
                 self._evaluated.append(gathered)  # summarized in `log`, over the whole evaluation
-        if "accuracy" in metrics:
-            # TRL's accuracy counts pairs in which the chosen side is ahead, even if the rejected side won the votes.
-            self._metrics[mode]["accuracy"].pop()
+        # TRL's accuracy counts pairs in which the chosen side is ahead, even if the rejected side won the votes or, with
+        # ratings alone, nobody compared the two.
+        self._metrics[mode]["accuracy"].pop()
+        if not self._metrics[mode]["accuracy"]:
+            del self._metrics[mode]["accuracy"]  # TRL divides by the number of entries.
         for name, metric in metrics.items():
             self._metrics[mode][name].append(metric)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_training import disco_trainer, preferences
+from tiny_training import disco_trainer, logged, preferences
 from transformers import EarlyStoppingCallback
 
 from disco_trl.distributions.judgements import Judgements
@@ -77,6 +77,24 @@ def test_an_evaluation_is_over_pairs_and_not_over_batches(tmp_path, tiny_llama_d
         assert in_fours[f"eval_{name}"] == pytest.approx(at_once[f"eval_{name}"], rel=1e-5, abs=1e-6), name
     assert in_fours["eval_nll"] == pytest.approx(in_fours["eval_loss"], rel=1e-5)
     assert abs(in_fours["eval_margin"]) > 1e-3
+
+
+def test_there_is_no_accuracy_where_nobody_compared(tmp_path, tiny_llama_dir):
+    """Which side is called chosen means nothing then, and TRL counts it all the same."""
+    data = preferences(rows=12)
+    for name, value in {"chosen_votes": 0, "rejected_votes": 0, "chosen_rating": 4, "rejected_rating": 2}.items():
+        data = data.add_column(name, [value] * len(data))
+    voted = data.remove_columns("chosen_votes").add_column("chosen_votes", [3] + [0] * 11)  # in one batch of six
+    for train, compared in ((data, False), (voted, True)):
+        trainer = disco_trainer(
+            tmp_path, model=tiny_llama_dir, train_dataset=train, eval_dataset=train, max_steps=6, logging_steps=6
+        )
+        trainer.train()
+        found = trainer.evaluate()
+        entries = [entry for entry in logged(trainer) if "mean_reward" in entry]
+        assert entries and all(("accuracy" in entry) == compared == ("nll" in entry) for entry in entries)
+        assert ("eval_accuracy" in found) == compared == ("eval_nll" in found)
+    assert entries[0]["accuracy"] in (0, 1) and found["eval_accuracy"] in (0, 1)  # of three votes on one pair
 
 
 OURS = ("nll", "accuracy", "prob_chosen", "scale_mean", "scale_min", "scale_max", "margin", "mean_reward")
