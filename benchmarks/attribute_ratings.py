@@ -9,6 +9,7 @@ ratings for each attribute, in the same order of people.
 This module has no command line; `benchmarks.attributes` uses it.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,16 @@ def read_texts(folder: Path, split: str) -> list[Rated]:
             `"train"` or `"test"`.
 
     Returns:
-        `list[Rated]`: The texts, each once.
+        `list[Rated]`: The texts, each once. Rows without a text (one, in the test split) are left out, and named.
 
     Raises:
         `FileNotFoundError`: If the file is missing.
     """
     found: dict[str, Rated] = {}
-    for row in read_gzipped(folder / f"{split}.jsonl.gz", "EmoBank"):
+    for number, row in enumerate(read_gzipped(folder / f"{split}.jsonl.gz", "EmoBank")):
+        if not isinstance(row["text"], str):
+            print(f"{split}: row {number} has no text ({row['text']!r}) and is left out", file=sys.stderr)
+            continue
         readers = len(row["ratings"][READERS[0]])
         writers = len(row["writer_view"][READERS[0]])
         ratings = {name: row["ratings"][name] + [None] * writers for name in READERS}

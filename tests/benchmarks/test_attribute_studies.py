@@ -51,6 +51,16 @@ def test_people_of_either_side_are_different_people(tmp_path):
     assert means_of(first) == [pytest.approx(sum(ratings) / 3) for ratings in by_person]
 
 
+def test_a_row_without_a_text_is_left_out_before_anything_is_trained(tmp_path, capsys):
+    with gzip.open(write_ratings(tmp_path) / "test.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    rows[3]["text"] = float("nan")  # as the data have one
+    with gzip.open(tmp_path / "test.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    assert [rated.text for rated in read_texts(tmp_path, "test")] == [row["text"] for row in rows if row != rows[3]]
+    assert "test: row 3 has no text (nan) and is left out" in capsys.readouterr().err
+
+
 def test_the_same_texts_in_another_order(tmp_path):
     texts = read_texts(write_ratings(tmp_path), "train")
     drawn = [draw_pairs(texts, 20, seed) for seed in (0, 1)]
