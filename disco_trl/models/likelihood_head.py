@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..distributions.likelihood import Responses
+from ..distributions.reward_distribution import Family, RewardDistribution
 from .scale_head import bounded_exp, bounded_log
 
 
@@ -180,6 +183,29 @@ class LikelihoodHead(nn.Module):
         if self.settings.get("tie_width") == "learned":
             self.get_parameter("tie_width").copy_(bounded_log(2 * at[:1].clamp_min(1e-2)))
         self.get_parameter("strength_boundaries").copy_(bounded_log(2 * at.diff().clamp_min(1e-2)))
+
+
+def difference_quantile(family: Family) -> Callable[[float], float]:
+    """
+    Makes the quantile function of the difference of two rewards of location 0 and of the unit of their family.
+
+    Args:
+        family ([`~disco_trl.distributions.families.Family`]):
+            The family.
+
+    Returns:
+        `Callable`: From a level of at least ½ to a quantile, in reward units.
+    """
+    zero = torch.zeros((), dtype=torch.float64)
+    shape = family.shape_from_raw(zero.new_zeros(len(family.shape_names))) if family.shape_names else None
+    rewards = RewardDistribution(zero, zero + family.unit_scale, family, shape)
+    difference = rewards - rewards
+
+    def quantile(level: float) -> float:
+        above = math.log1p(-level)
+        return brentq(lambda x: difference.log_prob_exceeds(zero + x).item() - above, 0, 1e3 * family.unit_scale)
+
+    return quantile
 
 
 def width_penalty(likelihood: dict[str, Tensor], unit_scale: float) -> Tensor | None:

@@ -15,25 +15,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.columns import OVERALL
-from ..distributions.reward_distribution import Family, RewardDistribution, get_family
+from ..distributions.reward_distribution import Family, get_family
 from .architectures import check_summary, find_head
 from .attribute_heads import AttributeHead, AttributeHeads
 from .epistemic_head import EpistemicHead
 from .heads import DiscoHead, heads_bypassed
-from .likelihood_head import LikelihoodHead
+from .likelihood_head import LikelihoodHead, difference_quantile
 from .loading import load_reward_model
 from .outputs import OWN_OUTPUTS, STOCK_OUTPUTS, RewardModelOutput, overall
 from .prefix_sharing import as_attention_mask
@@ -369,15 +367,7 @@ class DiscoRewardModel(RewardReader, _Stock):
             attribute (`str`, *optional*, defaults to `"overall"`):
                 Attribute that is compared.
         """
-        family, zero = self.family, torch.zeros((), dtype=torch.float64)
-        shape = family.shape_from_raw(zero.new_zeros(len(family.shape_names))) if family.shape_names else None
-        rewards = RewardDistribution(zero, zero + family.unit_scale, family, shape)
-        difference = rewards - rewards
-
-        def quantile(level: float) -> float:
-            above = math.log1p(-level)
-            return brentq(lambda x: difference.log_prob_exceeds(zero + x).item() - above, 0, 1e3 * family.unit_scale)
-
+        quantile = difference_quantile(self.family)
         for _, head in self.named_reward_heads():
             likelihood = cast(LikelihoodHead, head.by_attribute()[attribute].likelihood)
             if not likelihood.get_parameter("strength_boundaries").any():

@@ -32,6 +32,7 @@ from ..models.scale_layer import default_scale_layer
 from ..models.upgrade import upgrade
 from .epistemic import MOST_DIRECTIONS
 from .reward_config import DiscoRewardConfig
+from .shared_config import SharedConfig
 from .upstream_checks import upstream_error
 
 
@@ -65,13 +66,24 @@ def likelihood_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any
             "train dataset, columns 'chosen_rating' and 'rejected_rating': nobody compared the answers, and the "
             f"ratings have nothing to teach: {why_not_a_scale(found.ratings)}; round them to the steps of a scale"
         )
-    return _settings_of(args, found, args.rating_values)
+    return answer_settings(args, found, args.rating_values)
 
 
-def _settings_of(
-    args: DiscoRewardConfig, found: Survey, rating_values: Sequence[float] | None = None
-) -> dict[str, Any]:
-    """What is learned of how people answer about one attribute."""
+def answer_settings(args: SharedConfig, found: Survey, rating_values: Sequence[float] | None = None) -> dict[str, Any]:
+    """
+    Decide what is learned of how people answer about one attribute.
+
+    Args:
+        args ([`DiscoRewardConfig`] or [`DiscoDPOConfig`]):
+            What the user has set.
+        found ([`~disco_trl.data.judgements.Survey`]):
+            What the training data hold about the attribute.
+        rating_values (`Sequence[float]`, *optional*):
+            Ratings that the user names.
+
+    Returns:
+        `dict[str, Any]`: As in [`likelihood_settings`].
+    """
     settings: dict[str, Any] = {}
     if rating_values is not None:
         settings["rating_values"] = [float(value) for value in rating_values]
@@ -86,7 +98,8 @@ def _settings_of(
     if levels > 1:  # preferences of one strength are votes
         settings["strength_levels"] = levels
     several = found.has_several_ratings and "rating_values" in settings
-    if args.location_error or (args.location_error is None and several):
+    location_error = getattr(args, "location_error", False)  # which a policy has none of
+    if location_error or (location_error is None and several):
         settings["location_error"] = True
     if found.has_ties or args.tie_width is not None:
         settings["tie_width"] = "learned" if args.tie_width is None else float(args.tie_width)
@@ -153,7 +166,7 @@ def attribute_settings(args: DiscoRewardConfig, found: Survey) -> dict[str, Any]
     return {
         "names": names,
         "weights": [*weights.values()],
-        "likelihoods": [_settings_of(args, found.attributes[name]) for name in names],
+        "likelihoods": [answer_settings(args, found.attributes[name]) for name in names],
         "are_learned": has_rest if args.learn_attribute_weights is None else args.learn_attribute_weights,
         "has_rest": has_rest,
     }

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.logging import get_logger
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import RewardConfig
 
 from ..data.columns import OVERALL
-from ..data.records import MOST_LEVELS
 from ..data.values import as_number
-from ..distributions.reward_distribution import FAMILIES, get_family
-
-
-logger = get_logger(__name__)
+from ..distributions.reward_distribution import FAMILIES
+from .shared_config import SharedConfig
 
 
 @dataclass
-class DiscoRewardConfig(RewardConfig):
+class DiscoRewardConfig(SharedConfig, RewardConfig):
     r"""
     Configuration class for the [`DiscoRewardTrainer`].
 
@@ -166,31 +160,11 @@ class DiscoRewardConfig(RewardConfig):
             "the disagreement of people. If `None`, it is learned if answers have several ratings."
         },
     )
-    tie_width: float | None = field(
-        default=None,
-        metadata={
-            "help": "Half-width, in reward units, of the band within which two rewards are called equal. If `None`, "
-            "it is learned if the training data have ties."
-        },
-    )
-    label_noise: float | None = field(
-        default=0.0,
-        metadata={
-            "help": "Probability, below 0.5, that a vote is the opposite of what was meant. If `None`, it is learned."
-        },
-    )
     rating_values: list[float] | None = field(
         default=None,
         metadata={
             "help": "Ratings that `chosen_rating` and `rejected_rating` may hold, in ascending order. If `None`, they "
             "are those of the training data, unless these are not on a scale."
-        },
-    )
-    strength_levels: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number L of levels of `preference_strength`, which holds whole numbers from -L to L. If `None`, "
-            "it is the largest strength in the training data. With 1, strengths are read as votes."
         },
     )
     attributes: list[str] | None = field(
@@ -223,14 +197,6 @@ class DiscoRewardConfig(RewardConfig):
             "choices": ["at_end", "joint"],
         },
     )
-    weigh_by: str = field(
-        default="pair",
-        metadata={
-            "help": "What has weight 1 in the loss: all judgements in a row of the dataset together ('pair'), or each "
-            "vote, each rating and each ranked pair ('vote'). A column `weight` multiplies either.",
-            "choices": ["pair", "vote"],
-        },
-    )
     calibrate: bool | None = field(
         default=None,
         metadata={
@@ -246,14 +212,6 @@ class DiscoRewardConfig(RewardConfig):
             "model then have a `location_error` that grows on unfamiliar text."
         },
     )
-    prefix_sharing: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to compute what the sequences of a batch begin with (the prompt of a pair, a system "
-            "prompt of all) only once, and without padding. The loss and the gradient of each pair are the same to "
-            "rounding. For models that do not support it batches are padded, and a warning is logged."
-        },
-    )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
@@ -263,62 +221,14 @@ class DiscoRewardConfig(RewardConfig):
         },
     )
 
-    # TRL's default, `gradient_checkpointing=True`, stays the default where this is None.
-    if "activation_checkpointing" not in {inherited.name for inherited in fields(RewardConfig)}:
-        activation_checkpointing: bool | None = field(
-            default=None,
-            metadata={
-                "help": "Whether to drop activations and compute them again in the backward pass. It is the new name "
-                "of `gradient_checkpointing`.",
-                "nargs": "?",
-                "const": True,
-            },
-        )
-
     def __post_init__(self):
-        lacks_bfloat16 = self.bf16 is None and not self.fp16 and not _has_bfloat16(self.use_cpu)
-        if lacks_bfloat16:
-            self.bf16 = False
-        # transformers warns of the old name also where it holds no more than TRL's default.
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = getattr(self, "gradient_checkpointing", None)
-        else:
-            self.gradient_checkpointing = self.activation_checkpointing
-        # A command line has words only, and transformers declares a path.
-        resume: Any = self.resume_from_checkpoint
-        if isinstance(resume, str) and resume.lower() in ("true", "false"):
-            resume = resume.lower() == "true"
-        self.resume_from_checkpoint = resume
-        # transformers takes every metric whose name does not end in "loss" for one to maximize.
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("nll"):
-            self.greater_is_better = False
         super().__post_init__()
-        # The launcher's mixed precision holds where the config names none.
-        if lacks_bfloat16 and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
-            # Only now accelerate knows which process speaks for all.
-            logger.warning(
-                f"Training is in float32: bf16 is not set, and this machine has no accelerator with bfloat16 (device: "
-                f"{self.device.type}). Set bf16=False to silence this line, fp16=True on an older GPU, or "
-                "use_cpu=True and bf16=True on a CPU with fast bfloat16."
-            )
-        if self.reward_family is not None:
-            get_family(self.reward_family)
-        if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
-            raise ValueError(f"fixed_scale={self.fixed_scale!r} must be a positive, finite number")
 
         # What is learned beside the rewards
-        if self.tie_width is not None and not 0 < self.tie_width < float("inf"):
-            raise ValueError(f"tie_width={self.tie_width!r} must be a positive, finite number, or None to learn it")
-        if self.label_noise is not None and not 0 <= self.label_noise < 0.5:
-            raise ValueError(f"label_noise={self.label_noise!r} must be at least 0 and below 0.5, or None to learn it")
         if self.rating_values is not None and (
             len(self.rating_values) < 2 or sorted({*self.rating_values}) != list(self.rating_values)
         ):
             raise ValueError(f"rating_values={self.rating_values!r} must be two or more numbers, ascending")
-        if self.strength_levels is not None and self.strength_levels not in range(1, MOST_LEVELS + 1):
-            raise ValueError(
-                f"strength_levels={self.strength_levels!r} must be a whole number from 1 to {MOST_LEVELS}, or None"
-            )
         if isinstance(self.attribute_weights, str):  # as a command line has it
             try:
                 self.attribute_weights = json.loads(self.attribute_weights)
@@ -333,8 +243,6 @@ class DiscoRewardConfig(RewardConfig):
             raise ValueError(f"attributes={self.attributes!r} must be different names, other than {OVERALL!r}")
         if self.scale_training not in ("at_end", "joint"):
             raise ValueError(f"scale_training={self.scale_training!r} must be 'at_end' or 'joint'")
-        if self.weigh_by not in ("pair", "vote"):
-            raise ValueError(f"weigh_by={self.weigh_by!r} must be 'pair' or 'vote'")
 
         # What makes up a batch
         strategy = getattr(self, "train_sampling_strategy", None)
@@ -369,8 +277,3 @@ class DiscoRewardConfig(RewardConfig):
     def groups_by_length(self) -> bool:
         """Whether batches of `per_device_train_batch_size` hold pairs of similar length."""
         return self.train_sampling_strategy == "group_by_length"
-
-
-def _has_bfloat16(use_cpu: bool) -> bool:
-    """Whether transformers lets this machine train in bfloat16. Of a CPU that was asked for it does not doubt it."""
-    return use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()

@@ -53,14 +53,12 @@ from .metrics import FIGURES, EvaluationMetrics, pair_figures, summarize_all
 from .predictions import PredictionMemory
 from .reward_config import DiscoRewardConfig
 from .search import SearchFromHere
+from .shared_config import LIKELIHOOD_LEARNING_RATE
 from .unseen_pairs import UnseenPairs
 from .upstream_checks import UpstreamChecks, hook
 
 
 logger = get_logger(__name__)
-
-LIKELIHOOD_LEARNING_RATE = 0.02
-"""Learning rate of what the likelihood learns beside the rewards, such as the tie width and the rating thresholds."""
 
 
 class DiscoRewardTrainer(
@@ -424,8 +422,8 @@ class DiscoRewardTrainer(
                 metrics |= summarize_all(gathered, [*judgements])
             else:
                 self._evaluated.append(gathered)  # summarized in `log`, over the whole evaluation
-        # TRL's accuracy counts pairs in which the chosen side is ahead, even if the rejected side won the votes or, with
-        # ratings alone, nobody compared the two.
+        # TRL's accuracy counts pairs in which the chosen side is ahead, even if the rejected side won the votes, or if
+        # nobody compared the two.
         self._metrics[mode]["accuracy"].pop()
         if not self._metrics[mode]["accuracy"]:
             del self._metrics[mode]["accuracy"]  # TRL divides by the number of entries.

@@ -168,7 +168,7 @@ def test_the_launcher_leaves_warnings_to_the_processes(monkeypatch, tmp_path, ca
     """It parses the arguments too, and would say everything twice."""
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
-    monkeypatch.setattr("disco_trl.trainer.reward_config.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("disco_trl.trainer.shared_config.is_torch_bf16_gpu_available", lambda: False)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         launch.launch(COMMANDS["train"], ["model", "data", str(tmp_path), "--pad_token", "<pad>"])

@@ -53,7 +53,7 @@ def test_the_config_has_every_field_of_trls_with_its_default():
 def test_no_args(tmp_path, tiny_llama_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # TRL's default is bfloat16, and its config then refuses a machine without a GPU, where ours takes float32.
-    for module in ("transformers.training_args", "disco_trl.trainer.reward_config"):
+    for module in ("transformers.training_args", "disco_trl.trainer.shared_config"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
     arguments = {"model": tiny_llama_dir, "train_dataset": preferences()}
     ours, theirs = DiscoRewardTrainer(**arguments), RewardTrainer(**arguments)

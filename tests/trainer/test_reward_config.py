@@ -95,7 +95,7 @@ def test_from_the_command_line(tmp_path):
 @pytest.fixture
 def without_bfloat16(monkeypatch):
     """A machine whose accelerator, if it has one, cannot compute in bfloat16."""
-    monkeypatch.setattr("disco_trl.trainer.reward_config.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("disco_trl.trainer.shared_config.is_torch_bf16_gpu_available", lambda: False)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
 
 
