@@ -12,6 +12,7 @@ sequence:
 `disco_trl.models.prefix_sharing` runs a model on such a row.
 """
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -28,6 +29,8 @@ ROW_MULTIPLE = 64
 class Forest(NamedTuple):
     """
     Sequences as a forest, in the order in which its nodes stand in a row.
+
+    [`Forest.places`] returns where all tokens of a sequence stand, which `read_at` says of one of them.
 
     Args:
         tokens (`list[int]`):
@@ -47,6 +50,26 @@ class Forest(NamedTuple):
     lengths: list[int]
     parents: list[int]
     read_at: list[int]
+
+    def places(self, sequence: int) -> list[int]:
+        """
+        Places in the row of the tokens of a sequence, up to the one at which it is read.
+
+        Args:
+            sequence (`int`):
+                Index of the sequence.
+
+        Returns:
+            `list[int]`: The places, in the order of the tokens.
+        """
+        ends = list(itertools.accumulate(self.lengths))
+        end = self.read_at[sequence] + 1
+        node = bisect.bisect_left(ends, end)
+        path = []
+        while node >= 0:
+            path.append(range(ends[node] - self.lengths[node], min(ends[node], end)))
+            node, end = self.parents[node], len(self.tokens)
+        return [place for run in reversed(path) for place in run]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -135,6 +158,22 @@ def pack(
         each node.
     """
     forest = grow_forest(sequences, pad_token_id)
+    return {"read_at": torch.tensor(forest.read_at), **to_row(forest, pad_token_id, pad_to_multiple_of)}
+
+
+def to_row(forest: Forest, pad_token_id: int | None, pad_to_multiple_of: int = ROW_MULTIPLE) -> dict[str, Tensor]:
+    """
+    Tensors of a forest, which is filled up in place.
+
+    Args:
+        forest ([`Forest`]):
+            The forest.
+        pad_token_id, pad_to_multiple_of:
+            As in [`pack`].
+
+    Returns:
+        `dict[str, torch.Tensor]`: What [`pack`] returns, without `read_at`.
+    """
     # The filling is a root of its own, so no sequence attends to it.
     filling = -len(forest.tokens) % pad_to_multiple_of
     if filling:
@@ -147,7 +186,6 @@ def pack(
     if filling:
         attention_mask[:, -filling:] = 0
     return {
-        "read_at": torch.tensor(forest.read_at),
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": torch.tensor([forest.positions]),

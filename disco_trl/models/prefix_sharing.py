@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .distributed import is_main_process
-from .prefix_trial import current_trial, try_forest
+from .prefix_trial import StatesOf, current_trial, try_forest
 from .varlen_attention import COMPLETE_SINCE, VarlenKernel, installed_kernel, is_for_kernel, lacking
 
 
@@ -244,8 +244,8 @@ def prepare(model: Any) -> str | None:
     model that fails is left unchanged. It is tried again only if its attention implementation or its adapters change.
 
     Args:
-        model ([`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]):
-            A disco model, or an adapter around one.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A disco model, a causal language model, or an adapter around either.
 
     Returns:
         `str`, *optional*: The reason why the model cannot run on forests, as a clause, or `None` if it can.
@@ -273,8 +273,13 @@ def prepare(model: Any) -> str | None:
 def _prepare(model: Any, inner: Any) -> str | None:
     config = inner.config.get_text_config()
     backbone = getattr(inner, inner.base_model_prefix, None)
-    if getattr(inner, "head_name", None) != "score" or not isinstance(backbone, PreTrainedModel):
-        return "it is not a disco model on a decoder, whose reward is read at the last token"
+    states_of: StatesOf
+    if isinstance(backbone, PreTrainedModel) and getattr(inner, "head_name", None) == "score":
+        states_of = _read_by_the_head
+    elif isinstance(backbone, PreTrainedModel) and inner.get_output_embeddings() is not None:
+        states_of = _at_the_last_token
+    else:
+        return "it is not a disco model on a decoder, whose reward is read at the last token, nor a language model"
     implementation = inner.config._attn_implementation.removeprefix(PREFIX)
     if implementation not in IMPLEMENTATIONS:
         return f"its attention implementation is {implementation!r}, not one of {', '.join(IMPLEMENTATIONS)}"
@@ -296,7 +301,7 @@ def _prepare(model: Any, inner: Any) -> str | None:
         if refusal is None:
             attend_by(name)
         return refusal
-    refusal, trial = try_forest(model, config, functools.partial(attend_by, name))
+    refusal, trial = try_forest(model, config, functools.partial(attend_by, name), states_of)
     if refusal is not None:
         attend_by(implementation)
     elif trial.lacking is not None and is_main_process():
@@ -305,6 +310,23 @@ def _prepare(model: Any, inner: Any) -> str | None:
             f"{trial.lacking}. Install torch>={COMPLETE_SINCE}."
         )
     return refusal
+
+
+def _read_by_the_head(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    # The model is called as a whole, because FSDP gathers the parameters of a sharded model only for a call.
+    return model(**batch).pooled_hidden_state
+
+
+def _at_the_last_token(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """As a disco model reads its states, of a language model."""
+    nodes, read_at = batch.get("nodes"), batch.get("read_at")
+    given = {name: tensor for name, tensor in batch.items() if name not in ("nodes", "read_at")}
+    if nodes is not None:
+        given["attention_mask"] = as_attention_mask(nodes)
+    states = model(**given, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    if nodes is not None:
+        return states[0, read_at]
+    return states[torch.arange(len(states), device=states.device), batch["attention_mask"].sum(dim=1) - 1]
 
 
 def _untried(model: Any, config: Any) -> str | None:

@@ -59,20 +59,26 @@ def current_trial() -> Trial | None:
     return getattr(_THREAD, "trial", None)
 
 
+StatesOf = Callable[[Any, dict[str, Tensor]], Tensor]
+"""From a model and a batch, padded or a forest, to the last hidden state of each sequence, of shape `(N, H)`."""
+
+
 @torch.no_grad()
-def try_forest(model: Any, config: Any, share: Callable[[], None]) -> tuple[str | None, Trial]:
+def try_forest(model: Any, config: Any, share: Callable[[], None], states_of: StatesOf) -> tuple[str | None, Trial]:
     """
     Compare the hidden states of a small forest with those of the same sequences in rows.
 
     The model, its gradients and torch's random state are left as they were.
 
     Args:
-        model ([`~disco_trl.DiscoRewardModel`] or [`~peft.PeftModel`]):
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model, with all its adapters.
         config ([`~transformers.PreTrainedConfig`]):
             Config of its text model.
         share (`Callable`):
             Makes the model understand forests. It is called after the rows have gone through.
+        states_of (`Callable`):
+            What is compared.
 
     Returns:
         `tuple[str | None, Trial]`: Why the model cannot run on forests, as a clause, or `None` if it can; and what
@@ -81,12 +87,12 @@ def try_forest(model: Any, config: Any, share: Callable[[], None]) -> tuple[str 
     trial = _THREAD.trial = Trial()
     try:
         with _random_state_kept(model.device), _in_evaluation(model), constants_filled(model):
-            return _compare(model, config, share, trial), trial
+            return _compare(model, config, share, states_of, trial), trial
     finally:
         _THREAD.trial = None
 
 
-def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -> str | None:
+def _compare(model: Any, config: Any, share: Callable[[], None], states_of: StatesOf, trial: Trial) -> str | None:
     pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
     ids = [token for token in range(min(config.vocab_size, 24)) if token != pad_token_id]
     tokens = torch.tensor(ids)[torch.arange(40) * 7 % len(ids)].tolist()
@@ -103,9 +109,8 @@ def _compare(model: Any, config: Any, share: Callable[[], None], trial: Trial) -
 
     def hidden_states(batch: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        # The model is called as a whole, because FSDP gathers the parameters of a sharded model only for a call.
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-            return model(**inputs).pooled_hidden_state
+            return states_of(model, inputs)
 
     try:
         alone = [hidden_states(padded, dtype) for dtype in dtypes]

@@ -33,6 +33,13 @@ def assert_is_the_forest_of(sequences: list[list[int]], pad_token_id: int) -> No
     for place, ids in zip(forest.read_at, sequences, strict=True):
         assert list(found[place]) == ids[: read_by_hugging_face(ids, pad_token_id) + 1]
 
+    # Where all tokens of a sequence stand that no padding follows
+    for number, sequence in enumerate(sequences):
+        kept = sequence[: len(forest.places(number))]
+        assert [forest.tokens[place] for place in forest.places(number)] == kept
+        assert [forest.positions[place] for place in forest.places(number)] == [*range(len(kept))]
+        assert forest.places(number)[-1] == forest.read_at[number]
+
 
 def test_the_forest_of_a_pair():
     #       a b c d e f
