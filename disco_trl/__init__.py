@@ -11,6 +11,8 @@ from ._version import __version__ as __version__
 
 
 __all__ = [
+    "DiscoDPOConfig",
+    "DiscoDPOTrainer",
     "DiscoReward",
     "DiscoRewardConfig",
     "DiscoRewardModel",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "DiscoDPOConfig": "trainer.dpo_config",
+    "DiscoDPOTrainer": "trainer.dpo_trainer",
     "DiscoReward": "rewards.disco_reward",
     "DiscoRewardConfig": "trainer.reward_config",
     "DiscoRewardModel": "models.modeling",
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     from .rewards.best_of_n import best_of_n
     from .rewards.disco_reward import DiscoReward
     from .serving.client import RemoteReward
+    from .trainer.dpo_config import DiscoDPOConfig
+    from .trainer.dpo_trainer import DiscoDPOTrainer
     from .trainer.reward_config import DiscoRewardConfig
     from .trainer.reward_trainer import DiscoRewardTrainer
 

@@ -10,10 +10,13 @@ import peft
 import pytest
 import torch
 import transformers
+from dpo_training import disco_dpo_trainer
 from tiny_training import disco_trainer, preferences
 
 import disco_trl
 from disco_trl.data.collator import DataCollatorForDiscoPreference
+from disco_trl.data.dpo_collator import DataCollatorForDiscoDPO
+from disco_trl.trainer.dpo_trainer import OVERRIDDEN, DiscoDPOTrainer
 from disco_trl.trainer.reward_trainer import DiscoRewardTrainer
 from disco_trl.trainer.upstream_checks import HOOKS
 
@@ -115,6 +118,8 @@ def test_private_attributes_of_others_are_listed():
     ("kind", "upstream"),
     [
         (DiscoRewardTrainer, (transformers.Trainer,)),
+        (DiscoDPOTrainer, (transformers.Trainer,)),
+        (DataCollatorForDiscoDPO, (object,)),
         (DataCollatorForDiscoPreference, (object,)),
         (importlib.import_module("disco_trl.models.modeling").DiscoRewardModel, (transformers.PreTrainedModel,)),
         (importlib.import_module("disco_trl.models.adapters")._OneFamily, (peft.PeftModel,)),
@@ -128,7 +133,7 @@ def test_overridden_methods_are_listed(kind, upstream):
             theirs = any(
                 name in vars(ancestor) for base in others for ancestor in base.__mro__ if ancestor is not object
             )
-            is_generated = name.startswith("__") and (name != "__init__" or kind is not DiscoRewardTrainer)
+            is_generated = name.startswith("__") and (name != "__init__" or "Trainer" not in kind.__name__)
             # `from_pretrained` is documented, and calls the stock one.
             if theirs and not is_generated and name != "from_pretrained" and f".{name}`" not in PAGE:
                 unlisted.add(f"{ours.__name__}.{name}")
@@ -137,15 +142,20 @@ def test_overridden_methods_are_listed(kind, upstream):
 
 def test_the_overrides_of_the_trainer_are_checked_at_run_time():
     """A constructor of another signature, tags and model cards end in errors of their own, or in none that matters."""
-    listed = {name.rpartition(".")[2] for name in NAMES if re.search(r"\b(RewardTrainer|Trainer)\.\w+$", name)}
+    listed = {
+        name.rpartition(".")[2] for name in NAMES if re.search(r"\b(RewardTrainer|DPOTrainer|Trainer)\.\w+$", name)
+    }
     others = {"__init__", "_tag_names", "_name", "train", "create_optimizer", "hyperparameter_search", *OF_INSTANCES}
-    assert listed - others - {"_get_output_dir", "_prepare_inputs"} == {*HOOKS}
+    assert listed - others - {"_get_output_dir", "_prepare_inputs"} == {*HOOKS, *OVERRIDDEN} - others
 
 
 def test_what_constructors_set_is_there(tmp_path, tiny_llama_dir):
     trainer = disco_trainer(tmp_path, model=tiny_llama_dir, train_dataset=preferences())
     trainer._set_signature_columns_if_needed()
     instances = {
+        "trl.trainer.dpo_trainer.DPOTrainer": disco_dpo_trainer(
+            tmp_path, model=tiny_llama_dir, train_dataset=preferences()
+        ),
         "transformers.Trainer": trainer,
         "trl.trainer.reward_trainer.RewardTrainer": trainer,
         "transformers.PreTrainedConfig": trainer.model.config,

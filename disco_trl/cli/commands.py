@@ -8,8 +8,8 @@ A command is a line of :data:`COMMANDS` and a module in this folder with
   for 0).
 
 At their tops these modules import nothing that imports torch, transformers' models, `datasets` or PEFT: `--help` and a
-mistake on the command line are answered before that takes its seconds. `train` is launched, and another kind: see
-`disco_trl.cli.launch`.
+mistake on the command line are answered before that takes its seconds. `train` and `dpo` are launched, and of another
+kind: see `disco_trl.cli.launch`.
 """
 
 from __future__ import annotations
@@ -77,6 +77,13 @@ COMMANDS = {
             "train",
             "train",
             "Train a reward model; takes the arguments of `trl reward` and those of DiscoRewardConfig.",
+            "MODEL DATA OUTPUT_DIR",
+            is_launched=True,
+        ),
+        Command(
+            "dpo",
+            "dpo",
+            "Train a policy by DPO; takes the arguments of `trl dpo` and those of DiscoDPOConfig.",
             "MODEL DATA OUTPUT_DIR",
             is_launched=True,
         ),

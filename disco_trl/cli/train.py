@@ -29,11 +29,28 @@ def make_trainer(
     dataset_args: DatasetMixtureConfig,
 ) -> DiscoRewardTrainer:
     """Load the data and the model that the arguments name."""
+    from ..trainer.reward_trainer import DiscoRewardTrainer
+
+    return DiscoRewardTrainer(**trainer_arguments(script_args, training_args, model_args, dataset_args))
+
+
+def trainer_arguments(
+    script_args: ScriptArguments, training_args: Any, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+) -> dict[str, Any]:
+    """
+    Read what one of TRL's trainers is constructed with from the arguments of its command.
+
+    Args:
+        script_args, training_args, model_args, dataset_args:
+            The arguments. `training_args`, a configuration of any trainer, gets `model_init_kwargs`.
+
+    Returns:
+        `dict[str, Any]`: `model`, `args`, `train_dataset`, `eval_dataset`, `quantization_config` and `peft_config`.
+    """
     from accelerate.logging import get_logger
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from ..data.files import choose_split, load_preferences
-    from ..trainer.reward_trainer import DiscoRewardTrainer
 
     logger = get_logger(__name__)
 
@@ -79,24 +96,25 @@ def make_trainer(
             ["set test_split_size if you mix `datasets`", "train without evaluation (--eval_strategy no)"],
         )
 
-    return DiscoRewardTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    return {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
 
 
 def train(
-    trainer: DiscoRewardTrainer,
+    trainer: Any,
     script_args: ScriptArguments,
-    training_args: DiscoRewardConfig,
+    training_args: Any,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    made: str = "reward model",
 ) -> None:
-    """Train, save to `training_args.output_dir` and, if asked, push to the Hub."""
+    """Train, save to `training_args.output_dir` and, if asked, push to the Hub. `made` is what there is then."""
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     # Hand-over. The model card is written last, as PEFT leaves one of its own where it saves. A local path would mean
@@ -107,7 +125,7 @@ def train(
     output_dir = str(training_args.output_dir)
     trainer.save_model(output_dir)
     trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=dataset_name)
-    trainer.accelerator.print(f"The reward model is in {output_dir}.")
+    trainer.accelerator.print(f"The {made} is in {output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"It is on the Hub as {trainer.hub_model_id}.")
@@ -117,7 +135,7 @@ def train(
 
 def how_to_go_on(
     script_args: ScriptArguments,
-    training_args: DiscoRewardConfig,
+    training_args: Any,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> str:

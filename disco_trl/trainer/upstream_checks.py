@@ -29,7 +29,7 @@ from accelerate.logging import get_logger
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import RewardTrainer
+from trl import DPOTrainer, RewardTrainer
 
 from ..data.collator import ANSWERS
 from ..data.columns import JUDGEMENT_COLUMNS, RANKED_IDS, ROW_COLUMN, TOKENIZED_PAIR
@@ -65,10 +65,13 @@ def upstream_error(problem: str) -> UpstreamError:
         [`UpstreamError`]: The error, to be raised.
     """
     supported = " and ".join(f"{name} {releases}" for name, releases in SUPPORTED.items())
-    if not RewardTrainer.__module__.startswith("trl."):
+    replaced = {"RewardTrainer": RewardTrainer, "DPOTrainer": DPOTrainer}
+    replaced = {name: kind for name, kind in replaced.items() if not kind.__module__.startswith("trl.")}
+    if replaced:
+        name, kind = next(iter(replaced.items()))
         fix = (
-            f"Another library has put {RewardTrainer.__module__}.{RewardTrainer.__name__} in the place of "
-            "trl.RewardTrainer; import disco_trl before that library"
+            f"Another library has put {kind.__module__}.{kind.__name__} in the place of "
+            f"trl.{name}; import disco_trl before that library"
         )
     elif outside_of_support():
         fix = "Install releases that are supported: pip install " + " ".join(
@@ -93,6 +96,37 @@ def outside_of_support() -> list[str]:
         for name, releases in SUPPORTED.items()
         if not SpecifierSet(releases).contains(installed[name], prereleases=True)
     ]
+
+
+def check_overrides(trainer_class: Any, upstream: Any, names: Iterable[str]) -> None:
+    """
+    Check, before anything is constructed, that the methods that a trainer overrides are there and take what ours take.
+
+    A release that is outside of [`SUPPORTED`] is warned of.
+
+    Args:
+        trainer_class (`type`):
+            Class of the trainer.
+        upstream (`type`):
+            TRL's trainer that it is a subclass of.
+        names (`Iterable[str]`):
+            Names of the methods.
+
+    Raises:
+        [`UpstreamError`]: If a method is not there, or takes other arguments.
+    """
+    if outside := outside_of_support():
+        logger.warning(
+            f"{' and '.join(outside)} has not been tried with this release of disco-trl, which supports "
+            f"{' and '.join(f'{name} {releases}' for name, releases in SUPPORTED.items())}."
+        )
+    named = upstream.__name__
+    for name in names:
+        theirs = getattr(upstream, name, None)
+        if theirs is None:
+            raise upstream_error(f"trl's {named} has no method {name}, which Disco{named} overrides")
+        ours = next(vars(kind)[name] for kind in _classes_of_ours(trainer_class) if name in vars(kind))
+        _check_arguments(named, name, ours, theirs)
 
 
 def hook(method: Callable[..., Any]) -> Any:
@@ -126,17 +160,7 @@ class UpstreamChecks(TrainerCallback):
         self._awaited: dict[str, set[str]] = {}
         # Modes in which TRL's metrics of a batch have been compared with ours
         self._compared: set[str] = set()
-        if outside := outside_of_support():
-            logger.warning(
-                f"{' and '.join(outside)} has not been tried with this release of disco-trl, which supports "
-                f"{' and '.join(f'{name} {releases}' for name, releases in SUPPORTED.items())}."
-            )
-        for name in HOOKS:
-            theirs = getattr(RewardTrainer, name, None)
-            if theirs is None:
-                raise upstream_error(f"trl's RewardTrainer has no method {name}, which DiscoRewardTrainer overrides")
-            ours = next(vars(kind)[name] for kind in _classes_of_ours(trainer_class) if name in vars(kind))
-            _check_arguments(name, ours, theirs)
+        check_overrides(trainer_class, RewardTrainer, HOOKS)
 
     def after_construction(self, trainer: Any) -> None:
         """
@@ -258,7 +282,7 @@ def _classes_of_ours(trainer_class: type) -> list[type]:
     return [kind for kind in trainer_class.__mro__ if kind.__module__.startswith(f"{__package__.partition('.')[0]}.")]
 
 
-def _check_arguments(name: str, ours: Any, theirs: Any) -> None:
+def _check_arguments(trainer: str, name: str, ours: Any, theirs: Any) -> None:
     """Check that ours can be called as theirs is."""
     parameters = inspect.signature(ours).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -266,6 +290,6 @@ def _check_arguments(name: str, ours: Any, theirs: Any) -> None:
     added = [argument for argument in inspect.signature(theirs).parameters if argument not in parameters]
     if added:
         raise upstream_error(
-            f"the method {name} of trl's RewardTrainer takes {', '.join(added)}, which that of DiscoRewardTrainer "
-            "does not know"
+            f"the method {name} of trl's {trainer} takes {', '.join(added)}, which that of Disco{trainer} does not "
+            "know"
         )

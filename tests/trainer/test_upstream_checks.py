@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 import trl
+from dpo_training import disco_dpo_trainer
 from tiny_training import disco_trainer, preferences
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import AutoModelForSequenceClassification, Trainer
@@ -187,6 +188,61 @@ class WithItsOwnSampler(DiscoRewardTrainer):
 
     def _prepare_inputs(self, inputs):
         return inputs
+
+
+GRADED = {"preference_strength": [1, -1, 2, 1] * 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new", "problem"),
+    [
+        (
+            "__init__",
+            "self._prepare_dataset(train_dataset",
+            "(lambda x, *rest: x)(train_dataset",
+            "does not call `_prep",
+        ),
+        ("__init__", "self._metrics = {", "self._kept = {", "does not keep its metrics in `_metrics`"),
+        ("_compute_loss", "outputs = model(", "outputs = self.model(", "does not call the model that it is given"),
+        (
+            "_compute_loss",
+            "zip(self.loss_types, self.loss_weights, strict=True)",
+            "[('sigmoid', 1.0)]",
+            "does not take its losses from `loss_types`",
+        ),
+    ],
+)
+def test_dpo_is_done_in_another_way(tmp_path, tiny_llama_dir, change, method, old, new, problem):
+    change(trl.DPOTrainer, method, old, new)
+    data = preferences().add_column("preference_strength", GRADED["preference_strength"])
+    with pytest.raises((UpstreamError, AttributeError), match=problem):
+        disco_dpo_trainer(tmp_path, model=tiny_llama_dir, train_dataset=data, prefix_sharing=False).train()
+
+
+def test_columns_are_removed_from_the_rows_of_dpo(tmp_path, tiny_llama_dir, change):
+    change(
+        Trainer,
+        "_remove_unused_columns",
+        "signature_columns = self._signature_columns",
+        "signature_columns = [n for n in self._signature_columns if n != 'preference_strength']",
+    )
+    data = preferences().add_column("preference_strength", GRADED["preference_strength"])
+    trainer = disco_dpo_trainer(tmp_path, model=tiny_llama_dir, train_dataset=data)
+    with pytest.raises(UpstreamError, match="a batch lacks what the column preference_strength says"):
+        trainer.train()
+
+
+def test_a_method_of_dpo_has_another_name_or_argument(tmp_path, tiny_llama_dir, rename, monkeypatch):
+    arguments = {"model": tiny_llama_dir, "train_dataset": preferences()}
+    with monkeypatch.context() as context:
+        context.setattr(trl.DPOTrainer, "compute_ref_log_probs", lambda self, model, inputs, more=None: None)
+        with pytest.raises(
+            UpstreamError, match="compute_ref_log_probs of trl's DPOTrainer takes more, which that of D"
+        ):
+            disco_dpo_trainer(tmp_path, **arguments)
+    rename(trl.DPOTrainer, "compute_ref_log_probs", "reference_log_probs")
+    with pytest.raises(UpstreamError, match="trl's DPOTrainer has no method compute_ref_log_probs"):
+        disco_dpo_trainer(tmp_path, **arguments)
 
 
 def test_a_subclass_may_have_its_own_methods(tmp_path, tiny_llama_dir, monkeypatch):
