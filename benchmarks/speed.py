@@ -4,6 +4,7 @@ Run as:
 
     python -m benchmarks.speed train --dataset path/to/pairs.jsonl.gz --max-length 512     # 15 minutes on 2 cores
     python -m benchmarks.speed train --sweep                                              # 15 minutes
+    python -m benchmarks.speed dpo --dataset path/to/pairs.jsonl.gz --max-length 512 --lora
     python -m benchmarks.speed score --model path/to/disco-model --dataset path/to/pairs.jsonl.gz
     python -m benchmarks.speed prepare --dataset path/to/pairs.jsonl.gz
     python -m benchmarks.speed head
@@ -39,6 +40,8 @@ from disco_trl._version import versions_of
 
 from .downloads import small_chat_lm
 from .speed_counts import peak_flops
+from .speed_dpo import VARIANTS as DPO_VARIANTS
+from .speed_dpo import dpo_table, run_dpo
 from .speed_parts import run_head, run_prepare, run_score
 from .speed_report import PICTURES, TABLES, plot
 from .speed_train import VARIANTS, quieten, run, sweep
@@ -114,6 +117,20 @@ def make_parser() -> argparse.ArgumentParser:
         "--sweep", action="store_true", help="Vary prompt share, length and batch size on random tokens instead."
     )
 
+    dpo = commands.add_parser("dpo", parents=[common, data, training], help="Compare the speed of DPO trainers.")
+    dpo.add_argument(
+        "--max-length", type=int, help="Leave out pairs with a side of more tokens than this (default: no limit)."
+    )
+    dpo.add_argument("--steps", type=int, default=2, help="Number of batches in a round (default: %(default)s).")
+    dpo.add_argument("--pairs", type=int, default=400, help="Number of pairs to use (default: %(default)s).")
+    dpo.add_argument(
+        "--variants",
+        nargs="+",
+        choices=DPO_VARIANTS,
+        default=list(DPO_VARIANTS),
+        help="Variants to measure (default: all).",
+    )
+
     score = commands.add_parser(
         "score", parents=[common, data], help="Compare the speed of scoring with TRL's GRPO trainer."
     )
@@ -181,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measures what the command line selects."""
     args = make_parser().parse_args(argv)
     kind = "sweep" if args.command == "train" and args.sweep else args.command
-    if kind in ("train", "score", "prepare") and args.dataset is None:
+    if kind in ("train", "dpo", "score", "prepare") and args.dataset is None:
         sys.exit(f"benchmarks.speed {args.command}: pass --dataset, the pairs to measure on")
     if kind == "score" and args.model is None:
         sys.exit("benchmarks.speed score: pass --model, a trained disco checkpoint with its tokenizer")
@@ -190,7 +207,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "train":
         args.steps = args.steps or (1 if args.sweep else 3)
         args.peak_flops = args.peak_flops or peak_flops(args.dtype)
-    runners = {"train": run, "sweep": sweep, "score": run_score, "prepare": run_prepare, "head": run_head}
+    runners = {
+        "train": run,
+        "sweep": sweep,
+        "dpo": run_dpo,
+        "score": run_score,
+        "prepare": run_prepare,
+        "head": run_head,
+    }
     try:
         result: dict[str, Any] = runners[kind](args)
     except (ValueError, FileNotFoundError) as error:
@@ -204,12 +228,13 @@ def main(argv: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{kind}.json").write_text(json.dumps(result, indent=1))
-    table = TABLES[kind](result) + "\n\n" + ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    tables = {**TABLES, "dpo": dpo_table}
+    table = tables[kind](result) + "\n\n" + ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     (args.out / f"{kind}.md").write_text(table + "\n", encoding="utf-8")
     if kind in PICTURES:
         plot(kind, result, args.out / f"{kind}.png")
     print(f"\n{table}\n\n{args.out / kind}.json" + (", .md and .png" if kind in PICTURES else " and .md"))
-    if kind == "train":
+    if kind in ("train", "dpo"):
         refuse_other_losses(result)
 
 

@@ -21,7 +21,7 @@ from tiny_training import preferences
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks import speed, speed_train
+from benchmarks import speed, speed_dpo, speed_train
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.speed_counts import (
     PairLengths,
@@ -163,7 +163,7 @@ def run(*arguments: str, out: Path) -> dict:
     kind = "sweep" if "train" in arguments and "--sweep" in arguments else arguments[0]
     speed.main([*arguments, "--out", str(out), "--rounds", "2"])
     assert (out / f"{kind}.md").read_text().startswith("| ")
-    if kind != "head":
+    if kind not in ("head", "dpo"):
         assert (out / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((out / f"{kind}.json").read_text())
 
@@ -257,6 +257,20 @@ def test_other_losses_than_trls_are_refused():
         speed.refuse_other_losses(result)
     variant["loss_difference"] = 1e-5
     speed.refuse_other_losses(result)
+
+
+@pytest.mark.slow
+def test_dpo(tiny_llama_dir, pairs_file, tmp_path):
+    options = ("--dtype", "float32", "--batch-size", "4", "--steps", "2", "--lora")
+    result = run("dpo", "--model", tiny_llama_dir, "--dataset", pairs_file, *options, out=tmp_path / "out")
+    variants = result["variants"]
+    assert list(variants) == list(speed_dpo.VARIANTS)
+    for name in speed_dpo.SAME_LOSS:
+        assert variants[name]["loss_difference"] < 1e-4
+    assert variants["plain"]["processed_per_unique"] == variants["trl"]["processed_per_unique"] > 1.2
+    assert variants["default"]["processed_per_unique"] < variants["plain"]["processed_per_unique"]
+    for variant in variants.values():
+        assert variant["peak_bytes"] > 0 and len(variant["times_trl"]) == 2
 
 
 def test_sweep(tiny_llama_dir, tmp_path, monkeypatch):
