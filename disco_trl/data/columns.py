@@ -26,6 +26,8 @@ RANKING = ("completions", "ranks")
 RANKED_RATINGS = "completion_ratings"
 """Ratings of all answers of a row with `completions`, with an entry for each."""
 RATING_COLUMNS = (*RATINGS, RANKED_RATINGS)
+SCALES = ("scale_chosen", "scale_rejected")
+"""Scales of both answers, as scoring a dataset adds them, which DPO reads."""
 STRENGTH = "preference_strength"
 ATTRIBUTE = "attribute"
 """What the comparison of a row is about."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from .columns import JUDGEMENT_COLUMNS, PREPARED, ROW_COLUMN
+from .columns import JUDGEMENT_COLUMNS, PREPARED, ROW_COLUMN, SCALES
 from .forest import ROW_MULTIPLE, grow_forest, to_row
 from .judgements import in_turn, to_tensors
 from .records import read_answers, read_feedback
@@ -21,8 +21,8 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
 
     The batch is that of [`~trl.trainer.dpo_trainer.DataCollatorForPreference`], in which P pairs are `2 * P` padded
     sequences, chosen sides first. If the examples have judgements, `judgements` and `strength_counts` are added, as
-    [`~disco_trl.data.judgements.to_tensors`] returns them. With `share_prefixes`, the same sequences are added as a
-    forest, after their truncation:
+    [`~disco_trl.data.judgements.to_tensors`] returns them; if they have scales, `scales`, of shape `(2 * P,)`. With
+    `share_prefixes`, the same sequences are added as a forest, after their truncation:
 
     - `forest_ids` and `forest_positions`, of shape `(1, T)`, and `nodes`: `input_ids`, `position_ids` and `nodes` of
       [`~disco_trl.data.forest.to_row`];
@@ -51,6 +51,8 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
             comparisons = [in_turn(record, self.weigh_by) for record in records]
             numbers = [int(example[ROW_COLUMN]) for example in examples] if ROW_COLUMN in examples[0] else None
             batch |= to_tensors(records, comparisons, None, self.likelihood.get("strength_levels"), numbers)
+        if examples[0].keys() >= {*SCALES}:
+            batch["scales"] = torch.tensor([float(example[name]) for name in SCALES for example in examples])
         if self.share_prefixes:
             batch |= self._forest(batch)
         return batch

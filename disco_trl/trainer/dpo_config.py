@@ -34,6 +34,11 @@ class DiscoDPOConfig(SharedConfig, DPOConfig):
         fixed_scale (`float`, *optional*):
             Scale of every reward, in units of β (log π − log π_ref). If `None`, it is the unit of the family, at which
             one unit of reward is about one logit. A forced choice with another scale is trained as with another β.
+        scale_model (`str`, *optional*):
+            Hub id or directory of a disco reward model that scores the datasets before training. Each answer then has
+            the scale that the model gives it, divided by the geometric mean over the training rows, so that β keeps
+            its meaning. If `None`, the columns `scale_chosen` and `scale_rejected`, which `disco-trl score` adds, are
+            read if the training data have them, and all answers have the same scale otherwise.
         tie_width (`float`, *optional*):
             Half-width, in reward units, of the band within which two rewards are called equal. It applies to datasets
             with a column `tie` or with equal `ranks`. If `None`, it is learned if the training data have ties.
@@ -72,6 +77,14 @@ class DiscoDPOConfig(SharedConfig, DPOConfig):
             "the family, at which one unit of reward is about one logit."
         },
     )
+    scale_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or directory of a disco reward model that scores the datasets before training. Each "
+            "answer then has the scale that the model gives it, divided by the geometric mean over the training rows. "
+            "If `None`, the columns `scale_chosen` and `scale_rejected` are read if the training data have them."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +92,11 @@ class DiscoDPOConfig(SharedConfig, DPOConfig):
             raise ValueError(
                 f"loss_type={self.loss_type!r} must contain 'sigmoid' once: the likelihood takes its place. Without "
                 "it, use trl's DPOTrainer"
+            )
+        if self.scale_model is not None and self.fixed_scale is not None:
+            raise ValueError(
+                f"fixed_scale={self.fixed_scale!r} and scale_model={self.scale_model!r} contradict each other; leave "
+                "one of them out"
             )
         refused = {
             "f_divergence_type": (

@@ -37,7 +37,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import get_config_model_id, selective_log_softmax
 
-from ..data.columns import JUDGEMENT_COLUMNS, OVERALL, RATING_COLUMNS, ROW_COLUMN
+from ..data.columns import JUDGEMENT_COLUMNS, OVERALL, RATING_COLUMNS, ROW_COLUMN, SCALES
 from ..data.dpo_collator import DataCollatorForDiscoDPO
 from ..data.judgements import Survey, check_answerable, log_readings, survey
 from ..data.rankings import rankings_to_pairs
@@ -50,6 +50,7 @@ from ..models.policy import run_on_forests
 from ..models.prefix_sharing import prepare
 from .adoption import answer_settings
 from .dpo_config import SIGMOID, DiscoDPOConfig
+from .dpo_scales import geometric_mean_of_scales, with_scales
 from .metrics import pair_figures, summarize
 from .shared_config import LIKELIHOOD_LEARNING_RATE
 from .upstream_checks import check_overrides, upstream_error
@@ -149,6 +150,7 @@ class DiscoDPOTrainer(DPOTrainer):
         self._surveyed_dataset = train_dataset
         self._family = get_family(args.reward_family)
         self._scale = self._family.unit_scale if args.fixed_scale is None else args.fixed_scale
+        self._mean_scale: float | None = None  # of the answers in the training data, if these have scales
         self._likelihood_settings = answer_settings(args, self._surveyed)
         self.likelihood = LikelihoodHead(self._likelihood_settings, self._family.unit_scale, device=None)
         self.likelihood.init_weights()
@@ -270,13 +272,35 @@ class DiscoDPOTrainer(DPOTrainer):
         checked = check_preferences(dataset, tokenizer, dataset_name, num_proc=args.dataset_num_proc)
         check_answerable(dataset, dataset_name, found, likelihoods)
         pairs = rankings_to_pairs(checked, args.weigh_by, args.dataset_num_proc)  # type: ignore[attr-defined]  # our config
+        pairs = self._give_scales(pairs, args, dataset_name)
         return super()._prepare_dataset(pairs, processing_class, args, dataset_name)
+
+    def _give_scales(
+        self, pairs: Dataset | IterableDataset, args: Any, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """Have the answers of a dataset scales, if those of the training data are to."""
+        if args.scale_model is not None:
+            pairs = with_scales(pairs, args.scale_model, dataset_name)
+        has_scales = {*SCALES} <= {*(pairs.column_names or ())} and args.fixed_scale is None
+        if dataset_name == "train" and has_scales:
+            self._mean_scale = geometric_mean_of_scales(pairs, dataset_name)
+            if args.scale_model is None:
+                logger.warning(
+                    f"train dataset: {' and '.join(SCALES)} are the scales of the answers, divided by their "
+                    f"geometric mean, {self._mean_scale:.3g}. Set fixed_scale to leave them unread."
+                )
+        elif self._mean_scale is not None and not has_scales:
+            raise ValueError(
+                f"{dataset_name} dataset: it lacks {' and '.join(SCALES)}, which the training data have; score it "
+                "with the same model (`disco-trl score`), or set fixed_scale to train without them"
+            )
+        return pairs
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer removes every other column before the collator sees it, without a word.
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        wanted = (ROW_COLUMN, *(name for name in JUDGEMENT_COLUMNS if name not in RATING_COLUMNS))
+        wanted = (ROW_COLUMN, *SCALES, *(name for name in JUDGEMENT_COLUMNS if name not in RATING_COLUMNS))
         columns += [name for name in wanted if name not in columns]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -301,14 +325,14 @@ class DiscoDPOTrainer(DPOTrainer):
         return optimizer
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        given = {name: value for name, value in inputs.items() if name not in OF_JUDGEMENTS}
+        given = {name: value for name, value in inputs.items() if name not in OF_LOSS}
         return super().compute_ref_log_probs(model, given)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # What flows: a batch → log-probabilities of policy and reference → locations → −log likelihood. TRL runs the
         # policy, computes its other losses if there are any, and logs its metrics.
         mode = "train" if self.model.training else "eval"
-        judgements = Judgements.of_batch(inputs)
+        judgements, scales = Judgements.of_batch(inputs), inputs.pop("scales", None)
         if judgements is None and self._own_collator and mode == "train" and self._surveyed.said:
             raise upstream_error(
                 f"a batch lacks what the column {', '.join(sorted(self._surveyed.said))} says: transformers has "
@@ -328,7 +352,7 @@ class DiscoDPOTrainer(DPOTrainer):
 
         of_policy = _log_probs(policy.outputs[0], inputs, self.ld_alpha)
         of_reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        rewards = self._rewards(self.beta * (of_policy - of_reference.to(of_policy)))
+        rewards = self._rewards(self.beta * (of_policy - of_reference.to(of_policy)), scales)
         count = len(of_policy) // 2
         chosen, rejected = rewards[:count], rewards[count:]
         if judgements is None:
@@ -345,17 +369,21 @@ class DiscoDPOTrainer(DPOTrainer):
         with torch.no_grad():
             figures = self.accelerator.gather(pair_figures(chosen, rejected, judgements))
         metrics = summarize(figures)
-        metrics = {name: metrics[name] for name in LOGGED if name in metrics}
+        logged = LOGGED if self._mean_scale is None else (*LOGGED, "scale_mean", "scale_min", "scale_max")
+        metrics = {name: metrics[name] for name in logged if name in metrics}
         metrics |= {name: value.item() for name, value in learned.items() if len(value) == 1}
         for name, metric in metrics.items():
             self._metrics[mode][name].append(metric)
         return (loss, outputs) if return_outputs else loss
 
-    def _rewards(self, location: Tensor) -> RewardDistribution:
-        """Rewards with these locations, and with the scale that all have."""
+    def _rewards(self, location: Tensor, scales: Tensor | None) -> RewardDistribution:
+        """Rewards with these locations, and with the scales of the answers or with the one that all have."""
         names = self._family.shape_names
         shape = self._family.shape_from_raw(location.new_zeros(*location.shape, len(names))) if names else None
-        return RewardDistribution(location, torch.full_like(location, self._scale), self._family, shape)
+        scale = torch.full_like(location, self._scale)
+        if self._mean_scale is not None and scales is not None:
+            scale = scale * (scales / self._mean_scale).to(scale)
+        return RewardDistribution(location, scale, self._family, shape)
 
     @contextlib.contextmanager
     def _without_sigmoid(self) -> Iterator[float]:
@@ -400,7 +428,7 @@ class DiscoDPOTrainer(DPOTrainer):
         self.likelihood.load_state_dict(load_file(path))
 
 
-OF_JUDGEMENTS = ("judgements", "rating_counts", "strength_counts")
+OF_LOSS = ("judgements", "rating_counts", "strength_counts", "scales")
 """What the collator adds to a batch for the loss, and models do not take."""
 
 

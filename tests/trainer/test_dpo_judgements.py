@@ -9,10 +9,10 @@ from datasets import Dataset
 from dpo_training import disco_dpo_trainer
 from peft import LoraConfig
 from scipy.stats import norm
-from tiny_training import furthest, preferences, weights
+from tiny_training import disco_trainer, furthest, preferences, weights
 from transformers import AutoModelForCausalLM
 
-from disco_trl import DiscoDPOConfig, get_family
+from disco_trl import DiscoDPOConfig, DiscoReward, get_family
 from disco_trl.trainer.dpo_trainer import LIKELIHOOD_FILE
 
 
@@ -106,6 +106,69 @@ def test_a_strength_reaches_the_policy(tmp_path, tiny_llama_dir, other):
         trainer.compute_loss(trainer.model, inputs).backward()
         gradients.append(trainer.model.lm_head.weight.grad.clone())
     assert (gradients[0] - gradients[1]).norm() > 0.05 * gradients[0].norm()
+
+
+def test_scales_of_the_answers(tmp_path, tiny_llama_dir, other, caplog):
+    """Divided by their geometric mean, which is 2 here."""
+    columns = {"scale_chosen": [1.0, 2.0, 4.0, 2.0], "scale_rejected": [2.0, 2.0, 4.0, 1.0]}
+    _, loss, delta = one_batch(tmp_path, tiny_llama_dir, other, columns, reward_family="normal")
+    unit = get_family("normal").unit_scale / 2
+    widths = [unit * math.hypot(a, b) for a, b in zip(*columns.values(), strict=True)]
+    expected = -sum(math.log(norm.cdf(d / width)) for d, width in zip(delta, widths, strict=True)) / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert (
+        "scale_chosen and scale_rejected are the scales of the answers, divided by their geometric mean, 2"
+        in caplog.text
+    )
+
+    _, loss, _ = one_batch(tmp_path, tiny_llama_dir, other, columns, reward_family="normal", fixed_scale=2 * unit)
+    _, plain, _ = one_batch(tmp_path, tiny_llama_dir, other, {}, reward_family="normal")
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_scales_of_a_reward_model(tmp_path, tiny_llama_dir):
+    reward_model = disco_trainer(
+        tmp_path, model=tiny_llama_dir, train_dataset=preferences("conversational"), scale_training="joint"
+    )
+    with torch.no_grad():
+        reward_model.model.score.scale.weight.add_(0.5)
+    reward_model.save_model(str(tmp_path / "reward"))
+    data = preferences("conversational", rows=8)
+    options = {"model": tiny_llama_dir, "train_dataset": data, "eval_dataset": data.select(range(3))}
+    trainer = disco_dpo_trainer(tmp_path / "policy", scale_model=str(tmp_path / "reward"), **options)
+    rewards = DiscoReward(str(tmp_path / "reward"))
+    prompts = [row["prompt"] for row in data]
+    for name, side in (("scale_chosen", "chosen"), ("scale_rejected", "rejected")):
+        expected = rewards.distribution(prompts, [row[side] for row in data]).scale.tolist()
+        assert trainer.train_dataset[name] == pytest.approx(expected, rel=1e-5)
+        assert trainer.eval_dataset[name] == pytest.approx(expected[:3], rel=1e-5)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["scale_min"] < entry["scale_mean"] < entry["scale_max"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: {"train_dataset": rows.map(lambda row, i: {"scale_chosen": i}, with_indices=True)},
+            "row 0, column 'scale_chosen': 0.0 is not a positive",
+        ),
+        (
+            lambda rows: {"train_dataset": rows, "eval_dataset": preferences(rows=4)},
+            "eval dataset: it lacks scale_chosen and",
+        ),
+        (
+            lambda rows: {"train_dataset": rows.to_iterable_dataset(), "scale_model": "x"},
+            "a stream is not scored by scale_model",
+        ),
+        (lambda rows: {"train_dataset": rows, "scale_model": "x", "fixed_scale": 1.0}, "contradict each other"),
+    ],
+)
+def test_scales_that_cannot_be_used(tmp_path, tiny_llama_dir, change, message):
+    rows = preferences(rows=4).add_column("scale_chosen", [1.0] * 4).add_column("scale_rejected", [1.0] * 4)
+    with pytest.raises(ValueError, match=message):
+        disco_dpo_trainer(tmp_path, model=tiny_llama_dir, **change(rows))
 
 
 def test_rankings_are_their_pairs(tmp_path, tiny_llama_dir):
