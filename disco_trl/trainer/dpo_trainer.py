@@ -333,10 +333,13 @@ class DiscoDPOTrainer(DPOTrainer):
         # policy, computes its other losses if there are any, and logs its metrics.
         mode = "train" if self.model.training else "eval"
         judgements, scales = Judgements.of_batch(inputs), inputs.pop("scales", None)
-        if judgements is None and self._own_collator and mode == "train" and self._surveyed.said:
-            raise upstream_error(
-                f"a batch lacks what the column {', '.join(sorted(self._surveyed.said))} says: transformers has "
-                "removed columns that the loss is about"
+        if judgements is None and mode == "train" and self._surveyed.said:
+            lacks = f"a batch lacks what the column {', '.join(sorted(self._surveyed.said))} says"
+            if self._own_collator:
+                raise upstream_error(f"{lacks}: transformers has removed columns that the loss is about")
+            raise ValueError(
+                f"{lacks}, because the data_collator passed does not read it; pass a DataCollatorForDiscoDPO "
+                "(disco_trl.data.dpo_collator), or leave the column out of the data"
             )
         if "ref_chosen_logps" not in inputs:
             references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from scipy.stats import norm
 from tiny_training import disco_trainer, furthest, preferences, weights
 from transformers import AutoModelForCausalLM
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from disco_trl import DiscoDPOConfig, DiscoReward, get_family
 from disco_trl.trainer.dpo_trainer import LIKELIHOOD_FILE
@@ -281,6 +282,15 @@ def test_an_optimizer_that_lacks_what_is_learned(tmp_path, tiny_llama_dir, tiny_
             train_dataset=graded(),
             optimizers=(optimizer, None),
         )
+
+
+def test_a_collator_that_reads_no_judgements(tmp_path, tiny_llama_dir):
+    collator = DataCollatorForPreference(pad_token_id=0)
+    trainer = disco_dpo_trainer(
+        tmp_path, model=tiny_llama_dir, train_dataset=graded(), data_collator=collator, tie_width=0.5
+    )
+    with pytest.raises(ValueError, match="a batch lacks what the column preference_strength says, because the data_c"):
+        trainer.train()
 
 
 def test_another_configuration_is_named(tmp_path, tiny_llama_dir):
