@@ -1,23 +1,27 @@
-"""Two attributes in one reward model, and GRPO with one of them as a constraint, beside their plain sum.
+"""Two attributes in one reward model, and GRPO with one of them as a constraint, beside weighted sums.
 
     python -m benchmarks.human_ratings --said ratings --votes 1200 --output data/rated-tweets
     python examples/attributes.py data/rated-tweets .cache/SmolLM2-135M-Instruct
 
 The first argument holds pairs of tweets with ten people's ratings of each, the second is the language model that both
 the reward model and the policy start from. People have rated how positive a tweet is. How calm it is, from 1 to 5, is
-the second attribute: three raters are simulated, who mind exclamation marks, capitals and emoji.
+the second attribute: three raters are simulated, who mind exclamation marks, capitals, emoji, and words such as "love"
+and "amazing".
 
 A positive remark is easily an excited one. The policies are trained as in `grpo.py`: the first on the sum of both
-attributes, the second on how positive a remark is, with the constraint that at least half of the people would rate it
-4 or higher for calm. The script prints completions of held-out openings, counts what the simulated raters mind, and
-writes `attributes.png`. With `--steps 30`:
+attributes, the second on a sum in which calm counts a quarter, and the third on how positive a remark is, with the
+constraint that at least half of the people would rate it 4 or higher for calm. The script prints completions of
+held-out openings, counts what the simulated raters mind, and writes `attributes.png`. With `--steps 30`:
 
-    policy                        positive   calm  calm enough  !, capitals, emoji
-    sum of both                       1.67   1.82         100%                0.09
-    positive, calm 4 or more          1.92   1.33          98%                0.27
+    policy                        positive   calm  calm enough  minded
+    sum of both                       1.40   1.26          97%    0.28
+    positive, a quarter calm          1.80   0.85          95%    0.67
+    positive, calm 4 or more          1.54   0.96          98%    0.31
 
-The sum pays for calm beyond what was asked for, and the constraint does not: its remarks are more positive, and about
-as calm as they have to be. A sum with a smaller weight of calm would pay for breaking it.
+The plain sum pays for calm beyond what was asked for, and gives up positive remarks for it. A sum with a smaller
+weight of calm pays for excited words, of which it writes twice as many, and one remark in twenty is not calm enough.
+With the constraint, remarks are more positive than with the plain sum, and as many of them are calm enough. With so
+few steps, the differences are small.
 
 A step takes 7 to 9 s on 2 cores without an accelerator, and the reward model 12 minutes on one.
 """
@@ -41,6 +45,10 @@ from disco_trl import DiscoReward, DiscoRewardConfig, DiscoRewardTrainer
 
 ON_CPU = not torch.accelerator.is_available()
 LEAST_CALM = 4
+EXCITED_WORDS = frozenset(
+    "adore amazing awesome best excellent fantastic great incredible love loved perfect so super thrilled very "
+    "wonderful wow".split()
+)
 FLOOR = -4.0  # Below the reward of nearly all tweets, so that breaking the constraint never pays.
 
 
@@ -59,8 +67,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def excitement(text: str) -> int:
-    """Counts exclamation marks, words in capitals, and emoji."""
-    return text.count("!") + len(re.findall(r"\b[A-Z]{2,}\b", text)) + sum(ord(letter) >= 0x2600 for letter in text)
+    """Counts exclamation marks, words in capitals, emoji, and excited words."""
+    capitals = len(re.findall(r"\b[A-Z]{2,}\b", text))
+    words = sum(word in EXCITED_WORDS for word in re.findall(r"\w+", text.lower()))
+    return text.count("!") + capitals + sum(ord(letter) >= 0x2600 for letter in text) + words
 
 
 def rated_tweets(path: Path) -> Dataset:
@@ -123,7 +133,7 @@ def plot(found: dict[str, dict[str, list[Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Trains the reward model and both policies, and shows what they write."""
+    """Trains the reward model and the policies, and shows what they write."""
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = train_reward_model(args)
@@ -131,6 +141,7 @@ def main() -> None:
     constraint = DiscoReward(path, attribute="positive", minimum={"calm": LEAST_CALM}, floor=FLOOR, name="constraint")
     rewards = {
         "sum of both": DiscoReward(path, weights={"positive": 1, "calm": 1}, name="sum"),
+        "positive, a quarter calm": DiscoReward(path, weights={"positive": 1, "calm": 0.25}, name="quarter"),
         f"positive, calm {LEAST_CALM} or more": constraint,
     }
     prompts = HELD_OUT_OPENINGS * 16
@@ -144,17 +155,17 @@ def main() -> None:
             "positive": positive.distribution(prompts, answers).location.tolist(),
             "calm": calm.distribution(prompts, answers).location.tolist(),
             "calm enough": (cap > FLOOR).tolist(),
-            "excitement": [excitement(answer) for answer in answers],
+            "minded": [excitement(answer) for answer in answers],
         }
         print(f"\nAfter {args.steps} steps on {title}:")
         for opening, answer in list(zip(prompts, answers, strict=True))[:4]:
             print(f"  {(opening + answer).splitlines()[0]}")
-    print(f"\n{'policy':28} {'positive':>9} {'calm':>6} {'calm enough':>12} {'!, capitals, emoji':>19}")
+    print(f"\n{'policy':28} {'positive':>9} {'calm':>6} {'calm enough':>12} {'minded':>7}")
     for title, of_policy in found.items():
         means = {name: float(np.mean(values)) for name, values in of_policy.items()}
         print(
             f"{title:28} {means['positive']:9.2f} {means['calm']:6.2f} {means['calm enough']:12.0%} "
-            f"{means['excitement']:19.2f}"
+            f"{means['minded']:7.2f}"
         )
     (args.output / "found.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot(found, args.output / "attributes.png")

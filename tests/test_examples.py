@@ -58,7 +58,7 @@ def test_attributes(tiny_llama_dir, tmp_path):
     shown = run("attributes.py", str(tmp_path), tiny_llama_dir, "--steps", "2", "--output", "out", cwd=tmp_path)
     assert "After 2 steps on sum of both:" in shown
     found = json.loads((tmp_path / "out" / "found.json").read_text())
-    assert found.keys() == {"sum of both", "positive, calm 4 or more"}
+    assert found.keys() == {"sum of both", "positive, a quarter calm", "positive, calm 4 or more"}
     assert all(len(values) == 64 for of_policy in found.values() for values in of_policy.values())
     assert (tmp_path / "out" / "attributes.png").stat().st_size > 5_000
 
