@@ -52,7 +52,7 @@ def train(model: str, folder: Path) -> dict:
 def test_two_processes_are_one(tiny_llama_dir, tmp_path):
     data = preferences("conversational", rows=16).add_column("preference_strength", [0, 1, 2, -1] * 4)
     data.save_to_disk(str(tmp_path / "rows"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     result = subprocess.run(
         [*command, __file__, tiny_llama_dir, str(tmp_path)],
