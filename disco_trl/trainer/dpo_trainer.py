@@ -384,7 +384,12 @@ class DiscoDPOTrainer(DPOTrainer):
         names = self._family.shape_names
         shape = self._family.shape_from_raw(location.new_zeros(*location.shape, len(names))) if names else None
         scale = torch.full_like(location, self._scale)
-        if self._mean_scale is not None and scales is not None:
+        if self._mean_scale is not None:
+            if scales is None:
+                raise ValueError(
+                    f"a batch lacks {' and '.join(SCALES)}, which the rows have: the data_collator passed does not "
+                    "read them; pass a DataCollatorForDiscoDPO (disco_trl.data.dpo_collator), or set fixed_scale"
+                )
             scale = scale * (scales / self._mean_scale).to(scale)
         return RewardDistribution(location, scale, self._family, shape)
 
@@ -392,9 +397,10 @@ class DiscoDPOTrainer(DPOTrainer):
     def _without_sigmoid(self) -> Iterator[float]:
         """TRL computes its other losses, from the reference that is in the batch. Yields the weight of the sigmoid."""
         kept: tuple[Any, ...] = (self.loss_types, self.loss_weights, self.precompute_ref_logps)
-        losses = dict(zip(self.loss_types, self.loss_weights, strict=True))
-        weight = losses.pop(SIGMOID)
-        self.loss_types, self.loss_weights, self.precompute_ref_logps = [*losses], [*losses.values()], True
+        losses = list(zip(self.loss_types, self.loss_weights, strict=True))
+        _, weight = losses.pop(self.loss_types.index(SIGMOID))
+        self.loss_types, self.loss_weights = [name for name, _ in losses], [of_loss for _, of_loss in losses]
+        self.precompute_ref_logps = True
         try:
             yield weight
         finally:

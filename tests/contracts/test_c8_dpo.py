@@ -39,11 +39,12 @@ def assert_same_run(ours, theirs, tolerance: float = 3e-6) -> None:
         {"ld_alpha": 0.3},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.2]},
         {"loss_type": ["apo_zero", "sigmoid"]},
+        {"loss_type": ["sft", "sigmoid", "sft"], "loss_weights": [0.1, 0.7, 0.2]},
         {"max_length": 20, "truncation_mode": "keep_start"},
         {"sync_ref_model": True, "ref_model_sync_steps": 2},
         {"eval_strategy": "steps", "eval_steps": 3},
     ],
-    ids=lambda options: "-".join(options) or "plain",
+    ids=lambda options: "-".join(map(str, [*options, *options.get("loss_type", [])])) or "plain",
 )
 @pytest.mark.parametrize("kind", ["standard", "conversational"])
 def test_a_run_is_trls(tmp_path, tiny_llama_dir, kind, options):

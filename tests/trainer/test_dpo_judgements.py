@@ -293,6 +293,14 @@ def test_a_collator_that_reads_no_judgements(tmp_path, tiny_llama_dir):
         trainer.train()
 
 
+def test_a_collator_that_reads_no_scales(tmp_path, tiny_llama_dir):
+    rows = preferences(rows=4).add_column("scale_chosen", [1.0, 2.0] * 2).add_column("scale_rejected", [1.0] * 4)
+    collator = DataCollatorForPreference(pad_token_id=0)
+    trainer = disco_dpo_trainer(tmp_path, model=tiny_llama_dir, train_dataset=rows, data_collator=collator)
+    with pytest.raises(ValueError, match="a batch lacks scale_chosen and scale_rejected, which the rows have"):
+        trainer.train()
+
+
 def test_another_configuration_is_named(tmp_path, tiny_llama_dir):
     from trl import DPOConfig
 
