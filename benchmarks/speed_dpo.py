@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PrinterCallback
@@ -22,9 +21,9 @@ from disco_trl.data.files import choose_split, load_preferences
 from disco_trl.data.tokenization import tokenize_answers
 
 from .peak_memory import PeakMemory, in_fresh_process
-from .speed_counts import PairLengths, choose_batches
+from .speed_counts import Pair, PairLengths, choose_batches
 from .speed_report import markdown, spread
-from .speed_train import SteppedTrainer, epoch_batches, quieten
+from .speed_train import SteppedTrainer, adapter, epoch_batches, quieten, shared_settings
 
 
 @dataclass(frozen=True)
@@ -63,38 +62,22 @@ SAME_LOSS = ("plain", "default")
 def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PairLengths]:
     """Reads the pairs whose sides are no longer than `args.max_length`, and the lengths of their sides."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows, pairs = [], []
+    rows: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
     dataset = choose_split(load_preferences(args.dataset, argument="--dataset"), args.split, "--dataset")
     for row in tqdm(dataset, desc="tokenizing", unit="pair", leave=False):
         pair = tokenize_answers(row, tokenizer)
         if pair[0] != pair[1] and max(map(len, pair)) <= (args.max_length or float("inf")):
-            rows.append({**{name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}})
+            kept = {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
+            rows.append({**kept, "number": len(rows), "length": max(map(len, pair))})
             pairs.append((pair[0], pair[1]))
-            rows[-1] |= {"number": len(rows) - 1, "length": max(map(len, pair))}
-    if len(rows) > args.pairs:
-        rows, pairs = rows[: args.pairs], pairs[: args.pairs]
-    return rows, PairLengths.of(pairs)
+    return rows[: args.pairs], PairLengths.of(pairs[: args.pairs])
 
 
 def make_trainer(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, max_steps: int = -1) -> Any:
     """Creates the trainer of a variant, on a new model."""
     variant = VARIANTS[name]
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": args.batch_size,
-        "max_length": None,  # The pairs are filtered already.
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
-        "max_steps": max_steps,
-        "bf16": args.dtype != "float32",
-        "use_cpu": not torch.accelerator.is_available(),
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "model_init_kwargs": {"dtype": "bfloat16" if args.dtype == "bfloat16" else "float32"},
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **variant.options,
-    }
+    settings = {**shared_settings(args, max_steps), **variant.options}
     config_class = DPOConfig if variant.trainer is DPOTrainer else DiscoDPOConfig
     with tempfile.TemporaryDirectory() as folder:  # nothing is saved
         trainer = variant.trainer(
@@ -102,9 +85,7 @@ def make_trainer(name: str, rows: list[dict[str, Any]], args: argparse.Namespace
             args=config_class(folder, **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(args.model),
-            peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-            if args.lora
-            else None,
+            peft_config=adapter(args, "CAUSAL_LM"),
         )
     if len(trainer.train_dataset) != len(rows):  # type: ignore[arg-type]
         raise RuntimeError(f"{variant.label} dropped {len(rows) - len(trainer.train_dataset)} pairs")  # type: ignore[arg-type]

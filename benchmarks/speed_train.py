@@ -91,10 +91,9 @@ def quieten() -> None:
 # Building a trainer
 
 
-def make_trainer(name: str, pairs: list[Pair], args: argparse.Namespace, max_steps: int = -1) -> Any:
-    """Creates the trainer of a variant, on a new model and tokenized pairs (which TRL accepts as they are)."""
-    variant = VARIANTS[name]
-    settings: dict[str, Any] = {
+def shared_settings(args: argparse.Namespace, max_steps: int) -> dict[str, Any]:
+    """Settings of the trainers of all variants."""
+    return {
         "per_device_train_batch_size": args.batch_size,
         "max_length": None,  # The pairs are filtered already.
         "learning_rate": args.learning_rate,
@@ -108,8 +107,18 @@ def make_trainer(name: str, pairs: list[Pair], args: argparse.Namespace, max_ste
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        **variant.options,
     }
+
+
+def adapter(args: argparse.Namespace, task_type: str) -> LoraConfig | None:
+    """The adapter that is trained, if one is."""
+    return LoraConfig(task_type=task_type, r=16, lora_alpha=32, target_modules="all-linear") if args.lora else None
+
+
+def make_trainer(name: str, pairs: list[Pair], args: argparse.Namespace, max_steps: int = -1) -> Any:
+    """Creates the trainer of a variant, on a new model and tokenized pairs (which TRL accepts as they are)."""
+    variant = VARIANTS[name]
+    settings = {**shared_settings(args, max_steps), **variant.options}
     if name == "budget":
         settings["max_tokens_per_batch"] = args.max_tokens_per_batch or round(
             PairLengths.of(pairs).unique / len(pairs) * args.batch_size
@@ -129,9 +138,7 @@ def make_trainer(name: str, pairs: list[Pair], args: argparse.Namespace, max_ste
             config_class(folder, **settings),
             train_dataset=dataset,
             processing_class=AutoTokenizer.from_pretrained(args.model),
-            peft_config=LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear")
-            if args.lora
-            else None,
+            peft_config=adapter(args, "SEQ_CLS"),
         )
     if len(trainer.train_dataset) != len(pairs):  # type: ignore[arg-type]
         raise RuntimeError(f"{variant.label} dropped {len(pairs) - len(trainer.train_dataset)} pairs")  # type: ignore[arg-type]

@@ -117,6 +117,21 @@ def tiny_llama_dir(tmp_path_factory, _session_tokenizer) -> str:
 
 
 @pytest.fixture(scope="session")
+def sharp_llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
+    """The tiny Llama with weights ten times as large, and as wide as the blocks that bitsandbytes packs. Read-only."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("sharp-llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "initializer_range": 0.2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama_dir, **sizes)).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def widened_llama_dir(tmp_path_factory, tiny_llama_dir) -> Callable[[int], str]:
     """`widened_llama_dir(64)` is the same with hidden size 64 and intermediate size 64. Read-only.
 

@@ -24,12 +24,11 @@ from tiny_training import (
     BRADLEY_TERRY,
     bradley_terry_trainer,
     disco_trainer,
-    furthest,
     logged,
     preferences,
     reward_trainer,
-    weights,
 )
+from train_both import run_both
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 
@@ -38,16 +37,7 @@ GRADIENT_DESCENT = {"max_steps": 8, "learning_rate": 0.5, "optim": "sgd"}
 
 
 def assert_same_run(ours, theirs) -> None:
-    start = weights(theirs.model)
-    assert furthest(weights(ours.model), start) == 0
-    theirs.train()
-    ours.train()
-    assert logged(theirs)
-    for our_log, their_log in zip(logged(ours), logged(theirs), strict=True):
-        # Ours has metrics beyond TRL's, never fewer, and none of TRL's names with another value.
-        assert their_log == pytest.approx({name: our_log[name] for name in their_log}, abs=1e-4, rel=1e-4)
-    moved = furthest(weights(theirs.model), start)
-    difference = furthest(weights(ours.model), weights(theirs.model))
+    moved, difference = run_both(ours, theirs)
     assert moved > 1e-3
     assert difference < (3e-6 if theirs.args.optim == "sgd" else theirs.args.learning_rate / 10)
 

@@ -49,3 +49,16 @@ def train_both(folder: Path, **arguments) -> tuple[DiscoRewardTrainer, RewardTra
         assert their_log == pytest.approx({name: our_log[name] for name in their_log}, abs=1e-4, rel=1e-4)
     assert furthest(weights(ours.model), weights(theirs.model)) < 1e-4
     return ours, theirs
+
+
+def run_both(ours, theirs) -> tuple[float, float]:
+    """Run both from the same weights, and ask for the same logs; returns how far theirs moved, and ours is from it."""
+    start = weights(theirs.model)
+    assert furthest(weights(ours.model), start) == 0
+    theirs.train()
+    ours.train()
+    assert logged(theirs)
+    for our_log, their_log in zip(logged(ours), logged(theirs), strict=True):
+        # Ours has metrics beyond TRL's, never fewer, and none of TRL's names with another value.
+        assert their_log == pytest.approx({name: our_log[name] for name in their_log}, abs=1e-4, rel=1e-4)
+    return furthest(weights(theirs.model), start), furthest(weights(ours.model), weights(theirs.model))

@@ -8,7 +8,7 @@ import torch
 from dpo_training import disco_dpo_trainer
 from peft import LoraConfig
 from tiny_training import furthest, logged, preferences, weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from trl.trainer import utils
 
 from disco_trl.data.dpo_collator import DataCollatorForDiscoDPO
@@ -29,18 +29,6 @@ EXAMPLES = [
     {"prompt_ids": [20], "chosen_ids": [21, 22, 0], "rejected_ids": [21]},
     {"prompt_ids": [], "chosen_ids": [21, 22, 30], "rejected_ids": [21, 5]},
 ]
-
-
-@pytest.fixture(scope="module")
-def sharp_llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
-    """The tests' tiny Llama with larger weights, so that tokens are told apart."""
-    path = tmp_path_factory.mktemp("sharp-policy")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "initializer_range": 0.2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama_dir, **sizes)).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
-    return str(path)
 
 
 def run(model, batch: dict[str, torch.Tensor]):

@@ -18,7 +18,7 @@ from forests import pairs, random_model
 from peft import LoraConfig, PromptTuningConfig
 from tiny_models import PAD, SCALE_STATE
 from tiny_training import disco_trainer, furthest, logged, preferences, weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from disco_trl.models.prefix_sharing import prepare
@@ -29,18 +29,6 @@ STEPS = 20
 GRADIENT_DESCENT = {"max_steps": STEPS, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3}
 LORA = {"r": 4, "target_modules": "all-linear"}
-
-
-@pytest.fixture(scope="module")
-def sharp_llama_dir(tmp_path_factory, tiny_llama_dir) -> str:
-    """The tests' tiny Llama with weights ten times as large, and as wide as the blocks that bitsandbytes packs."""
-    path = tmp_path_factory.mktemp("sharp-llama")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "initializer_range": 0.2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama_dir, **sizes)).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(path)
-    return str(path)
 
 
 def train(folder, sharing: bool, **options):
