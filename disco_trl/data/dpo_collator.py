@@ -21,13 +21,15 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
 
     The batch is that of [`~trl.trainer.dpo_trainer.DataCollatorForPreference`], in which P pairs are `2 * P` padded
     sequences, chosen sides first. If the examples have judgements, `judgements` and `strength_counts` are added, as
-    [`~disco_trl.data.judgements.to_tensors`] returns them; if they have scales, `scales`, of shape `(2 * P,)`. With
-    `share_prefixes`, the same sequences are added as a forest, after their truncation:
+    [`~disco_trl.data.judgements.to_tensors`] returns them; if they have scales, `scales`, of shape `(2 * P,)`; and if
+    they are numbered, `row_index`, of shape `(P,)`. With `share_prefixes`, the same sequences are added as a forest,
+    after their truncation:
 
     - `forest_ids` and `forest_positions`, of shape `(1, T)`, and `nodes`: `input_ids`, `position_ids` and `nodes` of
       [`~disco_trl.data.forest.to_row`];
     - `places`, of shape `(N,)`: the place in the row of the token before each answer token, whose state predicts it,
-      in the order of the sequences and of their tokens.
+      in the order of the sequences and of their tokens;
+    - `ends`, of shape `(2 * P,)`: the place of the last token of each sequence.
 
     Args:
         share_prefixes (`bool`, *optional*, defaults to `False`):
@@ -46,10 +48,12 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
+        numbers = [int(example[ROW_COLUMN]) for example in examples] if ROW_COLUMN in examples[0] else None
+        if numbers is not None:
+            batch[ROW_COLUMN] = torch.tensor(numbers)
         if examples[0].keys() & {*JUDGEMENT_COLUMNS}:
             records = [read_answers(example, PREPARED, read_feedback(example)) for example in examples]
             comparisons = [in_turn(record, self.weigh_by) for record in records]
-            numbers = [int(example[ROW_COLUMN]) for example in examples] if ROW_COLUMN in examples[0] else None
             batch |= to_tensors(records, comparisons, None, self.likelihood.get("strength_levels"), numbers)
         if examples[0].keys() >= {*SCALES}:
             batch["scales"] = torch.tensor([float(example[name]) for name in SCALES for example in examples])
@@ -72,4 +76,5 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
             "forest_positions": row["position_ids"],
             "nodes": row["nodes"],
             "places": torch.tensor(places),
+            "ends": torch.tensor([forest.places(number)[-1] for number in range(len(sequences))]),
         }

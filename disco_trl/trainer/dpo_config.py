@@ -39,6 +39,10 @@ class DiscoDPOConfig(SharedConfig, DPOConfig):
             the scale that the model gives it, divided by the geometric mean over the training rows, so that β keeps
             its meaning. If `None`, the columns `scale_chosen` and `scale_rejected`, which `disco-trl score` adds, are
             read if the training data have them, and all answers have the same scale otherwise.
+        scale_training (`str`, *optional*):
+            If given, the scale of each answer is learned with the policy, by a linear map of the policy's last hidden
+            state at the end of the answer, with the family's unit as its geometric mean. With `"detached"` its
+            gradient is kept from the policy, and with `"joint"` it is not. The map is saved beside the policy.
         tie_width (`float`, *optional*):
             Half-width, in reward units, of the band within which two rewards are called equal. It applies to datasets
             with a column `tie` or with equal `ranks`. If `None`, it is learned if the training data have ties.
@@ -86,6 +90,15 @@ class DiscoDPOConfig(SharedConfig, DPOConfig):
         },
     )
 
+    scale_training: str | None = field(
+        default=None,
+        metadata={
+            "help": "If given, the scale of each answer is learned with the policy, from its last hidden state. With "
+            "'detached' its gradient is kept from the policy, and with 'joint' it is not.",
+            "choices": ["detached", "joint"],
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if SIGMOID not in self.loss_type or self.loss_type.count(SIGMOID) > 1:
@@ -93,10 +106,14 @@ class DiscoDPOConfig(SharedConfig, DPOConfig):
                 f"loss_type={self.loss_type!r} must contain 'sigmoid' once: the likelihood takes its place. Without "
                 "it, use trl's DPOTrainer"
             )
-        if self.scale_model is not None and self.fixed_scale is not None:
+        if self.scale_training not in (None, "detached", "joint"):
+            raise ValueError(f"scale_training={self.scale_training!r} must be 'detached' or 'joint', or left out")
+        sources = {name: getattr(self, name) for name in ("fixed_scale", "scale_model", "scale_training")}
+        given = {name: value for name, value in sources.items() if value is not None}
+        if len(given) > 1:
             raise ValueError(
-                f"fixed_scale={self.fixed_scale!r} and scale_model={self.scale_model!r} contradict each other; leave "
-                "one of them out"
+                f"{' and '.join(f'{name}={value!r}' for name, value in given.items())} contradict each other; leave "
+                f"{'one of them' if len(given) == 2 else 'two of them'} out"
             )
         refused = {
             "f_divergence_type": (

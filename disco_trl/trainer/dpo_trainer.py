@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BitsAndBytesConfig,
@@ -45,10 +43,12 @@ from ..data.validation import check_preferences
 from ..distributions.judgements import Judgements
 from ..distributions.likelihood import log_likelihood
 from ..distributions.reward_distribution import RewardDistribution, get_family
-from ..models.likelihood_head import LikelihoodHead, difference_quantile, to_responses, width_penalty
+from ..models.likelihood_head import difference_quantile, to_responses, width_penalty
 from ..models.policy import run_on_forests
+from ..models.policy_head import PolicyHead, last_states
 from ..models.prefix_sharing import prepare
 from .adoption import answer_settings
+from .callbacks import FiniteGuard
 from .dpo_config import SIGMOID, DiscoDPOConfig
 from .dpo_scales import geometric_mean_of_scales, with_scales
 from .metrics import pair_figures, summarize
@@ -60,7 +60,9 @@ logger = get_logger(__name__)
 
 FUSED_SINCE = "1.15"
 """Release of TRL since which its DPO reads log-probabilities from a fused LM head, which prefix sharing needs."""
-LIKELIHOOD_FILE, SETTINGS_FILE = "disco_likelihood.safetensors", "disco_likelihood.json"
+SCALE_STEP = 0.05
+"""Learning rate of a learned scale, times the hidden size: where hidden states are about 1, a step of Adam changes
+log σ by a twentieth at most."""
 LOGGED = ("nll", "accuracy", "prob_chosen")
 OVERRIDDEN = (
     *("_prepare_dataset", "_set_signature_columns_if_needed", "_precompute_ref_logps", "compute_ref_log_probs"),
@@ -149,16 +151,8 @@ class DiscoDPOTrainer(DPOTrainer):
         self._surveyed = survey(train_dataset) if is_dataset else Survey()
         self._surveyed_dataset = train_dataset
         self._family = get_family(args.reward_family)
-        self._scale = self._family.unit_scale if args.fixed_scale is None else args.fixed_scale
         self._mean_scale: float | None = None  # of the answers in the training data, if these have scales
         self._likelihood_settings = answer_settings(args, self._surveyed)
-        self.likelihood = LikelihoodHead(self._likelihood_settings, self._family.unit_scale, device=None)
-        self.likelihood.init_weights()
-        if "strength_levels" in self._likelihood_settings:
-            levels = range(self._likelihood_settings["strength_levels"] + 1)
-            counts = [self._surveyed.strengths.get(level, 0) for level in levels]
-            self.likelihood.init_strengths(counts, difference_quantile(self._family))
-        self._learns_answers = any(True for _ in self.likelihood.parameters())
 
         # Model, PEFT, data and reference, by TRL
         self._own_collator = data_collator is None
@@ -179,18 +173,20 @@ class DiscoDPOTrainer(DPOTrainer):
         )
         self._set_up()
         self._check_construction()
-        self.add_callback(_ZeroGradients(self.likelihood))
-        if self._learns_answers and optimizers[0] is not None:
+        self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
+        self.add_callback(self._guard)
+        self.add_callback(_ZeroGradients(self.policy_head))
+        learned = ", ".join(self.policy_head.learned)
+        if learned and optimizers[0] is not None:
             raise ValueError(
-                f"the optimizer passed does not hold what is learned of how people answer "
-                f"({', '.join(name for name, _ in self.likelihood.named_parameters())}); leave it out, or set these "
-                "to numbers"
+                f"the optimizer passed does not hold what is learned beside the policy ({learned}); leave it out, or "
+                "set these to numbers"
             )
-        if self._learns_answers and self.is_deepspeed_enabled:
+        if learned and self.is_deepspeed_enabled:
             raise ValueError(
-                f"DeepSpeed optimizes the model's own parameters alone, and the data have "
-                f"{', '.join(name for name, _ in self.likelihood.named_parameters())} to learn; give numbers for them "
-                "(tie_width, label_noise), and strength_levels=1, or train with DDP or FSDP2"
+                f"DeepSpeed optimizes the model's own parameters alone, and there is more to learn ({learned}); give "
+                "numbers for it (tie_width, label_noise, and strength_levels=1), leave scale_training out, or train "
+                "with DDP or FSDP2"
             )
 
     # Preparation
@@ -201,10 +197,10 @@ class DiscoDPOTrainer(DPOTrainer):
         if self._is_set_up:
             return
         self._is_set_up = True
-        self.likelihood.to(self.accelerator.device)
-        self._answers: torch.nn.Module = self.likelihood
-        if self._learns_answers and self.args.world_size > 1:
-            self._answers = torch.nn.parallel.DistributedDataParallel(self.likelihood)
+        self.policy_head = self._new_head().to(self.accelerator.device)
+        self._wrapped_head: torch.nn.Module = self.policy_head
+        if self.policy_head.learned and self.args.world_size > 1:
+            self._wrapped_head = torch.nn.parallel.DistributedDataParallel(self.policy_head)
         refusal = self._share_prefixes() if self.args.prefix_sharing else None
         if refusal is not None:
             logger.warning(
@@ -222,6 +218,21 @@ class DiscoDPOTrainer(DPOTrainer):
                 weigh_by=self.args.weigh_by,
                 likelihood=self._likelihood_settings,
             )
+
+    def _new_head(self) -> PolicyHead:
+        """What is to be learned beside the policy."""
+        scale = self._family.unit_scale if self.args.fixed_scale is None else self.args.fixed_scale
+        head = PolicyHead(
+            self._likelihood_settings,
+            self._family,
+            None if self.args.scale_training else scale,
+            self.model.config.get_text_config().hidden_size,
+        )
+        if "strength_levels" in self._likelihood_settings:
+            levels = range(self._likelihood_settings["strength_levels"] + 1)
+            counts = [self._surveyed.strengths.get(level, 0) for level in levels]
+            head.likelihood.init_strengths(counts, difference_quantile(self._family))
+        return head
 
     def _check_construction(self) -> None:
         """Check that TRL's constructor has done what is relied on (its metrics, its datasets)."""
@@ -282,6 +293,11 @@ class DiscoDPOTrainer(DPOTrainer):
         if args.scale_model is not None:
             pairs = with_scales(pairs, args.scale_model, dataset_name)
         has_scales = {*SCALES} <= {*(pairs.column_names or ())} and args.fixed_scale is None
+        if has_scales and args.scale_training is not None:
+            raise ValueError(
+                f"{dataset_name} dataset: {' and '.join(SCALES)} give the scales that "
+                f"scale_training={args.scale_training!r} would learn; leave the columns out, or scale_training"
+            )
         if dataset_name == "train" and has_scales:
             self._mean_scale = geometric_mean_of_scales(pairs, dataset_name)
             if args.scale_model is None:
@@ -318,10 +334,14 @@ class DiscoDPOTrainer(DPOTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        own = [*self.likelihood.parameters()]
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if own and id(own[0]) not in held:
-            optimizer.add_param_group({"params": own, "lr": LIKELIHOOD_LEARNING_RATE, "weight_decay": 0.0})
+        for module, rate in (
+            (self.policy_head.likelihood, LIKELIHOOD_LEARNING_RATE),
+            (self.policy_head.scale, SCALE_STEP / self.model.config.get_text_config().hidden_size),
+        ):
+            own = [*module.parameters()]
+            if own and id(own[0]) not in held:
+                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
@@ -332,7 +352,8 @@ class DiscoDPOTrainer(DPOTrainer):
         # What flows: a batch → log-probabilities of policy and reference → locations → −log likelihood. TRL runs the
         # policy, computes its other losses if there are any, and logs its metrics.
         mode = "train" if self.model.training else "eval"
-        judgements, scales = Judgements.of_batch(inputs), inputs.pop("scales", None)
+        judgements = Judgements.of_batch(inputs)
+        scales, ends, rows = (inputs.pop(name, None) for name in ("scales", "ends", ROW_COLUMN))
         if judgements is None and mode == "train" and self._surveyed.said:
             lacks = f"a batch lacks what the column {', '.join(sorted(self._surveyed.said))} says"
             if self._own_collator:
@@ -344,7 +365,8 @@ class DiscoDPOTrainer(DPOTrainer):
         if "ref_chosen_logps" not in inputs:
             references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), references, strict=True))
-        policy = _Recorder(model)
+        backbone = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        policy = _Recorder(model, backbone.base_model if self.args.scale_training else None)
         with self._without_sigmoid() as weight:
             found = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
         theirs, outputs = found if return_outputs else (found, None)
@@ -355,12 +377,19 @@ class DiscoDPOTrainer(DPOTrainer):
 
         of_policy = _log_probs(policy.outputs[0], inputs, self.ld_alpha)
         of_reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        rewards = self._rewards(self.beta * (of_policy - of_reference.to(of_policy)), scales)
+        location = self.beta * (of_policy - of_reference.to(of_policy))
+        states = location.detach()[:, None]
+        if self.args.scale_training:
+            states = last_states(policy.states, inputs, ends)
+            states = states.detach() if self.args.scale_training == "detached" else states
+            if mode == "train":
+                self.policy_head.scale.track(states.detach(), location.detach()[:, None], self.accelerator.gather)
+        own_scales, learned = self._wrapped_head(states)
+        rewards = self._rewards(location, own_scales, scales)
         count = len(of_policy) // 2
         chosen, rejected = rewards[:count], rewards[count:]
         if judgements is None:
             judgements = Judgements.forced_choices(count, of_policy.device)
-        learned = {name: value[0] for name, value in self._answers(of_policy.new_zeros(1, 1).float()).items()}
         log_likelihoods = log_likelihood(chosen, rejected, judgements, to_responses(learned))
         loss = -(judgements.weight.to(log_likelihoods) * log_likelihoods).mean().to(of_policy)
         if mode == "train" and (penalty := width_penalty(learned, self._family.unit_scale)) is not None:
@@ -368,22 +397,25 @@ class DiscoDPOTrainer(DPOTrainer):
             pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             loss = loss + penalty.to(loss) / (pairs_per_step * max(self.state.max_steps, 1))
         loss = theirs + weight * loss
+        if mode == "train":
+            self._guard.check_loss(loss, rows, self.args, self.state)
 
         with torch.no_grad():
             figures = self.accelerator.gather(pair_figures(chosen, rejected, judgements))
         metrics = summarize(figures)
-        logged = LOGGED if self._mean_scale is None else (*LOGGED, "scale_mean", "scale_min", "scale_max")
+        has_scales = self._mean_scale is not None or self.args.scale_training
+        logged = (*LOGGED, "scale_mean", "scale_min", "scale_max") if has_scales else LOGGED
         metrics = {name: metrics[name] for name in logged if name in metrics}
         metrics |= {name: value.item() for name, value in learned.items() if len(value) == 1}
         for name, metric in metrics.items():
             self._metrics[mode][name].append(metric)
         return (loss, outputs) if return_outputs else loss
 
-    def _rewards(self, location: Tensor, scales: Tensor | None) -> RewardDistribution:
-        """Rewards with these locations, and with the scales of the answers or with the one that all have."""
+    def _rewards(self, location: Tensor, scale: Tensor, scales: Tensor | None) -> RewardDistribution:
+        """Rewards with these locations and scales, times what the data say of the scales."""
         names = self._family.shape_names
         shape = self._family.shape_from_raw(location.new_zeros(*location.shape, len(names))) if names else None
-        scale = torch.full_like(location, self._scale)
+        scale = scale.to(location)
         if self._mean_scale is not None:
             if scales is None:
                 raise ValueError(
@@ -410,34 +442,18 @@ class DiscoDPOTrainer(DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._learns_answers:
-            folder = Path(str(output_dir or self.args.output_dir))
-            tensors = {name: tensor.cpu() for name, tensor in self.likelihood.state_dict().items()}
-            save_file(tensors, folder / LIKELIHOOD_FILE)
-            settings = {"reward_family": self._family.name, "scale": self._scale, **self._likelihood_settings}
-            (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self.policy_head.save(Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_likelihood(resume_from_checkpoint)
+        self.policy_head.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_likelihood(str(self.state.best_model_checkpoint))
-
-    def _load_likelihood(self, folder: str) -> None:
-        if not self._learns_answers:
-            return
-        path = Path(folder) / LIKELIHOOD_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"{folder} has no {LIKELIHOOD_FILE}, in which {', '.join(self.likelihood.state_dict())} would be; "
-                "resume from a checkpoint of DiscoDPOTrainer, or begin anew"
-            )
-        self.likelihood.load_state_dict(load_file(path))
+        self.policy_head.load(Path(str(self.state.best_model_checkpoint)))
 
 
-OF_LOSS = ("judgements", "rating_counts", "strength_counts", "scales")
+OF_LOSS = ("judgements", "rating_counts", "strength_counts", "scales", "ends", ROW_COLUMN)
 """What the collator adds to a batch for the loss, and models do not take."""
 
 
@@ -452,16 +468,25 @@ class _ZeroGradients(TrainerCallback):
 
 
 class _Recorder:
-    """A model that is called as the one inside, and keeps what that returns."""
+    """A model that is called as the one inside, and keeps what that returns, and the last hidden states on request."""
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, backbone: Any = None):
+        self.model, self.backbone = model, backbone
         self.outputs: list[Any] = []
+        self.states: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, **kwargs)
+        handle = None if self.backbone is None else self.backbone.register_forward_hook(self._keep)
+        try:
+            output = self.model(*args, **kwargs)
+        finally:
+            if handle is not None:
+                handle.remove()
         self.outputs.append(output)
         return output
+
+    def _keep(self, _module: Any, _args: Any, output: Any) -> None:
+        self.states = output[0]
 
 
 def _log_probs(outputs: Any, inputs: dict[str, Any], ld_alpha: float | None) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from disco_trl import DiscoDPOConfig, DiscoReward, get_family
-from disco_trl.trainer.dpo_trainer import LIKELIHOOD_FILE
+from disco_trl.models.policy_head import LEARNED_FILE
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_ties_and_strengths(tmp_path, tiny_llama_dir, other):
     strengths = [0, 2, -1, 1]
     columns = {"preference_strength": strengths}
     trainer, loss, delta = one_batch(tmp_path, tiny_llama_dir, other, columns, reward_family="normal")
-    learned = {name: value.tolist() for name, value in trainer.likelihood.values().items()}
+    learned = {name: value.tolist() for name, value in trainer.policy_head.likelihood.values().items()}
     (c1,), (c2,) = learned["tie_width"], learned["strength_boundaries"]
     width = math.sqrt(2) * get_family("normal").unit_scale
     bounds = {0: (-c1, c1), 1: (c1, c2), 2: (c2, math.inf), -1: (-c2, -c1)}
@@ -102,7 +102,7 @@ def test_a_strength_reaches_the_policy(tmp_path, tiny_llama_dir, other):
         columns = {"preference_strength": [strength, -1, 2, 1]}
         trainer, _, _ = one_batch(tmp_path, tiny_llama_dir, other, columns, strength_levels=3)
         with torch.no_grad():  # the boundaries that both have
-            trainer.likelihood.strength_boundaries.zero_()
+            trainer.policy_head.likelihood.strength_boundaries.zero_()
         inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
         trainer.compute_loss(trainer.model, inputs).backward()
         gradients.append(trainer.model.lm_head.weight.grad.clone())
@@ -163,7 +163,15 @@ def test_scales_of_a_reward_model(tmp_path, tiny_llama_dir):
             lambda rows: {"train_dataset": rows.to_iterable_dataset(), "scale_model": "x"},
             "a stream is not scored by scale_model",
         ),
-        (lambda rows: {"train_dataset": rows, "scale_model": "x", "fixed_scale": 1.0}, "contradict each other"),
+        (lambda rows: {"train_dataset": rows, "scale_model": "x", "fixed_scale": 1.0}, "leave one of them out"),
+        (
+            lambda rows: {"train_dataset": rows, "scale_training": "joint", "fixed_scale": 1.0, "scale_model": "x"},
+            "leave two of them out",
+        ),
+        (
+            lambda rows: {"train_dataset": rows, "scale_training": "joint"},
+            "train dataset: scale_chosen and scale_rejected give the scales that scale_training='joint' would learn",
+        ),
     ],
 )
 def test_scales_that_cannot_be_used(tmp_path, tiny_llama_dir, change, message):
@@ -198,15 +206,17 @@ def graded(rows: int = 16) -> Dataset:
 
 def test_what_is_learned_is_saved_beside_the_policy_and_resumed(tmp_path, tiny_llama_dir):
     options = {"model": tiny_llama_dir, "train_dataset": graded(), "label_noise": None, "save_strategy": "steps"}
+    options["scale_training"] = "joint"
     whole = disco_dpo_trainer(tmp_path / "whole", **options, save_steps=2, max_steps=4)
-    start = whole.likelihood.state_dict()
+    start = whole.policy_head.state_dict()
     start = {name: tensor.clone() for name, tensor in start.items()}
     whole.train()
-    assert start.keys() == {"tie_width", "label_noise", "strength_boundaries"}
-    assert furthest(start, whole.likelihood.state_dict()) > 1e-3
+    learned = {f"likelihood.{name}" for name in ("tie_width", "label_noise", "strength_boundaries")}
+    assert start.keys() > learned | {"scale.weight", "scale.mean_hidden"}
+    assert furthest(start, whole.policy_head.state_dict()) > 1e-3
     resumed = disco_dpo_trainer(tmp_path / "resumed", **options, save_steps=2, max_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert furthest(whole.likelihood.state_dict(), resumed.likelihood.state_dict()) == 0
+    assert furthest(whole.policy_head.state_dict(), resumed.policy_head.state_dict()) == 0
     assert furthest(weights(whole.model), weights(resumed.model)) == 0
 
     whole.save_model(tmp_path / "saved")
@@ -214,8 +224,12 @@ def test_what_is_learned_is_saved_beside_the_policy_and_resumed(tmp_path, tiny_l
     assert settings["strength_levels"] == 3 and settings["reward_family"] == "logistic"
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
-    (tmp_path / "whole" / "checkpoint-2" / LIKELIHOOD_FILE).unlink()
-    with pytest.raises(ValueError, match=f"has no {LIKELIHOOD_FILE}, in which tie_width"):
+    with pytest.raises(ValueError, match=r"learned other things \(scale\.location_error, .* differ\)"):
+        disco_dpo_trainer(tmp_path / "fixed", **(options | {"scale_training": None})).train(
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
+        )
+    (tmp_path / "whole" / "checkpoint-2" / LEARNED_FILE).unlink()
+    with pytest.raises(ValueError, match=f"has no {LEARNED_FILE}, in which likelihood.tie_width"):
         disco_dpo_trainer(tmp_path / "again", **options).train(
             resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
         )
@@ -226,7 +240,7 @@ def test_an_adapter_is_saved_with_it(tmp_path, tiny_llama_dir):
     trainer = disco_dpo_trainer(tmp_path, model=tiny_llama_dir, train_dataset=graded(), peft_config=lora, max_steps=1)
     trainer.train()
     trainer.save_model()
-    assert {"adapter_model.safetensors", LIKELIHOOD_FILE} <= {path.name for path in tmp_path.iterdir()}
+    assert {"adapter_model.safetensors", LEARNED_FILE} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_trls_names_and_ours_are_logged(tmp_path, tiny_llama_dir):
@@ -250,6 +264,7 @@ def test_trls_names_and_ours_are_logged(tmp_path, tiny_llama_dir):
         ({"reward_family": "gumbel"}, "gumbel"),
         ({"fixed_scale": -1.0}, "fixed_scale"),
         ({"label_noise": 0.5}, "label_noise"),
+        ({"scale_training": "at_end"}, "must be 'detached' or 'joint', or left out"),
     ],
 )
 def test_options_without_a_meaning_are_refused(tmp_path, options, message):
@@ -274,7 +289,7 @@ def test_rows_that_say_nothing_about_a_policy(tmp_path, tiny_llama_dir, column, 
 def test_an_optimizer_that_lacks_what_is_learned(tmp_path, tiny_llama_dir, tiny_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="tie_width, strength_boundaries"):
+    with pytest.raises(ValueError, match=r"likelihood\.tie_width, likelihood\.strength_boundaries"):
         disco_dpo_trainer(
             tmp_path,
             model=model,
@@ -308,3 +323,24 @@ def test_another_configuration_is_named(tmp_path, tiny_llama_dir):
 
     with pytest.raises(TypeError, match="args must be a DiscoDPOConfig, got DPOConfig"):
         DiscoDPOTrainer(tiny_llama_dir, args=DPOConfig(str(tmp_path), bf16=False), train_dataset=preferences())
+
+
+def test_a_loss_that_is_not_finite_names_its_rows(tmp_path, tiny_llama_dir, tiny_tokenizer):
+    data = preferences(rows=16)
+    data = data.map(lambda row, i: {"chosen": "x y"} if i == 9 else row, with_indices=True)  # in no other row
+    options = {
+        "train_dataset": data,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype="float32")
+    trainer = disco_dpo_trainer(tmp_path, model=model, processing_class=tiny_tokenizer, **options)
+    own = set(trainer.train_dataset[9]["chosen_ids"]) - {
+        token for row in trainer.train_dataset for name in ("prompt_ids", "rejected_ids") for token in row[name]
+    }
+    with torch.no_grad():
+        model.model.embed_tokens.weight[[*own]] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.* in this step: 8, 9, 10, 11\.") as error:
+        trainer.train()
+    assert f"Last good checkpoint: {tmp_path / 'checkpoint-2'}" in str(error.value)

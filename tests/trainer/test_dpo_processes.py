@@ -22,6 +22,7 @@ SCENARIOS = {
     "all weights": {},
     "precomputed": {"precompute_ref_log_probs": True},
     "adapter": {"peft_config": LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)},
+    "scales": {"scale_training": "joint"},
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
 }
 
@@ -39,7 +40,7 @@ def train(model: str, folder: Path) -> dict:
         assert trainer.data_collator.share_prefixes
         trainer.train()
         metrics = trainer.evaluate()
-        learned = {key: tensor.clone() for key, tensor in trainer.likelihood.state_dict().items()}
+        learned = {key: tensor.clone() for key, tensor in trainer.policy_head.state_dict().items()}
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)
         found[name] = {"logs": logged(trainer), "learned": learned, "weights": weights(unwrapped), "metrics": metrics}
     return found
@@ -66,7 +67,8 @@ def test_two_processes_are_one(tiny_llama_dir, tmp_path):
     together, alone = torch.load(tmp_path / "found.pt", weights_only=False), train(tiny_llama_dir, tmp_path / "alone")
     for name in SCENARIOS:
         two, one = together[name], alone[name]
-        assert one["learned"].keys() == {"tie_width", "label_noise", "strength_boundaries"}
+        assert one["learned"].keys() >= {f"likelihood.{key}" for key in ("tie_width", "label_noise")}
+        assert ("scale.weight" in one["learned"]) == (name == "scales")
         assert furthest(one["learned"], two["learned"]) < 1e-4, name
         assert furthest(one["weights"], two["weights"]) < 1e-5, name
         for log, other in zip(one["logs"], two["logs"], strict=True):
