@@ -17,7 +17,8 @@ seen. The predictions that it made of its training pairs before it learned from 
 The dials are forecasts in advance (A. P. Dawid, 1984), made by the model in the later half of training. Both have
 priors. The factor is shrunk to 1 where it is uncertain, and its uncertainty takes into account that pairs share
 answers. The share of the model's error is the mean of its posterior under a uniform prior: where the preferences
-cannot tell, half of the variance. At a share of 1 the scale does not act on probabilities at all.
+cannot tell, half of the variance. At a share of 1 the scale does not act on probabilities at all. Where nobody
+compared answers, the ratings themselves tell the share (`disco_trl.trainer.rating_share`).
 
 After several passes the model knows its training pairs by heart, and its rewards have grown. The dials are then fitted
 to pairs that were set aside (`disco_trl.trainer.unseen_pairs`), with a wider prior of the factor. The scale is fitted
@@ -52,6 +53,7 @@ from ..models.reward_head import RewardHead
 from ..models.scale_head import bounded_exp, bounded_log
 from .head_fit import HeadFit, NothingToFit, check_finite
 from .predictions import PredictionMemory, Predictions, numbered
+from .rating_share import LARGEST_SHARE, share_of_ratings
 from .scale_fit import Evidence, dyadic_standard_error, fit_scale
 
 
@@ -66,8 +68,8 @@ rewards grow beyond what they are worth on other pairs, such as those that are s
 FACTOR_DEGREES = 3
 LARGEST_FACTOR = 100.0
 """Largest factor, and the inverse of the smallest. A head that is further off has not been trained."""
-SHARES = tuple(np.linspace(0, 0.95, 6).tolist())
-"""Shares of the variance that may be the model's own error. Beyond the last the scale hardly acts."""
+SHARES = tuple(np.linspace(0, LARGEST_SHARE, 6).tolist())
+"""Shares of the variance that may be the model's own error, of which preferences tell the best."""
 LEAST_EVIDENCE = 8.0
 """By how many nats predictions have to be better than a coin (4 standard errors of a single parameter)."""
 MOST_SIGNS = 2048
@@ -91,6 +93,12 @@ class Dials:
     factor: float = 1.0
     scale_level: float = 1.0
     location_error: float = 0.0
+
+    @classmethod
+    def of_share(cls, share: float) -> Dials:
+        """Those with which a share of the variance of a reward is the model's own error."""
+        # The error of a location is a normal one, with a unit of its own.
+        return cls(1.0, math.sqrt(1 - share), math.sqrt(share) * Normal.unit_scale)
 
 
 class Signs:
@@ -132,6 +140,7 @@ class Signs:
             wins, losses = (torch.where(is_compared, *each) for each in zip((wins, losses), rated, strict=True))
         said = torch.nonzero(wins + losses > 0)[-MOST_SIGNS:, 0]
         weight = judgements.weight.double()[said]
+        self.are_of_ratings = judgements.rating_counts is not None and not bool(is_compared.any())
         self.wins, self.losses = wins[said] * weight, losses[said] * weight
         self.location, self.log_scale = predictions.location.double()[said], log_scale[said]
         self.shape = family.shape_from_raw(predictions.raw_shape.double()[said]) if family.shape_names else None
@@ -204,28 +213,16 @@ class Signs:
         best = min(found, key=lambda result: result.fun)
         return of(float(best.x)), float(self.losses_of(of(float(best.x))).sum())
 
-    def fit(self, is_constant: bool) -> tuple[Dials, float]:
+    def fit_share(self) -> float:
         """
-        Fit the dials.
-
-        Args:
-            is_constant (`bool`):
-                Whether the scale is constant. Then the model's own error and people's disagreement act alike, and all
-                of the variance counts as the latter.
+        Find the share of the model's own error in the variance of a reward.
 
         Returns:
-            `tuple[Dials, float]`: The factor, with the share of the model's own error, and their loss, in nats.
+            `float`: The mean of its posterior.
         """
-        if is_constant:
-            return self.fit_factor(Dials())
-
-        def of(share: float) -> Dials:
-            # The error of a location is a normal one, with a unit of its own.
-            return Dials(1.0, math.sqrt(1 - share), math.sqrt(share) * Normal.unit_scale)
-
-        logs = np.array([-self.fit_factor(of(share))[1] for share in SHARES])
+        logs = np.array([-self.fit_factor(Dials.of_share(share))[1] for share in SHARES])
         posterior = np.exp(logs - logs.max())
-        return self.fit_factor(of(float(posterior @ SHARES / posterior.sum())))
+        return float(posterior @ SHARES / posterior.sum())
 
     def check(self, dials: Dials, loss: float) -> None:
         """Raise [`NothingToFit`] if the forecasts are worth nothing, or if no factor suits them."""
@@ -293,7 +290,13 @@ def calibrate(
     signs = Signs(head, family, latest, log_scale, factor_width=width)
     dials = Dials()
     if len(signs):
-        dials, loss = signs.fit(is_constant=scale.weight is None)
+        if signs.are_of_ratings:
+            factor = signs.fit_factor(Dials.of_share(LARGEST_SHARE / 2))[0].factor
+            dials = Dials.of_share(share_of_ratings(head, family, latest, log_scale, factor, Normal.unit_scale))
+        elif scale.weight is not None:
+            dials = Dials.of_share(signs.fit_share())
+        # Otherwise the model's own error and people's disagreement act alike, and all of the variance is the latter.
+        dials, loss = signs.fit_factor(dials)
         signs.check(dials, loss)
     weight = torch.zeros_like(head.scale.weight) if scale.weight is None else scale.weight[None].to(head.scale.weight)
     known = predictions if unseen is None else unseen

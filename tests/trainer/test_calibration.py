@@ -16,9 +16,11 @@ from disco_trl.distributions.reward_distribution import RewardDistribution, get_
 from disco_trl.evaluation.metrics import spearman
 from disco_trl.models.heads import DiscoHead
 from disco_trl.models.inference import score
+from disco_trl.models.likelihood_head import LikelihoodHead
 from disco_trl.trainer.calibration import Calibration, Dials, Signs, _comparisons_of_ratings, calibrate
 from disco_trl.trainer.head_fit import NothingToFit
 from disco_trl.trainer.predictions import MOST_PAIRS, PredictionMemory, Predictions
+from disco_trl.trainer.rating_share import LARGEST_SHARE, share_of_ratings
 
 
 # Predictions
@@ -165,6 +167,63 @@ def test_ratings_are_compared_where_nobody_compared_the_answers():
     assert losses.item() == pytest.approx(8 / 3)
     alone = torch.zeros(1, 3).double()  # nobody rated the other answer
     assert [x.item() for x in _comparisons_of_ratings(first, alone)] == [0, 0]
+
+
+def rated_world(share: float, pairs: int = 1000, raters: int = 5) -> tuple[DiscoHead, Predictions]:
+    """People rate answers whose levels are a share of the variance off from what is predicted; nobody compares two."""
+    generator = torch.Generator().manual_seed(3)
+    family = get_family("normal")
+    unit, bounds = family.unit_scale, torch.tensor([-1.5, -0.5, 0.5, 1.5])
+    head = DiscoHead.convert(nn.Linear(16, 1, bias=False), unit, None)
+    head.likelihood = LikelihoodHead({"location_error": True, "rating_values": [1, 2, 3, 4, 5]}, unit, None)
+    hidden = torch.randn(pairs, 2, 16, generator=generator)
+    with torch.no_grad():
+        head.weight.normal_(0, 0.2, generator=generator)
+        head.scale.rows_seen.fill_(1)
+    predicted = (hidden @ head.weight[0]).detach()
+    level = predicted + share**0.5 * unit * torch.randn(pairs, 2, generator=generator)
+    opinions = level[..., None] + (1 - share) ** 0.5 * unit * torch.randn(pairs, 2, raters, generator=generator)
+    counts = nn.functional.one_hot(torch.searchsorted(bounds, opinions.contiguous()), 5).sum(dim=2).float()
+    said = torch.tensor([[0.0, 0, 0, 0, 0, 1]]).expand(pairs, 6)
+    none = hidden.new_zeros(pairs, 2, 0)
+    return head, Predictions(none, hidden, predicted, none, said, counts, none[:, 0], torch.full((pairs, 2), -1))
+
+
+def share_of(predictions: Predictions, head: DiscoHead) -> float:
+    family, log_scale = get_family("normal"), torch.zeros(len(predictions), 2, dtype=torch.float64)
+    return share_of_ratings(head, family, predictions, log_scale, 1.0, family.unit_scale)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_ratings_tell_the_share_of_the_models_own_error(share):
+    head, predictions = rated_world(share, pairs=250)
+    assert share_of(predictions, head) == pytest.approx(share, abs=0.07)
+
+
+def test_one_rating_of_each_answer_says_nothing_about_the_share():
+    head, predictions = rated_world(0.2, pairs=250, raters=1)
+    assert share_of(predictions, head) == pytest.approx(LARGEST_SHARE / 2, abs=0.1)
+
+
+def test_an_answer_that_recurs_is_rated_once():
+    """The first prediction of it counts, because the model has learned from its ratings since."""
+    head, predictions = rated_world(0.4, pairs=64)
+    once = replace(predictions, answers=torch.arange(128).view(64, 2))
+    known = replace(once, location=once.location + 100)
+    twice = Predictions(**{name: torch.cat([getattr(once, name), getattr(known, name)]) for name in vars(once)})
+    assert share_of(twice, head) == pytest.approx(share_of(once, head), abs=1e-6)
+
+
+def test_where_nobody_compared_ratings_split_the_variance():
+    """Which of two answers is preferred says next to nothing about it. The thresholds follow."""
+    head, predictions = rated_world(0.2, pairs=600)
+    metrics = calibrate(head, get_family("normal"), predictions)
+    unit = get_family("normal").unit_scale
+    assert (metrics["model_error"] / unit) ** 2 == pytest.approx(0.2, abs=0.07)
+    assert metrics["scale_level"] ** 2 == pytest.approx(0.8, abs=0.07)
+    assert head.scale.is_constant
+    found = head.likelihood.values()["thresholds"]
+    assert found.tolist() == pytest.approx([-1.5, -0.5, 0.5, 1.5], abs=0.15)
 
 
 def test_hindsight():
