@@ -61,6 +61,20 @@ step() {
     fi
 }
 
+# begin COMMAND...: start the command in the background; `finish`, as a step, waits for it and prints what it printed.
+begin() {
+    background_log=$(mktemp)
+    "$@" >"$background_log" 2>&1 &
+    background=$!
+    trap 'kill $background 2>/dev/null; rm -f "$background_log"' EXIT
+}
+finish() {
+    wait $background
+    local status=$?
+    cat "$background_log"
+    return $status
+}
+
 # environment DIRECTORY REQUIREMENT...: create a virtual environment and install the requirements into it.
 environment() {
     local directory=$1 torch_spec stamp
@@ -135,16 +149,21 @@ if $next; then
     summarize
 fi
 
-newest=.venvs/trl-newest
-if step "environment: newest TRL" environment $newest -e '.[dev]'; then
+newest=.venvs/trl-newest oldest=.venvs/trl-1.12
+has_newest=false has_oldest=false
+begin environment $oldest -e '.[test,ppo]'
+step "environment: newest TRL" environment $newest -e '.[dev]' && has_newest=true
+if $has_newest; then
     step "ruff check" $newest/bin/ruff check .
     step "ruff format" $newest/bin/ruff format --check .
     step "mypy" $newest/bin/mypy
+fi
+step "environment: TRL 1.12" finish && has_oldest=true
+if $has_newest; then
     step "tests: newest TRL" $newest/bin/python -m pytest "${workers[@]}" "${mark[@]}" "${pytest_args[@]}"
     step "wheel outside the checkout" try_wheel
 fi
-oldest=.venvs/trl-1.12
-if step "environment: TRL 1.12" environment $oldest -e '.[test,ppo]'; then
+if $has_oldest; then
     step "contract tests: TRL 1.12" \
         $oldest/bin/python -m pytest "${workers[@]}" -m "not slow" "${pytest_args[@]}" "${contract_tests[@]}"
     # The newest TRL has no PPOTrainer.

@@ -63,6 +63,19 @@ def test_attributes(tiny_llama_dir, tmp_path):
     assert (tmp_path / "out" / "attributes.png").stat().st_size > 5_000
 
 
+def test_dpo(tiny_llama_dir, tmp_path):
+    for name, rows in (("train", 32), ("test", 8)):
+        said = [{"preference_strength": row % 3} if name == "train" else {"chosen_rating": [1]} for row in range(rows)]
+        lines = [{"chosen": f"a good day {row}", "rejected": f"a bad day {row}", **said[row]} for row in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = run("dpo.py", str(tmp_path), tiny_llama_dir, "--samples", "4", "--output", "out", cwd=tmp_path)
+    assert "choices: 21 of 32 comparisons" in shown and "strengths: 32 of 32 comparisons" in shown
+    found = json.loads((tmp_path / "out" / "found.json").read_text())
+    assert all(points[-1]["nll"] < 0.8 and points[-1]["kl"] == points[-1]["kl"] for points in found.values())
+    assert (tmp_path / "out" / "dpo.png").stat().st_size > 5_000
+    assert (tmp_path / "out" / "strengths" / "disco_likelihood.safetensors").exists()
+
+
 def test_rloo(reward_dirs, tiny_llama_dir, tmp_path):
     lines = run("rloo.py", reward_dirs["adapter"], tiny_llama_dir, cwd=tmp_path).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step ")] == [str(step) for step in range(5, 41, 5)]

@@ -10,7 +10,6 @@ a pair has the likelihood of `disco_trl.distributions.likelihood`, in which the 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
 from torch import Tensor
@@ -63,6 +62,8 @@ FUSED_SINCE = "1.15"
 SCALE_STEP = 0.05
 """Learning rate of a learned scale, times the hidden size: where hidden states are about 1, a step of Adam changes
 log σ by a twentieth at most."""
+PRECOMPUTED_AT_ONCE = 2048
+"""Number of pairs whose log-probabilities under the reference are computed, and then kept in a cache, at once."""
 LOGGED = ("nll", "accuracy", "prob_chosen")
 OVERRIDDEN = (
     *("_prepare_dataset", "_set_signature_columns_if_needed", "_precompute_ref_logps", "compute_ref_log_probs"),
@@ -182,11 +183,11 @@ class DiscoDPOTrainer(DPOTrainer):
                 f"the optimizer passed does not hold what is learned beside the policy ({learned}); leave it out, or "
                 "set these to numbers"
             )
-        if learned and self.is_deepspeed_enabled:
+        if learned and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
-                f"DeepSpeed optimizes the model's own parameters alone, and there is more to learn ({learned}); give "
-                "numbers for it (tie_width, label_noise, and strength_levels=1), leave scale_training out, or train "
-                "with DDP or FSDP2"
+                f"{'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'} optimizes the model's own parameters alone, "
+                f"and there is more to learn ({learned}); give numbers for it (tie_width, label_noise, and "
+                "strength_levels=1), leave scale_training out, or train with DDP"
             )
 
     # Preparation
@@ -321,14 +322,19 @@ class DiscoDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._set_up()
-        if isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        # TRL keeps the result in a cache when it is complete. Part by part, a run that is interrupted loses one part.
+        found = []
+        for start in range(0, len(dataset), PRECOMPUTED_AT_ONCE):
+            part = dataset.select(range(start, min(start + PRECOMPUTED_AT_ONCE, len(dataset))))
             # TRL's key of its cache names the rows and the weights, and here also how the two are put together.
             precision = (self.accelerator.mixed_precision, str(self.model.dtype))
             shares = getattr(self.data_collator, "share_prefixes", False)
-            key = (dataset._fingerprint, self.ld_alpha, precision, shares)
-            dataset = copy.copy(dataset)
-            dataset._fingerprint = Hasher.hash(key)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+            part._fingerprint = Hasher.hash((part._fingerprint, self.ld_alpha, precision, shares))
+            place = f", from row {start}" if len(dataset) > PRECOMPUTED_AT_ONCE else ""
+            found.append(super()._precompute_ref_logps(part, name + place, batch_size))
+        return concatenate_datasets(found)
 
     # Training
 

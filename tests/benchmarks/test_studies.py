@@ -58,7 +58,11 @@ def write_world(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_best_of_n_and_routing_with_controls(tiny_llama_dir, tmp_path, capsys):
+def test_best_of_n_and_routing_with_controls(tiny_llama_dir, tmp_path, capsys, monkeypatch):
+    pair = f"{studies.ENSEMBLE}:members=2"
+    for name in ("RULES_OF", "SENT_BY_OF", "TITLES", "COLORS"):
+        table = getattr(studies, name)
+        monkeypatch.setattr(studies, name, {pair if key == studies.ENSEMBLE else key: table[key] for key in table})
     write_world(tmp_path / "250-votes" / "data-0")
     arguments = ["--model", tiny_llama_dir, "--seeds", "0", "--most-votes", "250", "--output", str(tmp_path)]
     studies.main(["best-of-n", "routing", *arguments])
@@ -79,7 +83,7 @@ def test_best_of_n_and_routing_with_controls(tiny_llama_dir, tmp_path, capsys):
     assert sum(path.is_dir() for path in (tmp_path / "250-votes").glob("*-0")) == 5
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
-    assert len(before) == 8
+    assert len(before) == 6
     studies.main(["routing", *arguments])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} == before
 

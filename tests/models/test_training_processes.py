@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsdp2_on_cpu
 import pytest
 import torch
 from datasets import Dataset
@@ -188,14 +189,7 @@ def test_what_is_logged_leaves_repetitions_out(ddp, tmp_path):
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory) -> dict[str, Run]:
-    import yaml
-
-    settings = yaml.safe_load((Path(__file__).parents[2] / "examples" / "launch" / "fsdp2.yaml").read_text())
-    environment = {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
-    environment["FSDP_STATE_DICT_TYPE"] = settings["fsdp_config"]["fsdp_state_dict_type"]
-    environment["FSDP_AUTO_WRAP_POLICY"] = settings["fsdp_config"]["fsdp_auto_wrap_policy"]
-    environment |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    return launch("fsdp2", tmp_path_factory.mktemp("fsdp2"), **environment)
+    return launch("fsdp2", tmp_path_factory.mktemp("fsdp2"), **fsdp2_on_cpu.environment())
 
 
 @pytest.mark.parametrize(("name", "scale_layer"), [("float32", None), ("layer", 2)])
@@ -229,22 +223,12 @@ if __name__ == "__main__":
     if kind == "ddp":
         runs = {name: train(folder / name, **options) for name, options in SCENARIOS.items()}
     else:
-        import transformers.training_args
-        from accelerate.state import DistributedType, PartialState
-
-        # accelerate supports FSDP on GPUs only, and the Trainer wants one for bfloat16.
-        PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
-        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        fsdp2_on_cpu.believe_in_gpus()
         common = {"rows": 16, "train_sampling_strategy": "sequential", "use_cpu": False, "calibrate": False}
-        from accelerate.state import AcceleratorState, GradientState
-
         runs = {}
         for name, options in {"float32": {}, "layer": {"scale_layer": 2}, "bfloat16": {"bf16": True}}.items():
             runs[name] = train(folder / name, **common, **options)
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
+            fsdp2_on_cpu.forget_state()
     if int(os.environ["RANK"]) == 0:
         torch.save(runs, folder / "runs.pt")
-    # Otherwise gloo's threads are sometimes still busy when the interpreter exits, and abort the process.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    fsdp2_on_cpu.leave()

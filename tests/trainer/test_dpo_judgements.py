@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from dpo_training import disco_dpo_trainer
 from peft import LoraConfig
 from scipy.stats import norm
@@ -13,8 +13,9 @@ from tiny_training import disco_trainer, furthest, preferences, weights
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from disco_trl import DiscoDPOConfig, DiscoReward, get_family
+from disco_trl import DiscoDPOConfig, DiscoDPOTrainer, DiscoReward, get_family
 from disco_trl.models.policy_head import LEARNED_FILE
+from disco_trl.trainer import dpo_trainer as dpo_trainer_module
 
 
 @pytest.fixture
@@ -344,3 +345,38 @@ def test_a_loss_that_is_not_finite_names_its_rows(tmp_path, tiny_llama_dir, tiny
     with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.* in this step: 8, 9, 10, 11\.") as error:
         trainer.train()
     assert f"Last good checkpoint: {tmp_path / 'checkpoint-2'}" in str(error.value)
+
+
+def test_a_reference_in_advance_goes_on_where_it_was(tmp_path, tiny_llama_dir, monkeypatch):
+    """It is kept part by part, so that a run which is killed loses the part that it is at."""
+    preferences("conversational", rows=14).save_to_disk(str(tmp_path / "rows"))
+    monkeypatch.setattr(dpo_trainer_module, "PRECOMPUTED_AT_ONCE", 4)
+    computed = []
+    compute = DiscoDPOTrainer.compute_ref_log_probs
+
+    def count(self, model, inputs):
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        computed.append(inputs["input_ids"].shape[0] // 2)
+        return compute(self, model, inputs)
+
+    def build(**options):
+        data = load_from_disk(str(tmp_path / "rows"))
+        return disco_dpo_trainer(tmp_path / "run", model=tiny_llama_dir, train_dataset=data, **options)
+
+    monkeypatch.setattr(DiscoDPOTrainer, "compute_ref_log_probs", count)
+    options = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2}
+    with pytest.raises(KeyboardInterrupt):
+        build(**options)
+    assert computed == [2, 2, 2]  # one part, and half of the next
+    computed[:] = [None] * 4
+    trainer = build(**options)
+    assert computed[4:] == [2] * 5
+    assert trainer.train_dataset["row_index"][:] == list(range(14))
+    plain = build()
+    rows = [plain.train_dataset[number] for number in range(14)]
+    batch = plain._prepare_inputs(plain.data_collator(rows))
+    for name, expected in zip(
+        ("ref_chosen_logps", "ref_rejected_logps"), compute(plain, plain.ref_model, batch), strict=True
+    ):
+        torch.testing.assert_close(torch.tensor(trainer.train_dataset[name][:]), expected, atol=1e-4, rtol=1e-4)
