@@ -8,6 +8,22 @@ second is the language model. Both policies start from it and see the same pairs
 won, as TRL's DPOTrainer does, and the second reads the strengths, ties included. As they train, the script asks how
 many held-out votes their rewards predict, with which probability, and how far they have moved: the KL divergence from
 the model that they started from, on tweets that they write. It writes `dpo.png`.
+
+    choices: 690 of 800 comparisons
+    step  11   accuracy 0.59   NLL 0.680   KL  0.45
+    step  22   accuracy 0.63   NLL 0.645   KL  1.24
+    step  33   accuracy 0.73   NLL 0.592   KL  3.47
+    step  44   accuracy 0.72   NLL 0.552   KL  6.15
+
+    strengths: 800 of 800 comparisons
+    step  13   accuracy 0.59   NLL 0.681   KL  0.71
+    step  26   accuracy 0.64   NLL 0.629   KL  1.54
+    step  39   accuracy 0.71   NLL 0.578   KL  3.70
+    step  50   accuracy 0.74   NLL 0.557   KL  4.89
+
+The two differ by no more than chance, as 256 votes tell accuracies apart to three points: the 110 ties and the strengths
+of 800 comparisons do not change much of what such a policy prefers. The script takes about half an hour of one core's
+time without an accelerator.
 """
 
 import argparse

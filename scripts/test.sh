@@ -71,7 +71,9 @@ begin() {
 finish() {
     wait $background
     local status=$?
+    trap - EXIT
     cat "$background_log"
+    rm -f "$background_log"
     return $status
 }
 
@@ -122,7 +124,7 @@ assert disco_trl.__file__.startswith('$folder'), disco_trl.__file__" &&
 
 contract_tests=(tests/contracts tests/handoff tests/test_upstream.py
     tests/trainer/test_{reward_trainer,reward_config,calibration,epistemic,metrics,crashes,adoption,upstream_checks}.py
-    tests/trainer/test_dpo_judgements.py tests/models/test_policy.py
+    tests/trainer/test_dpo_{judgements,scale_training}.py tests/models/test_policy.py
     tests/models/test_{prefix_sharing_training,distributed}.py
     tests/data/test_{preparation,samplers,judgements,hostile_inputs}.py
     tests/rewards/test_{disco_reward,reward_metrics,scalar_reward,best_of_n_function}.py)

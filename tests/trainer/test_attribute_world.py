@@ -55,7 +55,7 @@ def world(pairs: int, seed: int, overall: bool) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def train(folder, tokenizer, overall: bool, pairs: int = 2000, **options):
+def train(folder, tokenizer, overall: bool, pairs: int = 3000, **options):
     settings = {
         "per_device_train_batch_size": 16,
         "max_steps": -1,
@@ -89,7 +89,7 @@ def held_out(trainer):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, _session_tokenizer):
-    """A run on 2,000 pairs: 4,000 answers, five raters each, and an overall comparison of each pair."""
+    """A run on 3,000 pairs: 6,000 answers, five raters each, and an overall comparison of each pair."""
     return train(tmp_path_factory.mktemp("run"), _session_tokenizer, True)
 
 
@@ -112,12 +112,12 @@ def test_the_weights_that_people_use_are_recovered(trained):
     units = np.exp((np.log(joint.scale.numpy()) - np.log(deviations)).mean(axis=0))
     found = np.array([trained.model.attribute_weights[name] for name in NAMES]) * units
     cosine = found @ WEIGHTS / np.linalg.norm(found) / np.linalg.norm(WEIGHTS)
-    assert cosine > 0.9  # from 2,000 forced choices
+    assert cosine > 0.9  # from 3,000 forced choices
     entries = [entry for entry in logged(trained) if "attribute_weight/deep" in entry]
     assert len(entries) == 1
 
 
 def test_several_passes_leave_the_correlation_what_it_is(tmp_path, _session_tokenizer):
-    trainer = train(tmp_path, _session_tokenizer, False, pairs=600, num_train_epochs=3)
+    trainer = train(tmp_path, _session_tokenizer, False, pairs=1000, num_train_epochs=3)
     joint, _, _ = held_out(trainer)
     np.testing.assert_allclose(joint.correlation.numpy(), CORRELATION, atol=0.1)

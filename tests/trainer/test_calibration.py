@@ -60,7 +60,7 @@ def world(
     ("family", "bias"), [("normal", False), ("normal", True), ("cauchy", False), ("laplace", False)]
 )
 def test_factor_and_scale_are_found(family, bias):
-    head, predictions, scale = world(4000, family, overconfidence=1.6, bias=bias)
+    head, predictions, scale = world(6000, family, overconfidence=1.6, bias=bias)
     before = head.weight.clone()
     metrics = calibrate(head, get_family(family), predictions)
     factor = metrics["calibration_factor"]
