@@ -21,9 +21,9 @@ the model that they started from, on tweets that they write. It writes `dpo.png`
     step  39   accuracy 0.71   NLL 0.578   KL  3.70
     step  50   accuracy 0.74   NLL 0.557   KL  4.89
 
-The two differ by no more than chance, as 256 votes tell accuracies apart to three points: the 110 ties and the strengths
-of 800 comparisons do not change much of what such a policy prefers. The script takes about half an hour of one core's
-time without an accelerator.
+The two differ by no more than chance, as 256 votes tell accuracies apart to three points: the 110 ties and the
+strengths of 800 comparisons do not change much of what such a policy prefers. The script takes about half an hour of
+one core's time without an accelerator.
 """
 
 import argparse
