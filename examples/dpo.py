@@ -81,9 +81,8 @@ def divergence(model: Any, tokenizer: Any, samples: int) -> tuple[float, list[st
         num_return_sequences=samples,
         pad_token_id=tokenizer.pad_token_id,
     )
-    is_written = (ids[:, start:] == tokenizer.eos_token_id).cumsum(dim=1) - (
-        ids[:, start:] == tokenizer.eos_token_id
-    ).int() == 0
+    is_end = (ids[:, start:] == tokenizer.eos_token_id).int()
+    is_written = is_end.cumsum(dim=1) - is_end == 0
 
     def log_probs() -> torch.Tensor:
         logits = model(ids).logits[:, start - 1 : -1].float()

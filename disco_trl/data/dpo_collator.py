@@ -66,9 +66,10 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
         sequences = [ids[:length].tolist() for ids, length in zip(batch["input_ids"], lengths, strict=True)]
         # Every token counts, also where the padding token is the end-of-text token.
         forest = grow_forest(sequences, pad_token_id=None)
-        places = []
+        places, ends = [], []
         for number, is_answer in enumerate(batch["completion_mask"].tolist()):
             of_sequence = forest.places(number)
+            ends.append(of_sequence[-1])
             places += [of_sequence[at - 1] for at in range(1, len(of_sequence)) if is_answer[at]]
         row = to_row(forest, self.pad_token_id, self.pad_to_multiple_of or ROW_MULTIPLE)
         return {
@@ -76,5 +77,5 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
             "forest_positions": row["position_ids"],
             "nodes": row["nodes"],
             "places": torch.tensor(places),
-            "ends": torch.tensor([forest.places(number)[-1] for number in range(len(sequences))]),
+            "ends": torch.tensor(ends),
         }
