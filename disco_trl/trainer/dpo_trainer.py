@@ -49,7 +49,7 @@ from ..models.prefix_sharing import prepare
 from .adoption import answer_settings
 from .callbacks import FiniteGuard
 from .dpo_config import SIGMOID, DiscoDPOConfig
-from .dpo_scales import geometric_mean_of_scales, with_scales
+from .dpo_scales import AnswerScales
 from .metrics import pair_figures, summarize
 from .shared_config import LIKELIHOOD_LEARNING_RATE
 from .upstream_checks import check_overrides, upstream_error
@@ -152,7 +152,7 @@ class DiscoDPOTrainer(DPOTrainer):
         self._surveyed = survey(train_dataset) if is_dataset else Survey()
         self._surveyed_dataset = train_dataset
         self._family = get_family(args.reward_family)
-        self._mean_scale: float | None = None  # of the answers in the training data, if these have scales
+        self._scales = AnswerScales(args)
         self._likelihood_settings = answer_settings(args, self._surveyed)
 
         # Model, PEFT, data and reference, by TRL
@@ -172,6 +172,7 @@ class DiscoDPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self._scales.forget_model()
         self._set_up()
         self._check_construction()
         self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
@@ -284,34 +285,8 @@ class DiscoDPOTrainer(DPOTrainer):
         checked = check_preferences(dataset, tokenizer, dataset_name, num_proc=args.dataset_num_proc)
         check_answerable(dataset, dataset_name, found, likelihoods)
         pairs = rankings_to_pairs(checked, args.weigh_by, args.dataset_num_proc)  # type: ignore[attr-defined]  # our config
-        pairs = self._give_scales(pairs, args, dataset_name)
+        pairs = self._scales.give(pairs, dataset_name)
         return super()._prepare_dataset(pairs, processing_class, args, dataset_name)
-
-    def _give_scales(
-        self, pairs: Dataset | IterableDataset, args: Any, dataset_name: str
-    ) -> Dataset | IterableDataset:
-        """Have the answers of a dataset scales, if those of the training data are to."""
-        if args.scale_model is not None:
-            pairs = with_scales(pairs, args.scale_model, dataset_name)
-        has_scales = {*SCALES} <= {*(pairs.column_names or ())} and args.fixed_scale is None
-        if has_scales and args.scale_training is not None:
-            raise ValueError(
-                f"{dataset_name} dataset: {' and '.join(SCALES)} give the scales that "
-                f"scale_training={args.scale_training!r} would learn; leave the columns out, or scale_training"
-            )
-        if dataset_name == "train" and has_scales:
-            self._mean_scale = geometric_mean_of_scales(pairs, dataset_name)
-            if args.scale_model is None:
-                logger.warning(
-                    f"train dataset: {' and '.join(SCALES)} are the scales of the answers, divided by their "
-                    f"geometric mean, {self._mean_scale:.3g}. Set fixed_scale to leave them unread."
-                )
-        elif self._mean_scale is not None and not has_scales:
-            raise ValueError(
-                f"{dataset_name} dataset: it lacks {' and '.join(SCALES)}, which the training data have; score it "
-                "with the same model (`disco-trl score`), or set fixed_scale to train without them"
-            )
-        return pairs
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer removes every other column before the collator sees it, without a word.
@@ -409,7 +384,7 @@ class DiscoDPOTrainer(DPOTrainer):
         with torch.no_grad():
             figures = self.accelerator.gather(pair_figures(chosen, rejected, judgements))
         metrics = summarize(figures)
-        has_scales = self._mean_scale is not None or self.args.scale_training
+        has_scales = self._scales.mean is not None or self.args.scale_training
         logged = (*LOGGED, "scale_mean", "scale_min", "scale_max") if has_scales else LOGGED
         metrics = {name: metrics[name] for name in logged if name in metrics}
         metrics |= {name: value.item() for name, value in learned.items() if len(value) == 1}
@@ -421,14 +396,7 @@ class DiscoDPOTrainer(DPOTrainer):
         """Rewards with these locations and scales, times what the data say of the scales."""
         names = self._family.shape_names
         shape = self._family.shape_from_raw(location.new_zeros(*location.shape, len(names))) if names else None
-        scale = scale.to(location)
-        if self._mean_scale is not None:
-            if scales is None:
-                raise ValueError(
-                    f"a batch lacks {' and '.join(SCALES)}, which the rows have: the data_collator passed does not "
-                    "read them; pass a DataCollatorForDiscoDPO (disco_trl.data.dpo_collator), or set fixed_scale"
-                )
-            scale = scale * (scales / self._mean_scale).to(scale)
+        scale = (scale * self._scales.relative(scales)).to(location)
         return RewardDistribution(location, scale, self._family, shape)
 
     @contextlib.contextmanager

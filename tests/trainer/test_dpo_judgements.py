@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from disco_trl import DiscoDPOConfig, DiscoDPOTrainer, DiscoReward, get_family
+from disco_trl.models.inference import load_trained
 from disco_trl.models.policy_head import LEARNED_FILE
+from disco_trl.trainer import dpo_scales
 from disco_trl.trainer import dpo_trainer as dpo_trainer_module
 
 
@@ -128,7 +130,7 @@ def test_scales_of_the_answers(tmp_path, tiny_llama_dir, other, caplog):
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
-def test_scales_of_a_reward_model(tmp_path, tiny_llama_dir):
+def test_scales_of_a_reward_model(tmp_path, tiny_llama_dir, monkeypatch):
     reward_model = disco_trainer(
         tmp_path, model=tiny_llama_dir, train_dataset=preferences("conversational"), scale_training="joint"
     )
@@ -136,8 +138,11 @@ def test_scales_of_a_reward_model(tmp_path, tiny_llama_dir):
         reward_model.model.score.scale.weight.add_(0.5)
     reward_model.save_model(str(tmp_path / "reward"))
     data = preferences("conversational", rows=8)
+    loaded = []
+    monkeypatch.setattr(dpo_scales, "load_trained", lambda path: loaded.append(path) or load_trained(path))
     options = {"model": tiny_llama_dir, "train_dataset": data, "eval_dataset": data.select(range(3))}
     trainer = disco_dpo_trainer(tmp_path / "policy", scale_model=str(tmp_path / "reward"), **options)
+    assert loaded == [str(tmp_path / "reward")]  # once for both datasets
     rewards = DiscoReward(str(tmp_path / "reward"))
     prompts = [row["prompt"] for row in data]
     for name, side in (("scale_chosen", "chosen"), ("scale_rejected", "rejected")):

@@ -93,7 +93,9 @@ def test_its_gradient_is_kept_from_the_policy_unless_asked(tmp_path, sharp_llama
     data = data.add_column("scale_chosen", chosen).add_column("scale_rejected", rejected)
     torch.manual_seed(0)
     given = with_a_scale(tmp_path, sharp_llama_dir, train_dataset=data, **options)
-    given._mean_scale = UNIT  # Those of columns are divided by their own geometric mean, which bounds have moved here.
+    given._scales.mean = (
+        UNIT  # Those of columns are divided by their own geometric mean, which bounds have moved here.
+    )
     expected = gradients(given)
     for name, gradient in expected.items():
         torch.testing.assert_close(found["detached"][name], gradient, atol=1e-5, rtol=1e-3)
