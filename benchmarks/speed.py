@@ -5,6 +5,7 @@ Run as:
     python -m benchmarks.speed train --dataset path/to/pairs.jsonl.gz --max-length 512     # 15 minutes on 2 cores
     python -m benchmarks.speed train --sweep                                              # 15 minutes
     python -m benchmarks.speed dpo --dataset path/to/pairs.jsonl.gz --max-length 512 --lora
+    python -m benchmarks.speed dpo --sweep --lora
     python -m benchmarks.speed score --model path/to/disco-model --dataset path/to/pairs.jsonl.gz
     python -m benchmarks.speed prepare --dataset path/to/pairs.jsonl.gz
     python -m benchmarks.speed head
@@ -41,10 +42,14 @@ from disco_trl._version import versions_of
 from .downloads import small_chat_lm
 from .speed_counts import peak_flops
 from .speed_dpo import VARIANTS as DPO_VARIANTS
-from .speed_dpo import dpo_table, run_dpo
+from .speed_dpo import run_dpo, sweep_dpo
 from .speed_parts import run_head, run_prepare, run_score
 from .speed_report import PICTURES, TABLES, plot
 from .speed_train import VARIANTS, quieten, run, sweep
+
+
+KINDS_OF_SWEEP = {"train": "sweep", "dpo": "dpo-sweep"}
+DEFAULT_STEPS = {"train": 3, "dpo": 2}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -121,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     dpo.add_argument(
         "--max-length", type=int, help="Leave out pairs with a side of more tokens than this (default: no limit)."
     )
-    dpo.add_argument("--steps", type=int, default=2, help="Number of batches in a round (default: %(default)s).")
+    dpo.add_argument("--steps", type=int, help="Number of batches in a round (default: 2, or 1 with --sweep).")
     dpo.add_argument("--pairs", type=int, default=400, help="Number of pairs to use (default: %(default)s).")
     dpo.add_argument(
         "--variants",
@@ -129,6 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
         choices=DPO_VARIANTS,
         default=list(DPO_VARIANTS),
         help="Variants to measure (default: all).",
+    )
+    dpo.add_argument(
+        "--sweep", action="store_true", help="Vary prompt share, length and batch size on random tokens instead."
     )
 
     score = commands.add_parser(
@@ -197,20 +205,22 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Measures what the command line selects."""
     args = make_parser().parse_args(argv)
-    kind = "sweep" if args.command == "train" and args.sweep else args.command
+    kind = KINDS_OF_SWEEP[args.command] if args.command in KINDS_OF_SWEEP and args.sweep else args.command
     if kind in ("train", "dpo", "score", "prepare") and args.dataset is None:
         sys.exit(f"benchmarks.speed {args.command}: pass --dataset, the pairs to measure on")
     if kind == "score" and args.model is None:
         sys.exit("benchmarks.speed score: pass --model, a trained disco checkpoint with its tokenizer")
     quieten()
     args.model = args.model or str(small_chat_lm())
+    if args.command in KINDS_OF_SWEEP:
+        args.steps = args.steps or (1 if args.sweep else DEFAULT_STEPS[args.command])
     if args.command == "train":
-        args.steps = args.steps or (1 if args.sweep else 3)
         args.peak_flops = args.peak_flops or peak_flops(args.dtype)
     runners = {
         "train": run,
         "sweep": sweep,
         "dpo": run_dpo,
+        "dpo-sweep": sweep_dpo,
         "score": run_score,
         "prepare": run_prepare,
         "head": run_head,
@@ -228,8 +238,7 @@ def main(argv: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{kind}.json").write_text(json.dumps(result, indent=1))
-    tables = {**TABLES, "dpo": dpo_table}
-    table = tables[kind](result) + "\n\n" + ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    table = TABLES[kind](result) + "\n\n" + ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     (args.out / f"{kind}.md").write_text(table + "\n", encoding="utf-8")
     if kind in PICTURES:
         plot(kind, result, args.out / f"{kind}.png")

@@ -22,8 +22,7 @@ from disco_trl.data.tokenization import tokenize_answers
 
 from .peak_memory import PeakMemory, in_fresh_process
 from .speed_counts import Pair, PairLengths, choose_batches
-from .speed_report import markdown, spread
-from .speed_train import SteppedTrainer, adapter, epoch_batches, quieten, shared_settings
+from .speed_train import SteppedTrainer, adapter, epoch_batches, quieten, shared_settings, sweep
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,81 @@ def survey(name: str, rows: list[dict[str, Any]], lengths: PairLengths, args: ar
     return {"batches": chosen, "peak_bytes": memory.peak_bytes - state}
 
 
+@dataclass
+class Measured:
+    """Measurements of a variant.
+
+    Attributes:
+        seconds (`list[float]`):
+            Duration of each round. The first is the warm-up.
+        batches (`list[tuple[list[int], int]]`):
+            Of each step of a round, the pairs, and the tokens that go through the layers of a model.
+        losses (`list[float]`):
+            Loss of each step, over all rounds.
+    """
+
+    seconds: list[float]
+    batches: list[tuple[list[int], int]]
+    losses: list[float]
+
+    def figures(self, name: str, baseline: "Measured", lengths: PairLengths) -> dict[str, Any]:
+        """What the report needs of this variant."""
+        pairs = [number for numbers, _ in self.batches for number in numbers]
+        of_baseline = [number for numbers, _ in baseline.batches for number in numbers]
+        rates = [len(pairs) / taken for taken in self.seconds[1:]]
+        theirs = [len(of_baseline) / taken for taken in baseline.seconds[1:]]
+        differences = [abs(a - b) for a, b in zip(self.losses, baseline.losses, strict=True)]
+        return {
+            "label": VARIANTS[name].label,
+            "pairs_per_second": rates,
+            "times_trl": [own / other for own, other in zip(rates, theirs, strict=True)],
+            "processed_per_unique": sum(tokens for _, tokens in self.batches) / lengths[pairs].unique,
+            "loss_difference": max(differences) if name in SAME_LOSS else None,
+        }
+
+
+def alternate(
+    trainers: dict[str, Any], batches: dict[str, list[list[int]]], args: argparse.Namespace, description: str
+) -> dict[str, Measured]:
+    """Trains all variants at the same time, alternating step by step: once through the batches to warm up, then
+    `args.rounds` times, timed.
+
+    Args:
+        trainers (`dict[str, Any]`):
+            Trainer of each variant, of as many steps as there are batches in all rounds.
+        batches (`dict[str, list[list[int]]]`):
+            For each variant, the pairs of each batch of a round. All have the same number of batches.
+        args (`argparse.Namespace`):
+            Settings of the command line.
+        description (`str`):
+            Title of the progress bar.
+
+    Returns:
+        `dict[str, Measured]`: Measurements by variant.
+    """
+    passes, steps = args.rounds + 1, len(batches[BASELINE])
+    noted = {name: replay(trainer, batches[name] * passes) for name, trainer in trainers.items()}
+    stepped = {name: SteppedTrainer(trainer) for name, trainer in trainers.items()}
+    seconds: dict[str, list[float]] = {name: [0.0] * passes for name in trainers}
+    with tqdm(total=steps * passes * len(trainers), desc=description, unit="step") as bar:
+        for round_ in range(passes):
+            for _ in range(steps):
+                for name, runner in stepped.items():
+                    bar.set_postfix_str(("warm-up, " if round_ == 0 else "") + VARIANTS[name].label)
+                    seconds[name][round_] += runner.step()
+                    bar.update()
+    for runner in stepped.values():
+        runner.close()
+    return {
+        name: Measured(
+            seconds[name],
+            noted[name][:steps],
+            [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        )
+        for name, trainer in trainers.items()
+    }
+
+
 def run_dpo(args: argparse.Namespace) -> dict[str, Any]:
     """Command `dpo`. Returns what the report needs of each variant."""
     rows, lengths = load_rows(args)
@@ -142,73 +216,42 @@ def run_dpo(args: argparse.Namespace) -> dict[str, Any]:
     surveys = {}
     for name in tqdm(names, desc="memory, in processes of their own", unit="variant"):
         surveys[name] = in_fresh_process(survey, name, rows, lengths, args)
-
-    passes = args.rounds + 1
-    noted, stepped = {}, {}
-    for name in names:
-        own = surveys[name]["batches"]
-        trainer = make_trainer(name, rows, args, max_steps=len(own) * passes)
-        noted[name] = replay(trainer, own * passes)
-        stepped[name] = SteppedTrainer(trainer)
-    seconds: dict[str, list[float]] = {name: [0.0] * passes for name in names}
-    with tqdm(total=args.steps * passes * len(names), desc="training", unit="step") as bar:
-        for round_ in range(passes):
-            for _ in range(args.steps):
-                for name, runner in stepped.items():
-                    bar.set_postfix_str(("warm-up, " if round_ == 0 else "") + VARIANTS[name].label)
-                    seconds[name][round_] += runner.step()
-                    bar.update()
-    for runner in stepped.values():
-        runner.close()
-
-    def losses(name: str) -> list[float]:
-        return [entry["loss"] for entry in stepped[name].trainer.state.log_history if "loss" in entry]
-
-    found: dict[str, Any] = {}
-    for name in names:
-        of_round = noted[name][: args.steps]
-        pairs = [number for numbers, _ in of_round for number in numbers]
-        rates = [len(pairs) / taken for taken in seconds[name][1:]]
-        found[name] = {
-            "label": VARIANTS[name].label,
-            "pairs_per_second": rates,
-            "processed_per_unique": sum(tokens for _, tokens in of_round) / lengths[pairs].unique,
-            "peak_bytes": surveys[name]["peak_bytes"],
-            "loss_difference": max(abs(a - b) for a, b in zip(losses(name), losses(BASELINE), strict=True))
-            if name in SAME_LOSS
-            else None,
-        }
-    for of_variant in found.values():
-        theirs = found[BASELINE]["pairs_per_second"]
-        of_variant["times_trl"] = [a / b for a, b in zip(of_variant["pairs_per_second"], theirs, strict=True)]
+    batches = {name: surveys[name]["batches"] for name in names}
+    steps = len(batches[BASELINE]) * (args.rounds + 1)
+    trainers = {name: make_trainer(name, rows, args, max_steps=steps) for name in names}
+    measured = alternate(trainers, batches, args, "training")
+    found = {
+        name: measured[name].figures(name, measured[BASELINE], lengths) | {"peak_bytes": surveys[name]["peak_bytes"]}
+        for name in names
+    }
     return {"pairs": len(rows), "unique_tokens": lengths.unique, "variants": found}
 
 
-def dpo_table(result: dict[str, Any]) -> str:
-    """Table of `dpo`: one row for each variant, with notes on the columns."""
-    settings, variants = result["settings"], result["variants"]
-    rows = []
-    for variant in variants.values():
-        difference = variant["loss_difference"]
-        rows.append(
+def measure_defaults(
+    batches: list[list[int]], pairs: list[Pair], args: argparse.Namespace, description: str
+) -> dict[str, Any]:
+    """Measures TRL's defaults and ours on the same batches of token ids. Returns what the report needs of each."""
+    words = [{"prompt": "a", "chosen": "b", "rejected": "c", "number": 0, "length": 2}]  # TRL tokenizes words only.
+    lengths = PairLengths.of(pairs)
+    dataset = Dataset.from_list(
+        [
             {
-                "": variant["label"],
-                "pairs/s": spread(variant["pairs_per_second"]),
-                "times TRL": spread(variant["times_trl"]),
-                "processed/unique": f"{variant['processed_per_unique']:.2f}",
-                "memory, GiB": f"{variant['peak_bytes'] / 2**30:.2f}",
-                "of TRL's": f"{variant['peak_bytes'] / variants[BASELINE]['peak_bytes']:.2f}",
-                "loss − TRL's, at most": "" if difference is None else f"{difference:.4f}",
+                "prompt_ids": chosen[:shared],
+                "chosen_ids": chosen[shared:],
+                "rejected_ids": rejected[shared:],
+                "number": number,
             }
-        )
-    weights = "LoRA of rank 16" if settings["lora"] else "all weights trained"
-    checkpointing = "on" if settings["gradient_checkpointing"] else "off"
-    notes = (
-        f"Batches of {settings['batch_size']} pairs, {weights}, {settings['dtype']}, gradient checkpointing "
-        f"{checkpointing}. {settings['steps']} batches that stand for an epoch of {result['pairs']:,} pairs, "
-        f"{settings['rounds']} times over, a step of each variant in turn, after once through all of them to warm up. "
-        "In brackets: the range over the rounds. Unique: each prompt counted once, no padding. Memory: the peak "
-        "of two steps on the largest batch, above the models at rest and without the state of the optimizer. A "
-        "reference that is precomputed is so before the steps that are timed."
+            for number, ((chosen, rejected), shared) in enumerate(zip(pairs, lengths.shared.tolist(), strict=True))
+        ]
     )
-    return f"{markdown(rows)}\n\n{notes}"
+    trainers = {}
+    for name in (BASELINE, "default"):
+        trainers[name] = make_trainer(name, words, args, max_steps=len(batches) * (args.rounds + 1))
+        trainers[name].train_dataset = dataset
+    measured = alternate(trainers, dict.fromkeys(trainers, batches), args, description)
+    return {name: of_variant.figures(name, measured[BASELINE], lengths) for name, of_variant in measured.items()}
+
+
+def sweep_dpo(args: argparse.Namespace) -> dict[str, Any]:
+    """Command `dpo --sweep`. Returns what the report needs of each setting."""
+    return sweep(args, measure_defaults)

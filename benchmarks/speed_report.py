@@ -157,9 +157,41 @@ def head_table(result: dict[str, Any]) -> str:
     )
 
 
+def dpo_table(result: dict[str, Any]) -> str:
+    """Table of `dpo`: one row for each variant, with notes on the columns."""
+    settings, variants = result["settings"], result["variants"]
+    rows = []
+    for variant in variants.values():
+        difference = variant["loss_difference"]
+        rows.append(
+            {
+                "": variant["label"],
+                "pairs/s": spread(variant["pairs_per_second"]),
+                "times TRL": spread(variant["times_trl"]),
+                "processed/unique": f"{variant['processed_per_unique']:.2f}",
+                "memory, GiB": f"{variant['peak_bytes'] / 2**30:.2f}",
+                "of TRL's": f"{variant['peak_bytes'] / variants['trl']['peak_bytes']:.2f}",
+                "loss − TRL's, at most": "" if difference is None else f"{difference:.4f}",
+            }
+        )
+    weights = "LoRA of rank 16" if settings["lora"] else "all weights trained"
+    checkpointing = "on" if settings["gradient_checkpointing"] else "off"
+    notes = (
+        f"Batches of {settings['batch_size']} pairs, {weights}, {settings['dtype']}, gradient checkpointing "
+        f"{checkpointing}. {settings['steps']} batches that stand for an epoch of {result['pairs']:,} pairs, "
+        f"{settings['rounds']} times over, a step of each variant in turn, after once through all of them to warm up. "
+        "In brackets: the range over the rounds. Unique: each prompt counted once, no padding. Memory: the peak "
+        "of two steps on the largest batch, above the models at rest and without the state of the optimizer. A "
+        "reference that is precomputed is so before the steps that are timed."
+    )
+    return f"{markdown(rows)}\n\n{notes}"
+
+
 TABLES = {
     "train": train_table,
     "sweep": sweep_table,
+    "dpo": dpo_table,
+    "dpo-sweep": sweep_table,
     "score": score_table,
     "prepare": prepare_table,
     "head": head_table,
@@ -226,6 +258,26 @@ def _train_picture(plt: Any, result: dict[str, Any]) -> Any:
     figure.legend(
         *work.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False, handlelength=1.2
     )
+    return figure
+
+
+def _dpo_picture(plt: Any, result: dict[str, Any]) -> Any:
+    """How many times faster than TRL each variant is, what it computes, and what it takes."""
+    variants = list(result["variants"].values())[::-1]
+    labels = [variant["label"] for variant in variants]
+    colours = [TRL if label.startswith("TRL") else DISCO for label in labels]
+    figure, panels = plt.subplots(1, 3, figsize=(13, 1.6 + 0.5 * len(variants)), sharey=True, layout="constrained")
+    figures = {
+        "training speed, in multiples of TRL's defaults": [statistics.median(v["times_trl"]) for v in variants],
+        "tokens computed for each unique token": [v["processed_per_unique"] for v in variants],
+        "peak memory above the models at rest, GiB": [v["peak_bytes"] / 2**30 for v in variants],
+    }
+    for panel, (title, values) in zip(panels, figures.items(), strict=True):
+        panel.barh(labels, values, color=colours, height=0.65)
+        for row, value in enumerate(values):
+            panel.text(value + 0.02 * max(values), row, f"{value:.2f}", va="center")
+        panel.set_xlim(0, 1.2 * max(values))
+        panel.set_xlabel(title)
     return figure
 
 
@@ -317,6 +369,8 @@ def _times_line(panel: Any, places: list[Any], times: list[list[float]]) -> None
 PICTURES = {
     "train": _train_picture,
     "sweep": _sweep_picture,
+    "dpo": _dpo_picture,
+    "dpo-sweep": _sweep_picture,
     "score": _score_picture,
     "prepare": _prepare_picture,
 }

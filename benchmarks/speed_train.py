@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -433,9 +434,28 @@ SWEEP: dict[str, list[Any]] = {
 }
 
 
-def sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """Command `train --sweep`: measures TRL's defaults and ours on the same batches of random tokens, for each
+def measure_defaults(
+    batches: list[list[int]], pairs: list[Pair], args: argparse.Namespace, description: str
+) -> dict[str, Any]:
+    """Measures TRL's defaults and ours on the same batches. Returns what the report needs of each."""
+    names = (BASELINE, "default")
+    measured = alternate(dict.fromkeys(names, batches), pairs, args, description)
+    lengths = PairLengths.of(pairs)
+    return {name: _rates(name, measured, lengths, args) for name in names}
+
+
+def sweep(args: argparse.Namespace, measure: Callable[..., dict[str, Any]] = measure_defaults) -> dict[str, Any]:
+    """Commands `train --sweep` and `dpo --sweep`: measures two trainers on the same batches of random tokens, for each
     setting.
+
+    Args:
+        args (`argparse.Namespace`):
+            Settings of the command line.
+        measure (`Callable`, *optional*, defaults to [`measure_defaults`]):
+            Measures the trainers, given batches, pairs, settings and a title of the progress bar.
+
+    Returns:
+        `dict`: What the report needs.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     middle = {axis: values[0] for axis, values in SWEEP.items()}
@@ -454,10 +474,7 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
                     for pair in synthetic_pairs(batch_size, length, share, tokenizer, args.seed + step)
                 ]
                 batches = torch.arange(len(pairs)).view(args.steps, batch_size).tolist()
-                names = (BASELINE, "default")
-                measured = alternate(dict.fromkeys(names, batches), pairs, own_args, f"{axis} {value}")
-                lengths = PairLengths.of(pairs)
-                points[key] = {name: _rates(name, measured, lengths, own_args) for name in names}
+                points[key] = measure(batches, pairs, own_args, f"{axis} {value}")
                 gc.collect()  # Trainers and their callbacks refer to each other, so only the collector frees them.
             table.append({"axis": axis, "value": value, **place, "variants": points[key]})
     return {"middle": middle, "points": table}
