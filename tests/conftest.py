@@ -4,13 +4,15 @@ The tokenizer is a byte-level BPE, which has no unknown tokens. Its chat templat
 random, with a fixed seed.
 """
 
+import contextlib
 import copy
 import functools
 import os
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -253,3 +255,22 @@ def reward_dirs(tiny_llama_dir, _session_tokenizer, tmp_path_factory) -> dict[st
     for path in paths.values():
         _session_tokenizer.save_pretrained(path)
     return {kind: str(path) for kind, path in paths.items()}
+
+
+@pytest.fixture
+def runs_in_this_process(monkeypatch) -> None:
+    """The runs of `disco-trl compare` are not processes of their own, of which each takes seconds to start. For tests
+    that are not about that.
+    """
+    from disco_trl.evaluation import compare, compare_run
+
+    def run(command: list[str], log: Any) -> int:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                compare_run.main(next(word for word in command if word.endswith(compare.RUN_FILE)))
+            except Exception:
+                traceback.print_exc()
+                return 1
+        return 0
+
+    monkeypatch.setattr(compare, "run_child", run)

@@ -60,7 +60,7 @@ def world(count: int = 260) -> list[RatedText]:
 
 
 @pytest.mark.slow
-def test_studies_from_end_to_end(tiny_llama_dir, tmp_path, monkeypatch, capsys):
+def test_studies_from_end_to_end(tiny_llama_dir, tmp_path, monkeypatch, capsys, runs_in_this_process):
     rated = world()
     monkeypatch.setattr(human_ratings, "load_ratings", lambda source: rated)
     arms = (Arm(BRADLEY_TERRY), Arm(SOFT), Arm(NORMAL))

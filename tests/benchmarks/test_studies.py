@@ -58,7 +58,8 @@ def write_world(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_best_of_n_and_routing_with_controls(tiny_llama_dir, tmp_path, capsys, monkeypatch):
+def test_best_of_n_and_routing_with_controls(tiny_llama_dir, tmp_path, capsys, monkeypatch, runs_in_this_process):
+    monkeypatch.setattr(studies, "GROUPS", 100)
     pair = f"{studies.ENSEMBLE}:members=2"
     for name in ("RULES_OF", "SENT_BY_OF", "TITLES", "COLORS"):
         table = getattr(studies, name)

@@ -345,7 +345,7 @@ def test_a_member_with_other_settings_is_found_before_anything_is_trained(of_two
 
 
 @pytest.mark.slow
-def test_controls_on_the_command_line(world, tmp_path, capsys):
+def test_controls_on_the_command_line(world, tmp_path, capsys, runs_in_this_process):
     arguments = ["compare", world.model, world.data, str(tmp_path), "--lora_r", "4", "--variants", "bradley-terry"]
     arguments += [name for name in CONTROLS if name not in ("bradley-terry", "bradley-terry-ensemble")]
     arguments += ["bradley-terry-ensemble:members=2", "--set", "learning_rate=0.01", "bf16=false", "epistemic=true"]
