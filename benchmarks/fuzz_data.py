@@ -272,6 +272,7 @@ class DataPath:
             batch = collator([read, read])
             of_attributes = batch.pop(OF_ATTRIBUTES, {})
             batch.pop(BY_RATER, None)  # has nan where a rater did not say
+            batch.pop("nodes", None)  # is no tensor
             batch |= {f"{name} of {a}": tensor for a, of_a in of_attributes.items() for name, tensor in of_a.items()}
             for name, tensor in batch.items():
                 if not torch.isfinite(tensor).all():

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .columns import JUDGEMENT_COLUMNS, PREPARED, ROW_COLUMN, SCALES
@@ -61,7 +60,7 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
             batch |= self._forest(batch)
         return batch
 
-    def _forest(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _forest(self, batch: dict[str, Any]) -> dict[str, Any]:
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         sequences = [ids[:length].tolist() for ids, length in zip(batch["input_ids"], lengths, strict=True)]
         # Every token counts, also where the padding token is the end-of-text token.

@@ -15,15 +15,36 @@ sequence:
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 
 # Rows are filled up to a multiple of this. CPUs compile a bfloat16 matrix product for each number of rows they meet,
 # which takes as long as half a training step of a small model. Tensor cores are faster with such numbers, too.
 ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """
+    How the nodes of a row hang together. The host has to know it before it can tell a device what to attend to, so it
+    stays there when a batch is moved to a device, and nobody has to wait for it to come back.
+
+    Args:
+        lengths (`list[int]`):
+            Number of tokens of each node.
+        parents (`list[int]`):
+            Parent of each node, -1 for a root. A parent stands before its children.
+    """
+
+    lengths: list[int]
+    parents: list[int]
+
+    def to(self, *args: Any, **kwargs: Any) -> "Nodes":
+        """What moves a batch calls this, and gets the same nodes."""
+        return self
 
 
 class Forest(NamedTuple):
@@ -139,7 +160,7 @@ def grow_forest(sequences: Sequence[list[int]], pad_token_id: int | None) -> For
 
 def pack(
     sequences: Sequence[list[int]], pad_token_id: int | None, pad_to_multiple_of: int = ROW_MULTIPLE
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """
     Arguments of a disco model's `forward` to run N token sequences as one row.
 
@@ -152,16 +173,15 @@ def pack(
             The row is filled up to a multiple of this, with tokens that no other token attends to.
 
     Returns:
-        `dict[str, torch.Tensor]`: `read_at`, of shape `(N,)`, the place in the row where the reward of each sequence
-        is read; `input_ids`, `attention_mask` and `position_ids`, each of shape `(1, T)` (this mask separates tokens
-        from filling; attention follows the nodes); and `nodes`, of shape `(2, nodes)`, the length and the parent of
-        each node.
+        `dict`: `read_at`, of shape `(N,)`, the place in the row where the reward of each sequence is read;
+        `input_ids`, `attention_mask` and `position_ids`, each of shape `(1, T)` (this mask separates tokens from
+        filling; attention follows the nodes); and `nodes`, the [`Nodes`].
     """
     forest = grow_forest(sequences, pad_token_id)
     return {"read_at": torch.tensor(forest.read_at), **to_row(forest, pad_token_id, pad_to_multiple_of)}
 
 
-def to_row(forest: Forest, pad_token_id: int | None, pad_to_multiple_of: int = ROW_MULTIPLE) -> dict[str, Tensor]:
+def to_row(forest: Forest, pad_token_id: int | None, pad_to_multiple_of: int = ROW_MULTIPLE) -> dict[str, Any]:
     """
     Tensors of a forest, which is filled up in place.
 
@@ -172,7 +192,7 @@ def to_row(forest: Forest, pad_token_id: int | None, pad_to_multiple_of: int = R
             As in [`pack`].
 
     Returns:
-        `dict[str, torch.Tensor]`: What [`pack`] returns, without `read_at`.
+        `dict`: What [`pack`] returns, without `read_at`.
     """
     # The filling is a root of its own, so no sequence attends to it.
     filling = -len(forest.tokens) % pad_to_multiple_of
@@ -189,7 +209,7 @@ def to_row(forest: Forest, pad_token_id: int | None, pad_to_multiple_of: int = R
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": torch.tensor([forest.positions]),
-        "nodes": torch.tensor([forest.lengths, forest.parents]),
+        "nodes": Nodes(forest.lengths, forest.parents),
     }
 
 

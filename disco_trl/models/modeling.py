@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.columns import OVERALL
+from ..data.forest import Nodes
 from ..distributions.reward_distribution import Family, get_family
 from .architectures import check_summary, find_head
 from .attribute_heads import AttributeHead, AttributeHeads
@@ -397,7 +398,7 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         *args: Any,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
-        nodes: Tensor | None = None,
+        nodes: Nodes | None = None,
         read_at: Tensor | None = None,
         **kwargs: Any,
     ) -> RewardModelOutput | tuple[Tensor, ...]:
@@ -408,7 +409,7 @@ def _distribution_forward(stock: type[PreTrainedModel]) -> Any:
         with reading() as states:
             if nodes is not None:
                 # A forest is not continued, so no cache is needed.
-                mask = as_attention_mask(nodes)
+                mask = as_attention_mask(nodes, cast(Tensor, read_at).device)
                 kwargs |= {"attention_mask": mask, "use_cache": False}
                 output = getattr(self, self.base_model_prefix)(*args, return_dict=True, **kwargs)
                 pooled = output.last_hidden_state[0, cast(Tensor, read_at).to(output.last_hidden_state.device)]

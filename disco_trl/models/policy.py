@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.forest import Nodes
 from .prefix_sharing import as_attention_mask
 
 
@@ -40,7 +41,7 @@ def run_on_forests(model: PreTrainedModel) -> None:
         *args: Any,
         forest_ids: Tensor | None = None,
         forest_positions: Tensor | None = None,
-        nodes: Tensor | None = None,
+        nodes: Nodes | None = None,
         places: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -61,7 +62,7 @@ def run_on_forests(model: PreTrainedModel) -> None:
             found = of_padded(
                 input_ids=forest_ids,
                 position_ids=forest_positions,
-                attention_mask=as_attention_mask(nodes),
+                attention_mask=as_attention_mask(nodes, places.device),
                 shift_labels=following[is_answer][None],
                 **kwargs,
             )

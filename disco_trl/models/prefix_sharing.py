@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from ..data.forest import Nodes
 from .distributed import is_main_process
 from .prefix_trial import StatesOf, current_trial, try_forest
 from .varlen_attention import COMPLETE_SINCE, VarlenKernel, installed_kernel, is_for_kernel, lacking
@@ -57,14 +58,14 @@ class _Layout:
     The nodes of a row in the form that attention needs.
 
     Args:
-        nodes (`torch.Tensor` of shape `(2, nodes)`):
-            Length of each node, and the index of its parent (negative for a root).
+        nodes ([`~disco_trl.data.forest.Nodes`]):
+            Length and parent of each node.
     """
 
-    def __init__(self, nodes: Tensor):
-        self.lengths, parents = nodes.tolist()
+    def __init__(self, nodes: Nodes):
+        self.lengths = nodes.lengths
         self.paths: list[list[int]] = []
-        for node, parent in enumerate(parents):
+        for node, parent in enumerate(nodes.parents):
             self.paths.append([*(self.paths[parent] if parent >= 0 else ()), node])
         self.path_lengths = [sum(self.lengths[node] for node in path) for path in self.paths]
         self._masks: dict[tuple[int, int | None], Tensor] = {}
@@ -115,19 +116,21 @@ class _Layout:
         return places, starts, key_starts
 
 
-def as_attention_mask(nodes: Tensor) -> Tensor:
+def as_attention_mask(nodes: Nodes, device: torch.device) -> Tensor:
     """
     Give nodes the form of an attention mask.
 
     Args:
-        nodes (`torch.Tensor` of shape `(2, nodes)`):
+        nodes ([`~disco_trl.data.forest.Nodes`]):
             Nodes of a forest, as `disco_trl.data.forest.pack` returns them.
+        device (`torch.device`):
+            Device of the model.
 
     Returns:
         `torch.Tensor` of shape `(1, 1, 2, nodes)`: A tensor with the four dimensions of a finished mask, which models
         pass on unchanged. Its dtype is integer, which tells it from a mask.
     """
-    mask: Any = nodes[None, None]
+    mask: Any = torch.tensor([[[nodes.lengths, nodes.parents]]]).to(device, non_blocking=True)
     # The layout is computed once for all layers, unless something in between copies the tensor.
     mask.forest_layout = _Layout(nodes)
     return mask
@@ -146,7 +149,7 @@ def _attend(
     attend = _replaced(implementation, module)
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    layout = getattr(attention_mask, "forest_layout", None) or _Layout(attention_mask[0, 0])
+    layout = getattr(attention_mask, "forest_layout", None) or _Layout(Nodes(*attention_mask[0, 0].tolist()))
     # They belong to the whole row, and flash attention would read the bounds of packed sequences from them.
     kwargs.pop("position_ids", None)
     trial = current_trial()
@@ -312,17 +315,17 @@ def _prepare(model: Any, inner: Any) -> str | None:
     return refusal
 
 
-def _read_by_the_head(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def _read_by_the_head(model: Any, batch: dict[str, Any]) -> Tensor:
     # The model is called as a whole, because FSDP gathers the parameters of a sharded model only for a call.
     return model(**batch).pooled_hidden_state
 
 
-def _at_the_last_token(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def _at_the_last_token(model: Any, batch: dict[str, Any]) -> Tensor:
     """As a disco model reads its states, of a language model."""
     nodes, read_at = batch.get("nodes"), batch.get("read_at")
     given = {name: tensor for name, tensor in batch.items() if name not in ("nodes", "read_at")}
     if nodes is not None:
-        given["attention_mask"] = as_attention_mask(nodes)
+        given["attention_mask"] = as_attention_mask(nodes, given["input_ids"].device)
     states = model(**given, use_cache=False, output_hidden_states=True).hidden_states[-1]
     if nodes is not None:
         return states[0, read_at]

@@ -11,6 +11,7 @@ the same forest twice, with other tokens in the sequences beside the one that is
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -156,7 +157,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return ((one - other).float().norm() / other.float().norm()).item()
 
 
-def _change_beside(packed: dict[str, Tensor], ids: list[int]) -> tuple[int, Tensor]:
+def _change_beside(packed: dict[str, Any], ids: list[int]) -> tuple[int, Tensor]:
     """
     Other tokens for all sequences of a forest but one.
 
@@ -171,8 +172,8 @@ def _change_beside(packed: dict[str, Tensor], ids: list[int]) -> tuple[int, Tens
         new `input_ids`.
     """
     watched = int(packed["read_at"].argmax())
-    lengths, parents = packed["nodes"].tolist()
-    ends = packed["nodes"][0].cumsum(0).tolist()
+    lengths, parents = packed["nodes"].lengths, packed["nodes"].parents
+    ends = [*itertools.accumulate(lengths)]
     is_other = packed["attention_mask"].bool()
     node = next(node for node, end in enumerate(ends) if packed["read_at"][watched] < end)
     while node >= 0:

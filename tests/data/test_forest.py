@@ -104,7 +104,7 @@ def test_a_row_is_filled_up_behind_the_forest(sequences, multiple):
     assert batch["input_ids"][0, :tokens].tolist() == forest.tokens
     assert batch["position_ids"][0, :tokens].tolist() == forest.positions
     assert batch["attention_mask"][0].tolist() == [1] * tokens + [0] * (batch["input_ids"].shape[1] - tokens)
-    lengths, parents = batch["nodes"].tolist()
+    lengths, parents = batch["nodes"].lengths, batch["nodes"].parents
     nodes = len(forest.lengths)
     assert lengths[:nodes] == forest.lengths
     assert parents[:nodes] == forest.parents

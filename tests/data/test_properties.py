@@ -82,7 +82,7 @@ def read_back(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     """The sequences of a batch, whichever way it was made; tokens that pad are 0, and no sequence holds one."""
     if "nodes" not in batch:
         return [[token for token in row if token != PAD] for row in batch["input_ids"].tolist()]
-    lengths, parents = batch["nodes"].tolist()
+    lengths, parents = batch["nodes"].lengths, batch["nodes"].parents
     forest = Forest(batch["input_ids"][0].tolist(), [], lengths, parents, [])
     found = prefixes_by_place(forest)
     return [list(found[place]) for place in batch["read_at"].tolist()]

@@ -16,7 +16,7 @@ from tiny_models import EOS, PAD, VOCAB, load, lora, tiny_config
 from transformers import AutoModelForSequenceClassification
 
 from disco_trl import RewardDistribution
-from disco_trl.data.forest import grow_forest, pack
+from disco_trl.data.forest import Nodes, grow_forest, pack
 from disco_trl.models import prefix_sharing
 from disco_trl.models.inference import score
 from disco_trl.models.prefix_sharing import prepare
@@ -144,13 +144,13 @@ def test_a_forest_that_is_wrong_shows(name, implementation, monkeypatch):
     expected = learn(model, padded(SEQUENCES))
     assert prepare(model) is None
     batch = pack(SEQUENCES, PAD)
-    lengths, parents = batch["nodes"]
-    chain = torch.where(parents < 0, parents, torch.arange(len(parents)) - 1)
+    lengths, parents = batch["nodes"].lengths, batch["nodes"].parents
+    chain = [parent if parent < 0 else node - 1 for node, parent in enumerate(parents)]
     faults = {
         "positions go on along the row": {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]},
         "positions are one off": {"position_ids": (batch["position_ids"] - 1).clamp_min(0)},
-        "answers do not see the prompt": {"nodes": torch.stack([lengths, torch.full_like(parents, -1)])},
-        "answers see each other": {"nodes": torch.stack([lengths, chain])},
+        "answers do not see the prompt": {"nodes": Nodes(lengths, [-1] * len(parents))},
+        "answers see each other": {"nodes": Nodes(lengths, chain)},
         "rewards are read one token early": {"read_at": batch["read_at"] - 1},
     }
     for fault, wrong in faults.items():
