@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, TrainerCallback
+from trl import DPOTrainer
 
 from disco_trl.models import prefix_sharing
 from disco_trl.models.varlen_attention import VarlenKernel
@@ -224,14 +225,14 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def count_step(trainer: Any, batch: list[int]) -> Counts:
-    """Trains a step to warm up and counts the next.
+def count_step(trainer: Any, batches: list[list[int]]) -> Counts:
+    """Trains steps to warm up and counts the last.
 
     Args:
         trainer:
-            Trainer of two steps, TRL's or ours.
-        batch (`list[int]`):
-            Rows of its dataset.
+            Trainer of as many steps as there are batches, TRL's or ours.
+        batches (`list[list[int]]`):
+            Rows of its dataset, which form an epoch.
 
     Returns:
         [`Counts`]: What happens in `training_step`, which collating, the optimizer and logging are not part of.
@@ -243,14 +244,14 @@ def count_step(trainer: Any, batch: list[int]) -> Counts:
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 1:
+        if steps < len(batches):
             return step(*args, **kwargs)
         operators = CountOperators(counts)
         with as_on_a_gpu(), CountWaits(counts), operators.inside_layers(trainer.model), operators:
             return step(*args, **kwargs)
 
     trainer.training_step = counted
-    speed_train.replay(trainer, [batch, batch])
+    (speed_dpo if isinstance(trainer, DPOTrainer) else speed_train).replay(trainer, batches)
     trainer.train()
     return counts
 
@@ -278,14 +279,14 @@ class Timeline:
     busy: float
 
 
-def profile_step(trainer: Any, batch: list[int], trace: Path) -> Timeline:
-    """Trains steps to warm up and profiles the next on a GPU.
+def profile_step(trainer: Any, batches: list[list[int]], trace: Path) -> Timeline:
+    """Trains steps to warm up and profiles the last on a GPU.
 
     Args:
         trainer:
-            Trainer of `WARM_UP + 1` steps.
-        batch (`list[int]`):
-            Rows of its dataset.
+            Trainer of as many steps as there are batches.
+        batches (`list[list[int]]`):
+            Rows of its dataset, which form an epoch.
         trace (`Path`):
             File for the trace, which chrome://tracing and Perfetto show.
 
@@ -294,7 +295,7 @@ def profile_step(trainer: Any, batch: list[int], trace: Path) -> Timeline:
     """
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA],
-        schedule=torch.profiler.schedule(wait=0, warmup=WARM_UP, active=1),
+        schedule=torch.profiler.schedule(wait=0, warmup=len(batches) - 1, active=1),
     )
 
     class Steps(TrainerCallback):
@@ -303,7 +304,7 @@ def profile_step(trainer: Any, batch: list[int], trace: Path) -> Timeline:
             profiler.step()
 
     trainer.add_callback(Steps())
-    speed_train.replay(trainer, [batch] * (WARM_UP + 1))
+    (speed_dpo if isinstance(trainer, DPOTrainer) else speed_train).replay(trainer, batches)
     with profiler:
         trainer.train()
     profiler.export_chrome_trace(str(trace))
@@ -386,17 +387,16 @@ def timeline_table(found: dict[str, Timeline], labels: dict[str, str]) -> str:
     )
 
 
-def make_trainers(args: argparse.Namespace, steps: int) -> tuple[Callable[[str], Any], dict[str, str], list[int]]:
-    """How to make the trainers, their labels, and the rows of the step: the first pairs of the data."""
-    batch = list(range(args.batch_size))
+def make_trainers(args: argparse.Namespace, steps: int) -> tuple[Callable[[str], Any], dict[str, str]]:
+    """How to make the trainers, on the first pairs of the data, and their labels."""
     if args.trainer == "reward":
         pairs = load_pairs(args.dataset, args.split, AutoTokenizer.from_pretrained(args.model), args.max_length)
-        pairs = pairs[: args.batch_size]
+        pairs = pairs[: args.pairs]
         labels = {name: speed_train.VARIANTS[name].label for name in NAMES}
-        return (lambda name: speed_train.make_trainer(name, pairs, args, max_steps=steps)), labels, batch
+        return (lambda name: speed_train.make_trainer(name, pairs, args, max_steps=steps)), labels
     rows, _ = speed_dpo.load_rows(args)
     labels = {name: speed_dpo.VARIANTS[name].label for name in NAMES}
-    return (lambda name: speed_dpo.make_trainer(name, rows, args, max_steps=steps)), labels, batch
+    return (lambda name: speed_dpo.make_trainer(name, rows, args, max_steps=steps)), labels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -420,17 +420,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/profile"), help="Folder (default: %(default)s).")
     parser.set_defaults(learning_rate=1e-5, seed=0, max_tokens_per_batch=None)
     args = parser.parse_args(argv)
-    args.pairs = args.batch_size
+    on_gpu = torch.cuda.is_available()
+    batches = torch.arange((1 + WARM_UP) * args.batch_size).view(-1, args.batch_size).tolist()
+    args.pairs = (1 + WARM_UP) * args.batch_size
     args.model = args.model or str(small_chat_lm())
     speed_train.quieten()
     args.out.mkdir(parents=True, exist_ok=True)
-    on_gpu = torch.cuda.is_available()
-    make, labels, batch = make_trainers(args, WARM_UP + 1 if on_gpu else 2)
+    make, labels = make_trainers(args, len(batches))
     if on_gpu:
-        seen = {name: profile_step(make(name), batch, args.out / f"{args.trainer}-{name}.json") for name in NAMES}
+        seen = {name: profile_step(make(name), batches, args.out / f"{args.trainer}-{name}.json") for name in NAMES}
         table = timeline_table(seen, labels)
     else:
-        table = count_table({name: count_step(make(name), batch) for name in NAMES}, labels)
+        table = count_table({name: count_step(make(name), batches) for name in NAMES}, labels)
     (args.out / f"{args.trainer}.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}")
 

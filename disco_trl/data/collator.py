@@ -101,4 +101,4 @@ class DataCollatorForDiscoPreference(DataCollatorForPreference):
         """Tensors of what was said about an attribute."""
         known = self.likelihoods[attribute]
         scales = known.get("rating_values"), known.get("strength_levels")
-        return to_tensors(records, comparisons, *scales, numbers, attribute)
+        return to_tensors(records, comparisons, *scales, numbers, attribute, "tie_width" in known)

@@ -27,7 +27,7 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
     - `forest_ids` and `forest_positions`, of shape `(1, T)`, and `nodes`: `input_ids`, `position_ids` and `nodes` of
       [`~disco_trl.data.forest.to_row`];
     - `places`, of shape `(N,)`: the place in the row of the token before each answer token, whose state predicts it,
-      in the order of the sequences and of their tokens;
+      in the order of the sequences and of their tokens; and `targets`, of the same shape, the answer tokens;
     - `ends`, of shape `(2 * P,)`: the place of the last token of each sequence.
 
     Args:
@@ -53,7 +53,8 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
         if examples[0].keys() & {*JUDGEMENT_COLUMNS}:
             records = [read_answers(example, PREPARED, read_feedback(example)) for example in examples]
             comparisons = [in_turn(record, self.weigh_by) for record in records]
-            batch |= to_tensors(records, comparisons, None, self.likelihood.get("strength_levels"), numbers)
+            levels, reads_ties = self.likelihood.get("strength_levels"), "tie_width" in self.likelihood
+            batch |= to_tensors(records, comparisons, None, levels, numbers, reads_ties=reads_ties)
         if examples[0].keys() >= {*SCALES}:
             batch["scales"] = torch.tensor([float(example[name]) for name in SCALES for example in examples])
         if self.share_prefixes:
@@ -65,16 +66,19 @@ class DataCollatorForDiscoDPO(DataCollatorForPreference):
         sequences = [ids[:length].tolist() for ids, length in zip(batch["input_ids"], lengths, strict=True)]
         # Every token counts, also where the padding token is the end-of-text token.
         forest = grow_forest(sequences, pad_token_id=None)
-        places, ends = [], []
+        places, targets, ends = [], [], []
         for number, is_answer in enumerate(batch["completion_mask"].tolist()):
             of_sequence = forest.places(number)
             ends.append(of_sequence[-1])
-            places += [of_sequence[at - 1] for at in range(1, len(of_sequence)) if is_answer[at]]
+            answer = [at for at in range(1, len(of_sequence)) if is_answer[at]]
+            places += [of_sequence[at - 1] for at in answer]
+            targets += [sequences[number][at] for at in answer]
         row = to_row(forest, self.pad_token_id, self.pad_to_multiple_of or ROW_MULTIPLE)
         return {
             "forest_ids": row["input_ids"],
             "forest_positions": row["position_ids"],
             "nodes": row["nodes"],
             "places": torch.tensor(places),
+            "targets": torch.tensor(targets),
             "ends": torch.tensor(ends),
         }

@@ -401,6 +401,7 @@ def to_tensors(
     strength_levels: int | None = None,
     row_numbers: Sequence[int] | None = None,
     attribute: str = OVERALL,
+    reads_ties: bool = True,
 ) -> dict[str, Tensor]:
     """
     The judgements of a batch about one attribute, for [`~disco_trl.distributions.judgements.Judgements`].
@@ -418,6 +419,8 @@ def to_tensors(
             Numbers of the B rows in the dataset, for the error.
         attribute (`str`, *optional*, defaults to `"overall"`):
             The attribute.
+        reads_ties (`bool`, *optional*, defaults to `True`):
+            Whether the model has a tie width.
 
     Returns:
         `dict[str, torch.Tensor]`: `judgements`, of shape `(P, 6)`: wins, losses, ties, whether a tie was allowed,
@@ -427,7 +430,8 @@ def to_tensors(
         shape `(P, 2 * strength_levels)`: how many wins are of each strength, and how many losses.
 
     Raises:
-        `ValueError`: If a rating is not among `rating_values`, or a strength beyond `strength_levels`.
+        `ValueError`: If a rating is not among `rating_values`, a strength beyond `strength_levels`, or a tie one that
+            the model does not read.
     """
     table: list[tuple[float, ...]] = []
     levels = {value: level for level, value in enumerate(rating_values or ())}
@@ -438,6 +442,8 @@ def to_tensors(
             of_answers = _count_ratings(record, levels, attribute)
             if strength_levels is not None:
                 strength_counts += [_count_strengths(one, strength_levels) for one, _ in of_record]
+            if not reads_ties and any(one.ties > 0 for one, _ in of_record):
+                raise BadRow("tie", "it is a tie, but there is no tie width to read it by", "set tie_width")
         except BadRow as error:
             where = f"row {position} of the batch" if row_numbers is None else f"row {row_numbers[position]}"
             raise ValueError(f"{where}, {error}") from error

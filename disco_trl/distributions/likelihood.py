@@ -123,6 +123,8 @@ def split_log_likelihood(
     Returns:
         `torch.Tensor` of shape `(P,)`: As in [`log_likelihood`].
     """
+    if judgements.strength_counts is None:
+        return log_likelihood(chosen, rejected, judgements, responses)  # Both are parts of the gradient of this one.
     responses = responses or Responses()
     given = Responses(**{name: value if value is None else value.detach() for name, value in vars(responses).items()})
     rest = [name for name in ("scale", "shape", "location_error") if getattr(chosen, name) is not None]
@@ -145,8 +147,8 @@ def _comparisons(
     chosen: RewardDistribution, rejected: RewardDistribution, judgements: Judgements, responses: Responses
 ) -> Tensor:
     wins, losses, ties, strengths = judgements.wins, judgements.losses, judgements.ties, judgements.strength_counts
-    has_ties = bool((ties > 0).any())
-    if has_ties and responses.tie_width is None:
+    # (An accelerator is not asked, as the host would wait for it: the data collator has refused such rows.)
+    if responses.tie_width is None and ties.device.type == "cpu" and bool((ties > 0).any()):
         raise ValueError("there are ties, but no tie width to read them by")
     no_band = torch.zeros_like(judgements.margin)
     band = no_band if responses.tie_width is None else responses.tie_width * judgements.tie_allowed
@@ -169,9 +171,9 @@ def _comparisons(
     def given(error: Tensor) -> Tensor:
         """From an error `(..., P)` of the difference of the locations to the log-likelihood, of the same shape."""
         difference = beyond_margin + error
-        win, loss = noisy(difference.log_prob_exceeds(band), (-difference).log_prob_exceeds(band))
+        win, loss = noisy(*difference.log_probs_of_signs(band))
         total = wins * win + losses * loss
-        if has_ties:
+        if responses.tie_width is not None:
             # Of rows without a tie the band may have no width, whose log-probability of −∞ turns gradients into NaN,
             # also where it is multiplied by no ties.
             tie_band = torch.where(ties > 0, band, torch.ones_like(band))

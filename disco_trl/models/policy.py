@@ -43,12 +43,12 @@ def run_on_forests(model: PreTrainedModel) -> None:
         forest_positions: Tensor | None = None,
         nodes: Nodes | None = None,
         places: Tensor | None = None,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if nodes is None or places is None or not kwargs.get("fused_lm_head"):
+        if nodes is None or places is None or targets is None or not kwargs.get("fused_lm_head"):
             return of_padded(*args, **kwargs)
-        following = kwargs.pop("labels")[:, 1:]
-        is_answer = following != -100
+        is_answer = kwargs.pop("labels")[:, 1:] != -100
         for of_padding in ("input_ids", "attention_mask"):
             kwargs.pop(of_padding)
 
@@ -63,7 +63,7 @@ def run_on_forests(model: PreTrainedModel) -> None:
                 input_ids=forest_ids,
                 position_ids=forest_positions,
                 attention_mask=as_attention_mask(nodes, places.device),
-                shift_labels=following[is_answer][None],
+                shift_labels=targets[None],
                 **kwargs,
             )
         finally:

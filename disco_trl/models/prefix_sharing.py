@@ -93,7 +93,7 @@ class _Layout:
         is_on_path = torch.zeros(len(self.paths), len(self.paths), dtype=torch.bool)
         for node, path in enumerate(self.paths):
             is_on_path[node, path] = True
-        nodes = torch.arange(len(self.paths)).repeat_interleave(torch.tensor(self.lengths))
+        nodes = torch.tensor([node for node, length in enumerate(self.lengths) for _ in range(length)])
         is_on_path, nodes = is_on_path.to(places.device), nodes.to(places.device)
         row = torch.arange(len(nodes), device=places.device)
         return is_on_path[nodes[places]][:, nodes] & (row <= places[:, None])
@@ -155,6 +155,7 @@ def _attend(
     trial = current_trial()
     if trial is not None:
         trial.windows.append(kwargs.get("sliding_window"))
+        trial.dtypes |= {query.dtype, key.dtype, value.dtype}  # Rotations take queries and keys out of autocast.
     try:
         return _attend_forest(implementation, attend, layout, module, query, key, value, kwargs), None
     except Exception as error:

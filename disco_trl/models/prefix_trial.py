@@ -41,6 +41,9 @@ class Trial:
     Attributes:
         windows (`list[int | None]`):
             Sliding window of each layer that has attended along a forest, in the order of the layers.
+        dtypes (`set[torch.dtype]`):
+            Types that attention has computed in. Those of weights and outputs do not tell: accelerate wraps a model
+            that it has prepared in autocast, and makes float32 of what it returns.
         lacking (`str`, *optional*):
             Why torch's kernel was not used in a call that is one for it.
         failure (`Exception`, *optional*):
@@ -48,6 +51,7 @@ class Trial:
     """
 
     windows: list[int | None] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
     lacking: str | None = None
     failure: Exception | None = None
 
@@ -122,6 +126,7 @@ def _compare(model: Any, config: Any, share: Callable[[], None], states_of: Stat
     share()
     for dtype, expected in zip(dtypes, alone, strict=True):
         trial.windows.clear()
+        trial.dtypes.clear()
         try:
             shared = hidden_states(packed, dtype)
             windows = list(trial.windows)
@@ -133,7 +138,7 @@ def _compare(model: Any, config: Any, share: Callable[[], None], states_of: Stat
             return "its layers do not all attend by transformers' common interface"
         # Rounding errors are far below these tolerances, and the effect of a wrong token or position far above. An
         # accelerator may multiply float32 in TF32.
-        exact = dtype is None and expected.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+        exact = trial.dtypes == {torch.float32} and not getattr(model, "is_quantized", False)
         tolerance = 0.1 if not exact else 1e-2 if is_cuda else 1e-4
         difference = _distance(shared, expected)
         influence = _distance(beside_others[watched], shared[watched])

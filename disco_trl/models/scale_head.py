@@ -93,6 +93,8 @@ class ScaleHead(nn.Module):
     log_level: Tensor
     location_error: Tensor
     layer: int | None = None
+    # `location_error` when it was last asked, how often it had changed by then, and whether it was positive
+    _asked: tuple[Tensor | None, int, bool] = (None, -1, False)
 
     def __init__(self, hidden_size: int, unit_scale: float, fixed_scale: float | None, device: torch.device | None):
         super().__init__()
@@ -156,7 +158,16 @@ class ScaleHead(nn.Module):
     @property
     def has_location_error(self) -> bool:
         """Whether every location has an error of the model's own."""
-        return self.fixed_scale is None and bool(self.location_error > 0)
+        if self.fixed_scale is not None:
+            return False
+        # Asked at each step, and changed by calibration and loading alone. The host would wait for the device.
+        error = self.location_error
+        version = -1 if error.is_inference() else error._version  # counts changes in place
+        asked, asked_version, answer = self._asked
+        if asked is not error or asked_version != version or version < 0:
+            answer = bool(error > 0)
+            self._asked = error, version, answer
+        return answer
 
     @torch.no_grad()
     def make_constant(self) -> None:

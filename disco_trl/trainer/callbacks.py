@@ -21,25 +21,32 @@ class FiniteGuard(TrainerCallback):
     Stops a run whose numbers are not finite before its weights are touched.
 
     It raises `FloatingPointError` where the loss of a batch, or a gradient before an optimizer step, is not finite.
-    The message names the rows of the step.
+    The message names the rows of the step. The device is asked once for each optimizer step, because the host waits
+    for the answer.
 
     Args:
         scales_gradients (`Callable[[], bool]`):
             Whether a gradient scaler is at work, as in fp16. It skips a step that overflows and lowers its factor,
             which is ordinary, so gradients are not looked at then.
+        steps_in_backward (`Callable[[], bool]`, *optional*):
+            Whether the optimizer steps as part of the backward pass, as DeepSpeed's does. The loss is then looked at
+            before it.
 
     Attributes:
-        rows (`list[int]`):
+        rows (`list[torch.Tensor]`):
             Rows of the training dataset in the batches since the last optimizer step.
+        losses (`list[torch.Tensor]`):
+            Losses of these batches.
     """
 
-    def __init__(self, scales_gradients: Callable[[], bool]):
-        self.scales_gradients = scales_gradients
-        self.rows: list[int] = []
+    def __init__(self, scales_gradients: Callable[[], bool], steps_in_backward: Callable[[], bool] = lambda: False):
+        self.scales_gradients, self.steps_in_backward = scales_gradients, steps_in_backward
+        self.rows: list[Tensor] = []
+        self.losses: list[Tensor] = []
 
-    def check_loss(self, loss: Tensor, rows: Tensor | None, args: TrainingArguments, state: TrainerState) -> None:
+    def check_loss(self, loss: Tensor, rows: Tensor | None, args: TrainingArguments, state: TrainerState) -> Tensor:
         """
-        Check the loss of a training batch.
+        Note the loss of a training batch, to be checked before the optimizer steps.
 
         Args:
             loss (`torch.Tensor`):
@@ -51,25 +58,41 @@ class FiniteGuard(TrainerCallback):
             state ([`~transformers.TrainerState`]):
                 State of the run, for the message.
 
+        Returns:
+            `torch.BoolTensor`: Whether the loss is finite, a scalar.
+
         Raises:
-            `FloatingPointError`: If the loss is not finite.
+            `FloatingPointError`: If the loss is not finite, and the backward pass would touch the weights.
         """
-        self.rows += [] if rows is None else rows.tolist()
-        if not torch.isfinite(loss):
-            raise self._error(f"the loss is {loss.item()}", args, state)
+        self.rows += [] if rows is None else [rows]
+        self.losses.append(loss.detach())
+        is_finite = torch.isfinite(self.losses[-1])
+        if self.steps_in_backward() and not is_finite:
+            raise self._error_of_loss(args, state)
+        return is_finite
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Check the gradients, which by now have been clipped."""
+        """Check the losses, and the gradients, which by now have been clipped."""
+        checked = [*self.losses]
         if not self.scales_gradients():
-            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
             # Clipping has spread a NaN to every gradient, and an infinite norm has made NaNs of infinite elements: one
             # norm over all of them shows either, at the cost of reading them once.
-            if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-                raise self._error("a gradient is not finite", args, state)
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            checked += [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+        if checked and not torch.stack([value.to(checked[0]) for value in checked]).isfinite().all():
+            if any(not torch.isfinite(loss) for loss in self.losses):
+                raise self._error_of_loss(args, state)
+            raise self._error("a gradient is not finite", args, state)
         self.rows.clear()
+        self.losses.clear()
+
+    def _error_of_loss(self, args: Any, state: Any) -> FloatingPointError:
+        (value, *_) = (loss.item() for loss in self.losses if not torch.isfinite(loss))
+        return self._error(f"the loss is {value}", args, state)
 
     def _error(self, what: str, args: Any, state: Any) -> FloatingPointError:
-        rows = ", ".join(map(str, self.rows)) or "unknown (a data collator of your own carries no row_index)"
+        numbers = [number for rows in self.rows for number in rows.tolist()]
+        rows = ", ".join(map(str, numbers)) or "unknown (a data collator of your own carries no row_index)"
         folder = Path(str(args.output_dir))
         checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         return FloatingPointError(

@@ -50,7 +50,7 @@ from .adoption import answer_settings
 from .callbacks import FiniteGuard
 from .dpo_config import SIGMOID, DiscoDPOConfig
 from .dpo_scales import AnswerScales
-from .metrics import pair_figures, summarize
+from .metrics import MetricsOnDevice, pair_figures, summarize
 from .shared_config import LIKELIHOOD_LEARNING_RATE
 from .upstream_checks import check_overrides, upstream_error
 
@@ -72,7 +72,7 @@ OVERRIDDEN = (
 """Methods that TRL's trainer or transformers' must have and call, as ours do their work in them."""
 
 
-class DiscoDPOTrainer(DPOTrainer):
+class DiscoDPOTrainer(MetricsOnDevice, DPOTrainer):
     """
     Trainer for Direct Preference Optimization (DPO) with the likelihood of what people said.
 
@@ -158,6 +158,7 @@ class DiscoDPOTrainer(DPOTrainer):
         # Model, PEFT, data and reference, by TRL
         self._own_collator = data_collator is None
         self._is_set_up = False
+        self._unread = []
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -175,7 +176,7 @@ class DiscoDPOTrainer(DPOTrainer):
         self._scales.forget_model()
         self._set_up()
         self._check_construction()
-        self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
+        self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None, lambda: self.is_deepspeed_enabled)
         self.add_callback(self._guard)
         self.add_callback(_ZeroGradients(self.policy_head))
         learned = ", ".join(self.policy_head.learned)
@@ -387,9 +388,8 @@ class DiscoDPOTrainer(DPOTrainer):
         has_scales = self._scales.mean is not None or self.args.scale_training
         logged = (*LOGGED, "scale_mean", "scale_min", "scale_max") if has_scales else LOGGED
         metrics = {name: metrics[name] for name in logged if name in metrics}
-        metrics |= {name: value.item() for name, value in learned.items() if len(value) == 1}
-        for name, metric in metrics.items():
-            self._metrics[mode][name].append(metric)
+        metrics |= {name: value[0] for name, value in learned.items() if len(value) == 1}
+        self._note(mode, metrics)
         return (loss, outputs) if return_outputs else loss
 
     def _rewards(self, location: Tensor, scale: Tensor, scales: Tensor | None) -> RewardDistribution:

@@ -7,7 +7,8 @@ It is computed in two steps: figures of each pair, which processes can gather, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +38,16 @@ def pair_figures(chosen: RewardDistribution, rejected: RewardDistribution, judge
         `torch.Tensor` of shape `(B, 8)`: Log-likelihood of the votes (nats), number of votes, votes that agree with
             the locations, P(chosen ≻ rejected), scales of both sides, and locations of both sides.
     """
-    log_prob = chosen.log_prob_greater(rejected)
+    both, reverse = (RewardDistribution.cat(sides) for sides in ([chosen, rejected], [rejected, chosen]))
+    log_prob, log_prob_of_loss = both.log_prob_greater(reverse).chunk(2)
     votes = judgements.wins + judgements.losses
-    log_votes = judgements.wins * log_prob + judgements.losses * rejected.log_prob_greater(chosen)
+    log_votes = judgements.wins * log_prob + judgements.losses * log_prob_of_loss
     agreed = torch.where(chosen.location > rejected.location, judgements.wins, judgements.losses)
     locations = [chosen.location.to(log_prob), rejected.location.to(log_prob)]
     return torch.stack([log_votes, votes, agreed, log_prob.exp(), chosen.scale, rejected.scale, *locations], dim=-1)
 
 
-def summarize(figures: Tensor) -> dict[str, float]:
+def summarize(figures: Tensor) -> dict[str, Tensor]:
     """
     Summarize the figures of pairs.
 
@@ -54,23 +56,23 @@ def summarize(figures: Tensor) -> dict[str, float]:
             What [`pair_figures`] returns.
 
     Returns:
-        `dict[str, float]`: `accuracy` and `nll` per vote, which are left out if nobody voted (with ratings alone);
-            `prob_chosen` per pair; `scale_mean`, `scale_min` and `scale_max` over answers.
+        `dict[str, torch.Tensor]`: `accuracy` and `nll` per vote, which are `nan` if nobody voted (with ratings alone);
+            `prob_chosen` per pair; `scale_mean`, `scale_min` and `scale_max` over answers. Scalars on the device of
+            the figures.
     """
     log_votes, votes, agreed, prob, *scales = figures[:, :6].T
     scale = torch.cat(scales)
-    compared = {"accuracy": agreed.sum() / votes.sum(), "nll": -log_votes.sum() / votes.sum()}
-    metrics = {
-        **(compared if votes.sum() > 0 else {}),
+    return {
+        "accuracy": agreed.sum() / votes.sum(),
+        "nll": -log_votes.sum() / votes.sum(),
         "prob_chosen": prob.mean(),
         "scale_mean": scale.mean(),
         "scale_min": scale.min(),
         "scale_max": scale.max(),
     }
-    return {name: value.item() for name, value in metrics.items()}
 
 
-def summarize_all(figures: Tensor, names: Sequence[str]) -> dict[str, float]:
+def summarize_all(figures: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """
     Summarize the figures of pairs for all attributes.
 
@@ -81,15 +83,26 @@ def summarize_all(figures: Tensor, names: Sequence[str]) -> dict[str, float]:
             Names of the attributes, the overall judgement first.
 
     Returns:
-        `dict[str, float]`: What [`summarize`] returns for the overall reward. For each other attribute `accuracy/NAME`
-            and `nll/NAME` per vote, where anybody voted, and `scale_mean/NAME`.
+        `dict[str, torch.Tensor]`: What [`summarize`] returns for the overall reward. For each other attribute
+            `accuracy/NAME`, `nll/NAME` and `scale_mean/NAME`.
     """
     overall, *others = figures.split(FIGURES, dim=1)
     metrics = summarize(overall)
     for name, of_name in zip(names[1:], others, strict=True):
         found = summarize(of_name)
-        metrics |= {f"{key}/{name}": found[key] for key in ("accuracy", "nll", "scale_mean") if key in found}
+        metrics |= {f"{key}/{name}": found[key] for key in ("accuracy", "nll", "scale_mean")}
     return metrics
+
+
+def as_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics as numbers, without those per vote where nobody voted. The host waits for the device, once."""
+    values = torch.stack([value.float() for value in metrics.values()]).tolist() if metrics else []
+    numbers = zip(metrics, values, strict=True)
+    return {name: value for name, value in numbers if not (_is_per_vote(name) and math.isnan(value))}
+
+
+def _is_per_vote(name: str) -> bool:
+    return name.split("/")[0] in ("accuracy", "nll")
 
 
 def summarize_rewards(figures: Tensor) -> dict[str, float]:
@@ -107,7 +120,34 @@ def summarize_rewards(figures: Tensor) -> dict[str, float]:
     return {"mean_reward": ((chosen + rejected) / 2).mean().item(), "margin": (chosen - rejected).mean().item()}
 
 
-class EvaluationMetrics(Trainer):
+class MetricsOnDevice(Trainer):
+    """
+    A trainer whose metrics stay on their device until they are logged, because reading them makes the host wait.
+
+    It is inherited beside one of TRL's trainers and before it, so that `super()` here reaches that one's methods.
+    """
+
+    _metrics: Any  # TRL's: by "train" and "eval", and by name, a list with an entry for each batch
+    _unread: list[tuple[str, str, Tensor]]  # mode, name and value of what has been noted since the last log
+
+    def _note(self, mode: str, metrics: Mapping[str, Tensor]) -> None:
+        """Add the metrics of a batch, scalars, to those of the mode (`"train"` or `"eval"`)."""
+        self._unread += [(mode, name, value.detach()) for name, value in metrics.items()]
+
+    def _read_metrics(self) -> None:
+        """Hand what has been noted to TRL, which averages and logs it."""
+        unread, self._unread = self._unread, []
+        values = torch.stack([value.float() for *_, value in unread]).tolist() if unread else []
+        for (mode, name, _), value in zip(unread, values, strict=True):
+            if not (_is_per_vote(name) and math.isnan(value)):
+                self._metrics[mode][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._read_metrics()
+        super().log(logs, start_time)
+
+
+class EvaluationMetrics(MetricsOnDevice):
     """
     A trainer of pairs that logs the metrics of an evaluation under its prefix, over all of its pairs at once.
 
@@ -118,7 +158,6 @@ class EvaluationMetrics(Trainer):
 
     model: Any
     _reward_model: Any
-    _metrics: Any  # TRL's: by "train" and "eval", and by name, a list with an entry for each batch
     # Figures of the pairs of an evaluation, for when it is logged
     _evaluated: list[Tensor]
     _metric_key_prefix = "eval"
@@ -131,12 +170,13 @@ class EvaluationMetrics(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._read_metrics()
         batches = self._metrics["eval"]
         if batches and not self.model.training:
             metrics = {name: sum(values) / len(values) for name, values in batches.items()}
             # A mean of batches' means would depend on the sizes of the batches.
             figures = torch.cat(self._evaluated)
-            metrics |= summarize_all(figures, [OVERALL, *self._reward_model.attributes])
+            metrics |= as_numbers(summarize_all(figures, [OVERALL, *self._reward_model.attributes]))
             metrics |= summarize_rewards(figures[:, :FIGURES])
             logs.update({f"{self._metric_key_prefix}_{name}": value for name, value in metrics.items()})
             batches.clear()

@@ -28,6 +28,8 @@ MEMORY_FILE = "predictions.safetensors"
 """Name of the file in a checkpoint that holds a `PredictionMemory`."""
 MOST_PAIRS = 8192
 """Number of latest pairs that are kept, in memory and in checkpoints, with two hidden states each."""
+FETCHED_AT_ONCE = 32
+"""Number of batches that wait on their device until they are fetched together."""
 
 
 @dataclass
@@ -147,6 +149,17 @@ class _Batch:
     def __len__(self) -> int:
         return len(self.states["answers"])
 
+    @staticmethod
+    def fetch(batches: Sequence[_Batch]) -> None:
+        """Move batches to the host, in place. The host waits once for each kind of tensor."""
+        groups = [[batch.states for batch in batches]]
+        groups += [[batch.by_attribute[name] for batch in batches] for name in batches[0].by_attribute]
+        for group in groups:
+            for name in group[0]:
+                whole = torch.cat([tensors[name] for tensors in group]).cpu()
+                for tensors, part in zip(group, whole.split([len(batch) for batch in batches]), strict=True):
+                    tensors[name] = part
+
 
 class _Batches(deque[_Batch]):
     """The latest batches of predictions, of up to `MOST_PAIRS` pairs."""
@@ -222,6 +235,7 @@ class PredictionMemory:
         self.strength_levels = {name: (strength_levels or {}).get(name, 0) for name in self.rating_levels}
         self.keeps_hidden_states = keeps_hidden_states
         self._latest, self._forecasts = _Batches(), _Batches()
+        self._on_device: list[_Batch] = []
         self.seen = 0
         """Number of pairs that were ever added."""
         self.factors = dict.fromkeys(self.rating_levels, 1.0)
@@ -259,7 +273,7 @@ class PredictionMemory:
         count = len(hidden_states) // 2
 
         def in_pairs(tensor: Tensor) -> Tensor:
-            return torch.stack([tensor[:count], tensor[count:]], dim=1).cpu()
+            return torch.stack([tensor[:count], tensor[count:]], dim=1)
 
         def of_attribute(name: str) -> dict[str, Tensor]:
             (location, shape), said = rewards[name], judgements[name]
@@ -272,23 +286,35 @@ class PredictionMemory:
             return {
                 "location": in_pairs(location[:, 0].float()),
                 "raw_shape": in_pairs(shape.float()),
-                "said": said.table.cpu(),
+                "said": said.table,
                 "rating_counts": in_pairs(ratings.float()),
-                "strength_counts": strengths.float().cpu(),
+                "strength_counts": strengths.float(),
             }
 
         if by_rater is None:
-            by_rater = hidden_states.new_zeros(2 * count, 0, len(self.rating_levels) - 1)
+            attributes = len(self.rating_levels) - 1
+            products = hidden_states.new_zeros(2 * count, 2, attributes, attributes, dtype=torch.float)
+        else:
+            products = torch.stack(products_of_ratings(by_rater.float()), dim=1)
         states = {
             "hidden_states": in_pairs(hidden_states.float()[:, : None if self.keeps_hidden_states else 0]),
             "scale_states": in_pairs(scale_states.float()),
             "answers": in_pairs(torch.full((2 * count,), -1) if answers is None else answers),
-            "products": in_pairs(torch.stack(products_of_ratings(by_rater.float()), dim=1)),
+            "products": in_pairs(products),
         }
         batch = _Batch(states, {name: of_attribute(name) for name in self.rating_levels})
         for batches in (self._latest, self._forecasts) if in_advance else (self._latest,):
             batches.add(batch)
         self.seen += count
+        self._on_device.append(batch)
+        if len(self._on_device) == FETCHED_AT_ONCE:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Move what is still on its device to the host."""
+        if self._on_device:
+            _Batch.fetch(self._on_device)
+            self._on_device = []
 
     def add_output(
         self,
@@ -315,6 +341,7 @@ class PredictionMemory:
 
     def clear(self) -> None:
         """Forget everything, as before the first batch."""
+        self._on_device = []
         self._latest, self._forecasts = _Batches(), _Batches()
         self.seen = 0
         self.factors = dict.fromkeys(self.rating_levels, 1.0)
@@ -329,20 +356,24 @@ class PredictionMemory:
             attribute (`str`, *optional*, defaults to `"overall"`):
                 Attribute of the head.
         """
+        self._fetch()
         for batch in {id(batch): batch for batch in (*self._latest, *self._forecasts)}.values():
             batch.by_attribute[attribute]["location"].mul_(factor)
         self.factors[attribute] *= factor
 
     def predictions(self, attribute: str = OVERALL) -> Predictions | None:
         """All pairs that are kept of the latest, or `None` if there are none."""
+        self._fetch()
         return self._latest.together(attribute)
 
     def forecasts(self, attribute: str = OVERALL) -> Predictions | None:
         """All pairs that are kept of those predicted in advance, or `None` if there are none."""
+        self._fetch()
         return self._forecasts.together(attribute)
 
     def save(self, path: Path) -> None:
         """Write what is kept to a safetensors file, for a run that is resumed."""
+        self._fetch()
         if not self._latest:
             return
         parts, attributes = {"latest": self._latest}, [*self.rating_levels]
@@ -357,6 +388,7 @@ class PredictionMemory:
 
     def load(self, path: Path) -> None:
         """Read what :meth:`save` wrote."""
+        self._on_device = []
         tensors = load_file(path)
         self.seen = int(tensors.pop("seen"))
         parts: dict[str, dict[str, Tensor]] = {}

@@ -227,7 +227,8 @@ class DiscoRewardTrainer(
 
         # Figures of an evaluation's pairs, and a guard against losses and gradients that are not finite
         self._evaluated: list[torch.Tensor] = []
-        self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None)
+        self._unread = []
+        self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None, lambda: self.is_deepspeed_enabled)
         self.add_callback(self._guard)
         self.add_callback(PushWithSettings())
 
@@ -385,7 +386,7 @@ class DiscoRewardTrainer(
         count = len(outputs.logits) // 2
         real = slice(None) if mode == "train" else slice(self._real_pairs(count, process=True) or None)
         losses, figures = [], []
-        learned: dict[str, float] = {}
+        metrics: dict[str, torch.Tensor] = {}
         for (name, said), output in zip(judgements.items(), outputs.by_attribute(), strict=True):
             rewards = self._reward_model.rewards_of(outputs, name)
             responses = self._reward_model.responses_of(outputs, name)
@@ -403,8 +404,8 @@ class DiscoRewardTrainer(
             losses.append(loss)
             with torch.no_grad():
                 figures.append(pair_figures(chosen, rejected, said))
-            learned |= {
-                key if name == OVERALL else f"{key}/{name}": value.detach().mean().item()
+            metrics |= {
+                key if name == OVERALL else f"{key}/{name}": value.detach().mean()
                 for key, value in {"location_error": rewards.location_error, **vars(responses)}.items()
                 if value is not None and key not in ("thresholds", "strength_boundaries")
             }
@@ -417,7 +418,6 @@ class DiscoRewardTrainer(
             gathered = self.accelerator.gather(torch.cat(figures, dim=1))
             self._upstream.check_layout(self, mode, *gathered[:, FIGURES - 2 : FIGURES].T)
             gathered = gathered[: self._real_pairs(len(gathered))]
-            metrics = dict(learned)
             if mode == "train":
                 metrics |= summarize_all(gathered, [*judgements])
             else:
@@ -427,15 +427,16 @@ class DiscoRewardTrainer(
         self._metrics[mode]["accuracy"].pop()
         if not self._metrics[mode]["accuracy"]:
             del self._metrics[mode]["accuracy"]  # TRL divides by the number of entries.
-        for name, metric in metrics.items():
-            self._metrics[mode][name].append(metric)
+        self._note(mode, metrics)
 
         if mode == "train":
-            self._guard.check_loss(loss, rows, self.args, self.state)
+            is_finite = self._guard.check_loss(loss, rows, self.args, self.state)
             heads = self._reward_model.reward_head.by_attribute().values()
             for head, part in zip(heads, outputs.by_attribute(), strict=True):
                 if head.scale.fixed_scale is None:
-                    head.scale.track(outputs.scale_state, part.location, gather=self.accelerator.gather)
+                    # A run that is about to be stopped leaves the moments finite.
+                    state, location = (seen.where(is_finite, 0) for seen in (outputs.scale_state, part.location))
+                    head.scale.track(state, location, gather=self.accelerator.gather)
             # Only in the first pass are predictions made in advance, which calibration needs. A posterior uses all.
             in_advance = (self.state.epoch or 0) < 1
             keeps_all = self.args.epistemic or self._reward_model.attributes

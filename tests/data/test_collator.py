@@ -43,7 +43,7 @@ def test_strengths_are_counted_in_a_batch_and_a_bad_one_is_named_by_its_row():
         {**ids, "preference_strength": 0, ROW_COLUMN: 3},
     ]
     for share_prefixes in (False, True):
-        known = {"overall": {"strength_levels": 2}}
+        known: dict = {"overall": {"strength_levels": 2, "tie_width": None}}
         collator = DataCollatorForDiscoPreference(pad_token_id=0, share_prefixes=share_prefixes, likelihoods=known)
         batch = collator(examples)
         assert batch["strength_counts"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
@@ -52,3 +52,6 @@ def test_strengths_are_counted_in_a_batch_and_a_bad_one_is_named_by_its_row():
         assert batch["judgements"][:, :3].tolist() == [[1, 1, 0], [0, 0, 1]]
         with pytest.raises(ValueError, match=r"row 3, column 'preference_strength': the strength 3 is beyond the 2"):
             collator([examples[0], {**examples[1], "preference_strength": 3}])
+        del known["overall"]["tie_width"]
+        with pytest.raises(ValueError, match=r"row 3, column 'tie': it is a tie, but there is no tie width"):
+            collator(examples)

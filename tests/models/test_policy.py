@@ -127,6 +127,14 @@ def test_training_is_that_without_sharing(tmp_path, sharp_llama_dir, options):
     assert furthest(weights(shared.model), weights(plain.model)) < 1e-3 * moved
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reference_in_half_precision(tmp_path, sharp_llama_dir, dtype):
+    """accelerate wraps it in autocast, and makes float32 of what it returns, which has the rounding of bfloat16."""
+    options = {"model": sharp_llama_dir, "bf16": True, "model_init_kwargs": {"dtype": dtype}, "max_steps": 2}
+    trainer, _ = train(tmp_path, True, **options)
+    assert trainer.ref_model is not None and trainer.data_collator.share_prefixes
+
+
 def test_a_quantized_policy(tmp_path, sharp_llama_dir):
     quantized = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
     options = {"model": sharp_llama_dir, "peft_config": LoraConfig(**LORA), **quantized, "max_steps": 4}

@@ -95,6 +95,7 @@ def test_metrics_by_hand(build, margin):
     """Those of a margin leave it out: it is a wish for training and says nothing about the probability."""
     trainer = build()
     loss_of(trainer, {**BATCH, "margin": torch.tensor([0.5, 1.0])} if margin else BATCH)
+    trainer._read_metrics()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     assert metrics == pytest.approx(
         {
@@ -295,7 +296,7 @@ def test_an_overflow_in_fp16_is_the_scalers_business(build):
     trainer = build()
     trainer.model.score.weight.grad = torch.full_like(trainer.model.score.weight, torch.inf)
     (guard,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FiniteGuard))
-    guard.rows += [1, 2]
+    guard.rows.append(torch.tensor([1, 2]))
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert guard.rows == []

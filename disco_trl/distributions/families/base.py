@@ -332,6 +332,30 @@ class Difference:
             return self.kind.log_prob_positive(self - threshold)
         return self.kind.log_mean_prob_positive(self - threshold, error)
 
+    def log_probs_of_signs(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Evaluates log P(D > threshold) and log P(−D > threshold) together, in half the operators.
+
+        Args:
+            threshold (`torch.Tensor`):
+                In reward units; it broadcasts with `location`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]` of the broadcast shape: In nats, at most 0.
+        """
+
+        def both(ours: Tensor, theirs: Tensor) -> Tensor:
+            return torch.stack([ours.expand_as(self.location), theirs.expand_as(self.location)])
+
+        shapes: list[Tensor | None] = [None, None]
+        if self.shape_a is not None and self.shape_b is not None:
+            a, b = (shape.expand(*self.location.shape, -1) for shape in (self.shape_a, self.shape_b))
+            shapes = [torch.stack([a, b]), torch.stack([b, a])]
+        scales = both(self.scale_a, self.scale_b), both(self.scale_b, self.scale_a)
+        signs = Difference(self.kind, both(self.location, -self.location), *scales, *shapes)
+        positive, negative = signs.log_prob_exceeds(threshold).unbind()
+        return positive, negative
+
     def log_prob_within(self, half_width: Tensor) -> Tensor:
         """
         Evaluates log P(−half_width < D < half_width).
