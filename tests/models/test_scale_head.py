@@ -1,5 +1,6 @@
 """The scale of a hidden state, and the running mean of the gauge; what else is tracked is in `test_traits.py`."""
 
+import copy
 import math
 
 import pytest
@@ -92,3 +93,24 @@ def test_is_constant():
     head.weight.data[0, 1] = 1e-3
     assert not head.is_constant
     assert scale_head(fixed_scale=2.0).is_constant
+
+
+def test_an_error_is_noticed_however_it_comes_about():
+    """The buffer is asked once and not at each step, and again once it has changed."""
+    head = scale_head()
+    head.init_weights()
+    assert not head.has_location_error
+    head.location_error.fill_(0.3)
+    assert head.has_location_error and copy.deepcopy(head).has_location_error
+    head.load_state_dict({**head.state_dict(), "location_error": torch.tensor(0.0)})
+    assert not head.has_location_error
+    head.location_error = torch.tensor(0.2)
+    assert head.has_location_error
+    head.double().location_error.zero_()
+    assert not head.has_location_error
+    with torch.inference_mode():
+        head.location_error = torch.tensor(0.0)
+        assert not head.has_location_error
+        head.location_error.fill_(0.1)
+        assert head.has_location_error
+    assert not scale_head(fixed_scale=0.5).has_location_error
