@@ -218,7 +218,8 @@ def _attend_at_once(layout: _Layout, query: Tensor, key: Tensor, value: Tensor, 
     """Attend for all nodes in one kernel: the queries of each node to copies of the keys of its path."""
     places, query_starts, key_starts = layout.varlen(query.device)
     kernel = cast(VarlenKernel, installed_kernel())
-    states, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Not `tensor[0]`, whose gradient is a row of zeros into which the gradient is copied.
+    states, keys, values = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     output = kernel(
         states.contiguous(),
         keys.index_select(0, places),
