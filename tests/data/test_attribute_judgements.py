@@ -173,7 +173,7 @@ def test_what_is_read_is_logged(caplog):
 KNOWN = {
     "overall": {},
     "safety": {"rating_values": [1.0, 3.0]},
-    "tone": {"rating_values": [1.0, 4.0, 5.0], "strength_levels": 2},
+    "tone": {"rating_values": [1.0, 4.0, 5.0], "strength_levels": 2, "tie_width": "learned"},
 }
 
 
