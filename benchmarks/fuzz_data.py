@@ -261,10 +261,10 @@ class DataPath:
         survey.figures()
         read = {name: value for name, value in row.items() if value is not None}
         read |= {RANKED_IDS: tokens} if record.is_ranking else dict(zip(TOKENIZED_PAIR, tokens, strict=True))
+        attributes = {OVERALL, *record.rated, record.comparisons[0].attribute}
         known: dict[str, dict[str, Any]] = {
-            name: {"strength_levels": MOST_LEVELS} for name in {OVERALL, *record.rated}
+            name: {"strength_levels": MOST_LEVELS, "tie_width": "learned"} for name in attributes
         }
-        known[record.comparisons[0].attribute] = {"strength_levels": MOST_LEVELS}
         for name in record.rated:
             known[name]["rating_values"] = sorted({rating for given in record.ratings(name) for rating in given})
         for share_prefixes in (False, True):

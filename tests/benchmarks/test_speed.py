@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -169,9 +170,11 @@ def run(*arguments: str, out: Path) -> dict:
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Nothing is run in a process of its own, which only matters to the figures of memory."""
+    """Nothing is run in a process of its own, which only matters to the figures of memory, and to other tests."""
     for module in (speed_train, speed_parts, speed_dpo):
         monkeypatch.setattr(module, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    yield
+    datasets.enable_caching()
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def read_back(batch: dict[str, torch.Tensor]) -> list[list[int]]:
 
 
 def collated(examples: list[dict], **options) -> tuple[dict, dict]:
+    options = {"likelihoods": {"overall": {"tie_width": "learned"}}} | options
     return tuple(
         DataCollatorForDiscoPreference(pad_token_id=PAD, share_prefixes=share, **options)(examples)
         for share in (False, True)
@@ -132,7 +133,7 @@ def test_sharing_prefixes_does_not_change_what_was_judged(rows, weigh_by):
 @given(st.lists(st.tuples(pairs, strengths), min_size=1, max_size=4))
 def test_a_batch_counts_each_strength_once(rows):
     examples = [pair | {"preference_strength": given} for pair, given in rows]
-    padded, shared = collated(examples, likelihoods={"overall": {"strength_levels": 3}})
+    padded, shared = collated(examples, likelihoods={"overall": {"strength_levels": 3, "tie_width": "learned"}})
     torch.testing.assert_close(padded["strength_counts"], shared["strength_counts"], rtol=0, atol=0)
     won, lost = padded["strength_counts"].split(3, dim=-1)
     wins, losses, ties, *_ = padded["judgements"].unbind(dim=-1)
@@ -148,7 +149,7 @@ def test_a_batch_counts_each_strength_once(rows):
             }
             for pair, given in rows
         ],
-        likelihoods={"overall": {"strength_levels": 3}},
+        likelihoods={"overall": {"strength_levels": 3, "tie_width": "learned"}},
     )
     assert mirrored["strength_counts"].tolist() == torch.cat([lost, won], dim=-1).tolist()
 

@@ -99,7 +99,7 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(compared):
         main(other)
 
 
-def test_a_model_that_knows_strengths_is_evaluated_on_them(tmp_path, tiny_llama_dir):
+def test_a_model_that_knows_strengths_is_evaluated_on_them(tmp_path, tiny_llama_dir, runs_in_this_process):
     data = write_data(tmp_path / "data", graded=True)
     arguments = ["compare", tiny_llama_dir, str(data), str(tmp_path / "out"), "--lora_r", "4"]
     main([*arguments, "--variants", "bradley-terry", "normal", "--set", "learning_rate=0.01", "bf16=false"])
