@@ -22,7 +22,7 @@ from disco_trl.data.tokenization import tokenize_answers
 
 from .peak_memory import PeakMemory, in_fresh_process
 from .speed_counts import Pair, PairLengths, choose_batches
-from .speed_train import SteppedTrainer, adapter, epoch_batches, quieten, shared_settings, sweep
+from .speed_train import adapter, epoch_batches, quieten, shared_settings, sweep, take_turns
 
 
 @dataclass(frozen=True)
@@ -187,20 +187,11 @@ def alternate(
     """
     passes, steps = args.rounds + 1, len(batches[BASELINE])
     noted = {name: replay(trainer, batches[name] * passes) for name, trainer in trainers.items()}
-    stepped = {name: SteppedTrainer(trainer) for name, trainer in trainers.items()}
-    seconds: dict[str, list[float]] = {name: [0.0] * passes for name in trainers}
-    with tqdm(total=steps * passes * len(trainers), desc=description, unit="step") as bar:
-        for round_ in range(passes):
-            for _ in range(steps):
-                for name, runner in stepped.items():
-                    bar.set_postfix_str(("warm-up, " if round_ == 0 else "") + VARIANTS[name].label)
-                    seconds[name][round_] += runner.step()
-                    bar.update()
-    for runner in stepped.values():
-        runner.close()
+    labels = {name: VARIANTS[name].label for name in trainers}
+    seconds = take_turns(trainers, labels, steps, passes, description)
     return {
         name: Measured(
-            seconds[name],
+            [sum(of_round) for of_round in seconds[name]],
             noted[name][:steps],
             [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         )

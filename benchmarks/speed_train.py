@@ -314,6 +314,41 @@ class Measured:
         return [sum(len(batch.pairs) for batch in self.batches) / sum(seconds) for seconds in self.seconds]
 
 
+def take_turns(
+    trainers: dict[str, Any], labels: dict[str, str], steps: int, passes: int, description: str
+) -> dict[str, list[list[float]]]:
+    """Trains all trainers at the same time, a step of each in turn.
+
+    Args:
+        trainers (`dict[str, Any]`):
+            The trainers, of `steps * passes` steps each.
+        labels (`dict[str, str]`):
+            What to call each of them.
+        steps, passes (`int`):
+            Number of steps of a round, and of rounds. The first round is to warm up.
+        description (`str`):
+            Title of the progress bar.
+
+    Returns:
+        `dict[str, list[list[float]]]`: Seconds of each step of each round, by trainer.
+    """
+    stepped = {name: SteppedTrainer(trainer) for name, trainer in trainers.items()}
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(passes)] for name in trainers}
+    with tqdm(total=steps * passes * len(trainers), desc=description, unit="step") as bar:
+        for round_ in range(passes):
+            for _ in range(steps):
+                for name, runner in stepped.items():
+                    bar.set_postfix_str(("warm-up, " if round_ == 0 else "") + labels[name])
+                    seconds[name][round_].append(runner.step())
+                    bar.update()
+            if round_ == 0:
+                rest = (passes - 1) * sum(sum(taken[0]) for taken in seconds.values()) / 60
+                bar.write(f"{description}: the timed rounds will take at most {rest:.1f} minutes")
+    for runner in stepped.values():
+        runner.close()
+    return seconds
+
+
 def alternate(
     batches: dict[str, list[list[int]]],
     pairs: list[Pair],
@@ -342,20 +377,8 @@ def alternate(
     for name, own in batches.items():
         trainers[name] = make_trainer(name, pairs, args, max_steps=steps * passes)
         collated[name] = replay(trainers[name], own * passes)
-    stepped = {name: SteppedTrainer(trainer) for name, trainer in trainers.items()}
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(passes)] for name in batches}
-    with tqdm(total=steps * passes * len(batches), desc=description, unit="step") as bar:
-        for round_ in range(passes):
-            for _ in range(steps):
-                for name, runner in stepped.items():
-                    bar.set_postfix_str(("warm-up, " if round_ == 0 else "") + VARIANTS[name].label)
-                    seconds[name][round_].append(runner.step())
-                    bar.update()
-            if round_ == 0:
-                rest = args.rounds * sum(sum(taken[0]) for taken in seconds.values()) / 60
-                bar.write(f"{description}: the timed rounds will take at most {rest:.1f} minutes")
-    for runner in stepped.values():
-        runner.close()
+    labels = {name: VARIANTS[name].label for name in trainers}
+    seconds = take_turns(trainers, labels, steps, passes, description)
 
     measured = {}
     for name, trainer in trainers.items():

@@ -158,7 +158,7 @@ class DiscoDPOTrainer(MetricsOnDevice, DPOTrainer):
         # Model, PEFT, data and reference, by TRL
         self._own_collator = data_collator is None
         self._is_set_up = False
-        self._unread = []
+        self._unread = {"train": [], "eval": []}
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -387,7 +387,7 @@ class DiscoDPOTrainer(MetricsOnDevice, DPOTrainer):
         metrics = summarize(figures)
         has_scales = self._scales.mean is not None or self.args.scale_training
         logged = (*LOGGED, "scale_mean", "scale_min", "scale_max") if has_scales else LOGGED
-        metrics = {name: metrics[name] for name in logged if name in metrics}
+        metrics = {name: metrics[name] for name in logged}
         metrics |= {name: value[0] for name, value in learned.items() if len(value) == 1}
         self._note(mode, metrics)
         return (loss, outputs) if return_outputs else loss

@@ -8,7 +8,7 @@ It is computed in two steps: figures of each pair, which processes can gather, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,13 +96,15 @@ def summarize_all(figures: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
 
 def as_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """Metrics as numbers, without those per vote where nobody voted. The host waits for the device, once."""
-    values = torch.stack([value.float() for value in metrics.values()]).tolist() if metrics else []
-    numbers = zip(metrics, values, strict=True)
-    return {name: value for name, value in numbers if not (_is_per_vote(name) and math.isnan(value))}
+    return dict(_read(metrics.items()))
 
 
-def _is_per_vote(name: str) -> bool:
-    return name.split("/")[0] in ("accuracy", "nll")
+def _read(metrics: Iterable[tuple[str, Tensor]]) -> list[tuple[str, float]]:
+    """As [`as_numbers`], of names that may recur."""
+    found = list(metrics)
+    values = torch.stack([value.float() for _, value in found]).tolist() if found else []
+    numbers = [(name, value) for (name, _), value in zip(found, values, strict=True)]
+    return [one for one in numbers if not (one[0].split("/")[0] in ("accuracy", "nll") and math.isnan(one[1]))]
 
 
 def summarize_rewards(figures: Tensor) -> dict[str, float]:
@@ -128,19 +130,18 @@ class MetricsOnDevice(Trainer):
     """
 
     _metrics: Any  # TRL's: by "train" and "eval", and by name, a list with an entry for each batch
-    _unread: list[tuple[str, str, Tensor]]  # mode, name and value of what has been noted since the last log
+    _unread: dict[str, list[tuple[str, Tensor]]]  # by mode, what has been noted since the last log
 
     def _note(self, mode: str, metrics: Mapping[str, Tensor]) -> None:
         """Add the metrics of a batch, scalars, to those of the mode (`"train"` or `"eval"`)."""
-        self._unread += [(mode, name, value.detach()) for name, value in metrics.items()]
+        self._unread[mode] += [(name, value.detach()) for name, value in metrics.items()]
 
     def _read_metrics(self) -> None:
         """Hand what has been noted to TRL, which averages and logs it."""
-        unread, self._unread = self._unread, []
-        values = torch.stack([value.float() for *_, value in unread]).tolist() if unread else []
-        for (mode, name, _), value in zip(unread, values, strict=True):
-            if not (_is_per_vote(name) and math.isnan(value)):
+        for mode, unread in self._unread.items():
+            for name, value in _read(unread):
                 self._metrics[mode][name].append(value)
+            unread.clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._read_metrics()

@@ -227,7 +227,7 @@ class DiscoRewardTrainer(
 
         # Figures of an evaluation's pairs, and a guard against losses and gradients that are not finite
         self._evaluated: list[torch.Tensor] = []
-        self._unread = []
+        self._unread = {"train": [], "eval": []}
         self._guard = FiniteGuard(lambda: self.accelerator.scaler is not None, lambda: self.is_deepspeed_enabled)
         self.add_callback(self._guard)
         self.add_callback(PushWithSettings())
